@@ -1,0 +1,106 @@
+"""Builds the optional kernel binaries; everything else is in pyproject.toml.
+
+`TIMM_DYNAMIC_CUDA=0` leaves the CUDA binary out, `=1` makes its failure an error; by default it is built where a CUDA
+toolkit is found. `TORCH_CUDA_ARCH_LIST` overrides the GPU architectures.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils import cpp_extension
+
+# The LibTorch stable ABI of torch 2.11: one binary serves every later torch and every Python.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def say(message: str) -> None:
+    print(f"timm-dynamic: {message}", file=sys.stderr)
+
+
+def extension(name: str, sources: list[str], device: str, libraries: list[str], **compile_args) -> Extension:
+    return Extension(
+        f"timm_dynamic.{name}",
+        sources,
+        include_dirs=["cuda_ops", *cpp_extension.include_paths(device)],
+        library_dirs=cpp_extension.library_paths(device),
+        libraries=["torch", "torch_cpu", *libraries],
+        depends=[str(p) for p in Path("cuda_ops").glob("*.h")],
+        extra_compile_args=compile_args,
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
+        language="c++",
+    )
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA binary cannot be built, or None."""
+    if os.environ.get("TIMM_DYNAMIC_CUDA") == "0":
+        return "TIMM_DYNAMIC_CUDA=0"
+    home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
+    if not home:
+        return "no CUDA toolkit found (set CUDA_HOME)"
+    if not (Path(home) / "include" / "cuda_runtime.h").exists():  # `nvcc` on PATH may be a wrapper
+        home = "/usr/local/cuda"
+        if not (Path(home) / "include" / "cuda_runtime.h").exists():
+            return "no include/cuda_runtime.h below CUDA_HOME: set CUDA_HOME to the toolkit's folder"
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = home
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return None
+
+
+def extensions() -> list[Extension]:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        say(f"no C++ compiler ({compiler}): installing without kernels; the slower pure-PyTorch code serves instead")
+        return []
+    found = [extension("_cpu", ["cuda_ops/ddf.cpp"], "cpu", [], cxx=CXX_FLAGS)]
+    problem = cuda_problem()
+    if problem is None:
+        say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+        libraries = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+        found.append(extension("_cuda", ["cuda_ops/ddf_cuda.cu"], "cuda", libraries, cxx=CXX_FLAGS, nvcc=NVCC_FLAGS))
+    elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":
+        raise SystemExit(f"timm-dynamic: TIMM_DYNAMIC_CUDA=1, but {problem}")
+    else:
+        say(f"no CUDA kernels: {problem}")
+    return found
+
+
+class BuildKernels(cpp_extension.BuildExtension):
+    """Builds each binary on its own, and installs without those that fail unless they were asked for."""
+
+    def build_extensions(self) -> None:
+        wanted, self.extensions = self.extensions, []
+        for ext in wanted:
+            self.extensions = [ext]
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if ext.name.endswith("_cuda") and os.environ.get("TIMM_DYNAMIC_CUDA") == "1":
+                    raise
+                say(f"could not build {ext.name}, going on without it: {error}")
+                ext.optional = True  # so that nobody looks for its file later
+        self.extensions = [ext for ext in wanted if Path(self.get_ext_fullpath(ext.name)).exists()]
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The binaries are loaded by torch, not imported: the wheel fits any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+ext_modules = extensions()
+setup(
+    ext_modules=ext_modules,
+    cmdclass={
+        "build_ext": BuildKernels.with_options(no_python_abi_suffix=True),
+        **({"bdist_wheel": AnyPythonWheel} if ext_modules else {}),
+    },
+)

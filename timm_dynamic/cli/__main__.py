@@ -1,0 +1,3 @@
+from timm_dynamic.cli import run
+
+run()

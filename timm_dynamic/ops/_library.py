@@ -1,0 +1,74 @@
+"""Loads the compiled kernels and says which of them serve.
+
+The binaries hold kernels alone; every operator is defined in Python beside its reference, so a missing binary costs
+speed and nothing else.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "timm_dynamic"
+_BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
+_status: dict[str, str] = {}  # device type -> "loaded", or why not
+_kernels_wanted = True
+
+
+def load_kernels() -> None:
+    """Load the binary of every device type that this torch can use. Never raises."""
+    for device_type, name in _BINARIES.items():
+        path = Path(__file__).parent.parent / name
+        if os.environ.get("TIMM_DYNAMIC_KERNELS") == "0":
+            _status[device_type] = "not loaded: TIMM_DYNAMIC_KERNELS=0"
+        elif device_type == "cuda" and torch.version.cuda is None:
+            _status[device_type] = "not loaded: this torch has no CUDA support"
+        elif not path.exists():
+            _status[device_type] = "not built: installed without a compiler for it (see README, Install)"
+        else:
+            try:
+                torch.ops.load_library(path)
+                _status[device_type] = "loaded"
+            except OSError as error:
+                _status[device_type] = f"not loaded: {str(error).splitlines()[0]}"
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether a compiled kernel serves tensors of this device type; where one could but does not, warns once."""
+    if _kernels_wanted and _status.get(device_type) == "loaded":
+        return True
+    if _kernels_wanted and device_type in _status and not torch.compiler.is_compiling():
+        _warn_once(device_type)
+    return False
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device_type: str) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(
+            f"timm_dynamic: {device_type} kernels {_status[device_type]}. The pure-PyTorch code serves: same results, "
+            "slower. `timm-dynamic env` shows the details.",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within this context the public operators run their plain-PyTorch reference, kernels or not."""
+    global _kernels_wanted
+    before, _kernels_wanted = _kernels_wanted, False
+    try:
+        yield
+    finally:
+        _kernels_wanted = before
+
+
+def backend_info() -> dict[str, str]:
+    """Which compiled kernels are loaded, by device type (``"cpu"``, ``"cuda"``): ``"loaded"``, or why not."""
+    return dict(_status)

@@ -1,0 +1,5 @@
+import sys
+
+from timm_dynamic.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))

@@ -64,7 +64,9 @@ def extensions() -> list[Extension]:
     if problem is None:
         say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
         libraries = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-        found.append(extension("_cuda", ["cuda_ops/ddf_cuda.cu"], "cuda", libraries, cxx=CXX_FLAGS, nvcc=NVCC_FLAGS))
+        sources = ["cuda_ops/ddf_cuda.cu", "cuda_ops/ddf_cuda_ops.cpp"]
+        flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
+        found.append(extension("_cuda", sources, "cuda", libraries, **flags))
     elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":
         raise SystemExit(f"timm-dynamic: TIMM_DYNAMIC_CUDA=1, but {problem}")
     else:

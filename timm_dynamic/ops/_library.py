@@ -7,7 +7,7 @@ speed and nothing else.
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 NAMESPACE = "timm_dynamic"
 _BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
 _status: dict[str, str] = {}  # device type -> "loaded", or why not
-_kernels_wanted = True
+_forced: bool | None = None  # what `reference_only` and `operators_only` want instead of the usual choice
 
 
 def load_kernels() -> None:
@@ -38,9 +38,11 @@ def load_kernels() -> None:
 
 def has_kernel(device_type: str) -> bool:
     """Whether a compiled kernel serves tensors of this device type; where one could but does not, warns once."""
-    if _kernels_wanted and _status.get(device_type) == "loaded":
+    if _forced is not None:
+        return _forced
+    if _status.get(device_type) == "loaded":
         return True
-    if _kernels_wanted and device_type in _status and not torch.compiler.is_compiling():
+    if device_type in _status and not torch.compiler.is_compiling():
         _warn_once(device_type)
     return False
 
@@ -58,15 +60,24 @@ def _warn_once(device_type: str) -> None:
         )
 
 
-@contextmanager
-def reference_only() -> Iterator[None]:
+def reference_only() -> AbstractContextManager[None]:
     """Within this context the public operators run their plain-PyTorch reference, kernels or not."""
-    global _kernels_wanted
-    before, _kernels_wanted = _kernels_wanted, False
+    return _force(False)
+
+
+def operators_only() -> AbstractContextManager[None]:
+    """Within this context a public operator is one dispatcher call, kernels or not: for what counts such calls."""
+    return _force(True)
+
+
+@contextmanager
+def _force(choice: bool) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, choice
     try:
         yield
     finally:
-        _kernels_wanted = before
+        _forced = before
 
 
 def backend_info() -> dict[str, str]:

@@ -1,0 +1,253 @@
+// Vectors of the accumulation type: loads and stores with conversion, for one instruction set.
+// Included once per instruction set, so no include guard: the includer defines ISA (a namespace
+// name), VECTOR_BYTES and, for what the compiler does not find by itself, ISA_LEVEL (0 portable,
+// 2 AVX2 + F16C, 4 AVX-512). The includer also brings in the standard headers.
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace timm_dynamic::ISA {
+
+template <typename E, int BYTES>
+struct VectorType {
+  typedef E type __attribute__((vector_size(BYTES)));
+};
+template <typename A>
+using Vec = typename VectorType<A, VECTOR_BYTES>::type;
+template <typename A>
+constexpr int kLanes = VECTOR_BYTES / sizeof(A);
+
+template <typename V>
+INLINE V load_bits(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+INLINE void store_bits(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// The n < lanes first elements at p, then zeros; nothing beyond them is touched.
+template <typename V, typename E>
+INLINE V load_first_bits(const E* p, int64_t n) {
+#if ISA_LEVEL == 4
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(V) == 64 && sizeof(E) == 4) return (V)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (sizeof(V) == 64 && sizeof(E) == 8) return (V)_mm512_maskz_loadu_pd(mask, p);
+  if constexpr (sizeof(V) == 32 && sizeof(E) == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
+#endif
+  E elements[sizeof(V) / sizeof(E)] = {};
+  for (int64_t i = 0; i < n; ++i) elements[i] = p[i];
+  return load_bits<V>(elements);
+}
+
+template <typename V, typename E>
+INLINE void store_first_bits(E* p, V v, int64_t n) {
+#if ISA_LEVEL == 4
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(V) == 64 && sizeof(E) == 4) return _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  if constexpr (sizeof(V) == 64 && sizeof(E) == 8)
+    return _mm512_mask_storeu_pd(p, mask, (__m512d)v);
+  if constexpr (sizeof(V) == 32 && sizeof(E) == 2)
+    return _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+#endif
+  E elements[sizeof(V) / sizeof(E)];
+  store_bits(elements, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = elements[i];
+}
+
+// How a storage type becomes a vector of the accumulation type and back. `Bits` is what memory
+// holds, `Packed` a vector's worth of it.
+template <typename T>
+struct Storage {  // float, double
+  using Bits = T;
+  using Packed = Vec<T>;
+  static INLINE Vec<T> unpack(Packed v) { return v; }
+  static INLINE Packed pack(Vec<T> v) { return v; }
+};
+
+template <>
+struct Storage<c10::BFloat16> {  // the upper half of a float
+  using Bits = uint16_t;
+  using Packed = typename VectorType<uint16_t, VECTOR_BYTES / 2>::type;
+  using Word = Vec<uint32_t>;
+  static INLINE Vec<float> unpack(Packed v) {
+    return (Vec<float>)(__builtin_convertvector(v, Word) << 16);
+  }
+  static INLINE Word round(Vec<float> v) {  // to nearest even; the result is the upper half
+    const Word bits = (Word)v, nan = (Word)(v != v);
+    return ((bits + 0x7fff + ((bits >> 16) & 1)) & ~nan) | (0x7fc00000 & nan);
+  }
+  static INLINE Packed pack(Vec<float> v) {
+    return __builtin_convertvector(round(v) >> 16, Packed);
+  }
+};
+
+template <>
+struct Storage<c10::Half> {
+  using Bits = uint16_t;
+  using Packed = typename VectorType<uint16_t, VECTOR_BYTES / 2>::type;
+#if ISA_LEVEL == 4
+  static INLINE Vec<float> unpack(Packed v) {
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)v);
+  }
+  static INLINE Packed pack(Vec<float> v) {
+    return (Packed)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0);
+  }
+#elif ISA_LEVEL == 2
+  static INLINE Vec<float> unpack(Packed v) { return (Vec<float>)_mm256_cvtph_ps((__m128i)v); }
+  static INLINE Packed pack(Vec<float> v) { return (Packed)_mm256_cvtps_ph((__m256)v, 0); }
+#else
+  static INLINE Vec<float> unpack(Packed v) {
+    Vec<float> result;
+    for (int i = 0; i < kLanes<float>; ++i) result[i] = c10::Half(v[i], c10::Half::from_bits());
+    return result;
+  }
+  static INLINE Packed pack(Vec<float> v) {
+    Packed result;
+    for (int i = 0; i < kLanes<float>; ++i) result[i] = c10::Half(v[i]).x;
+    return result;
+  }
+#endif
+};
+
+// The vector of the min(n, lanes) elements at p, zero beyond them; n may be negative.
+template <typename A, typename T>
+INLINE Vec<A> load(const T* p, int64_t n = kLanes<A>) {
+  using S = Storage<T>;
+  const auto bits = reinterpret_cast<const typename S::Bits*>(p);
+  if (n >= kLanes<A>) return S::unpack(load_bits<typename S::Packed>(bits));
+  if (n <= 0) return Vec<A>{};
+  return S::unpack(load_first_bits<typename S::Packed>(bits, n));
+}
+
+template <typename A, typename T>
+INLINE void store(T* p, Vec<A> v, int64_t n = kLanes<A>) {
+  using S = Storage<T>;
+  const auto bits = reinterpret_cast<typename S::Bits*>(p);
+  if (n >= kLanes<A>) return store_bits(bits, S::pack(v));
+  if (n > 0) store_first_bits(bits, S::pack(v), n);
+}
+
+// Even and odd elements of (a, b) into a and b, and back.
+template <typename A, size_t... I>
+INLINE void deinterleave(Vec<A>& a, Vec<A>& b, std::index_sequence<I...>) {
+  const Vec<A> even = __builtin_shufflevector(a, b, (2 * I)...);
+  b = __builtin_shufflevector(a, b, (2 * I + 1)...);
+  a = even;
+}
+
+template <typename A, size_t... I>
+INLINE void interleave(Vec<A>& a, Vec<A>& b, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I);
+  const Vec<A> low = __builtin_shufflevector(a, b, (I / 2 + (I % 2) * n)...);
+  b = __builtin_shufflevector(a, b, (I / 2 + n / 2 + (I % 2) * n)...);
+  a = low;
+}
+
+template <typename A>
+using AllLanes = std::make_index_sequence<kLanes<A>>;
+
+// Two vectors of consecutive elements, in the order of lanes that costs least; `order_pair` puts a
+// pair of accumulation type vectors into the same order, `store_pair` undoes it.
+template <typename A, typename T>
+INLINE void load_pair(const T* p, Vec<A>& a, Vec<A>& b) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the even elements, then the odd ones
+    const auto bits = load_bits<Vec<uint32_t>>(p);
+    a = (Vec<A>)(bits << 16);
+    b = (Vec<A>)(bits & 0xffff0000);
+  } else {
+    a = load<A>(p);
+    b = load<A>(p + kLanes<A>);
+  }
+}
+
+template <typename A, typename T>
+INLINE void order_pair(Vec<A>& a, Vec<A>& b) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) deinterleave<A>(a, b, AllLanes<A>());
+}
+
+template <typename A, typename T>
+INLINE void store_pair(T* p, Vec<A> a, Vec<A> b) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    store_bits(p, (Storage<T>::round(a) >> 16) | (Storage<T>::round(b) & 0xffff0000));
+  } else {
+    store<A>(p, a);
+    store<A>(p + kLanes<A>, b);
+  }
+}
+
+template <typename A>
+INLINE Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+template <typename V>
+INLINE auto sum_lanes(V v) {
+  constexpr int kHalf = sizeof(V) / 2;
+  using E = std::remove_cvref_t<decltype(v[0])>;
+  if constexpr (kHalf < 16) {
+    E sum = v[0];
+    for (unsigned i = 1; i < sizeof(V) / sizeof(E); ++i) sum += v[i];
+    return sum;
+  } else {
+    typename VectorType<E, kHalf>::type halves[2];
+    __builtin_memcpy(halves, &v, sizeof(V));
+    return sum_lanes(halves[0] + halves[1]);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of vectors[i]; `vectors` is overwritten.
+template <typename A>
+INLINE Vec<A> sum_each(Vec<A>* vectors) {
+  for (int n = kLanes<A>; n > 1; n /= 2) {
+    for (int i = 0; i < n / 2; ++i) {
+      Vec<A> a = vectors[2 * i], b = vectors[2 * i + 1];
+      deinterleave<A>(a, b, AllLanes<A>());
+      vectors[i] = a + b;
+    }
+  }
+  return vectors[0];
+}
+
+// A vector's worth of zeros and more at `to`, n >= 1 elements at least.
+template <typename A>
+INLINE void zero_row(A* to, int64_t n) {
+  for (int64_t x = 0; x < n - kLanes<A>; x += kLanes<A>) store<A>(to + x, Vec<A>{});
+  store<A>(to + std::max<int64_t>(n - kLanes<A>, 0), Vec<A>{});
+}
+
+// `rows` rows of n elements to scratch. Rows shorter than a vector leave zeros behind them, so rows
+// are written in ascending order and the last one is followed by slack.
+template <typename A, typename T>
+INLINE void load_rows(A* to, int64_t pitch, const T* from, int64_t stride_y, int64_t stride_x,
+                      int64_t rows, int64_t n) {
+  constexpr int64_t kStep = kLanes<A>;
+  for (int64_t y = 0; y < rows; ++y, to += pitch, from += stride_y) {
+    if (stride_x != 1) {
+      for (int64_t x = 0; x < n; ++x) to[x] = static_cast<A>(from[x * stride_x]);
+    } else if (n < kStep) {
+      store<A>(to, load<A>(from, n));
+    } else {
+      for (int64_t x = 0; x < n - kStep; x += kStep) store<A>(to + x, load<A>(from + x));
+      store<A>(to + n - kStep, load<A>(from + n - kStep));  // overlaps
+    }
+  }
+}
+
+template <typename A, typename T>
+INLINE void store_rows(T* to, int64_t stride_y, const A* from, int64_t pitch, int64_t rows,
+                       int64_t n) {
+  constexpr int64_t kStep = kLanes<A>;
+  for (int64_t y = 0; y < rows; ++y, to += stride_y, from += pitch) {
+    if (n < kStep) {
+      store<A>(to, load<A>(from), n);
+    } else {
+      for (int64_t x = 0; x < n - kStep; x += kStep) store<A>(to + x, load<A>(from + x));
+      store<A>(to + n - kStep, load<A>(from + n - kStep));
+    }
+  }
+}
+
+}  // namespace timm_dynamic::ISA

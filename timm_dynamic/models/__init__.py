@@ -1,0 +1,23 @@
+"""Models: importing this package registers them all in timm's registry."""
+
+from timm.models import split_model_name_tag
+
+from timm_dynamic.models import ddf_resnet
+
+_FAMILIES = (ddf_resnet,)
+
+
+def static_twin(name: str) -> str:
+    """The timm model that has ordinary convolutions where this one has dynamic ones.
+
+    Args:
+        name: One of this package's models, with or without a tag.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    twins = {dynamic: static for family in _FAMILIES for dynamic, static in family.STATIC_TWINS.items()}
+    name = split_model_name_tag(name)[0]
+    if name not in twins:
+        raise ValueError(f"{name} has no static twin; these have one: {', '.join(twins)}")
+    return twins[name]

@@ -1,0 +1,124 @@
+"""Where `pretrained=True` looks for weights. Nothing here touches the network."""
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from timm_dynamic import hub
+from timm_dynamic.models import ddf_resnet
+
+TINY = "test_ddf_resnet"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty local weights folder, and no hub."""
+    monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path))
+    monkeypatch.delenv("TIMM_DYNAMIC_HUB_ORG", raising=False)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args: None)
+
+    def offline(url):
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", offline)
+    return tmp_path
+
+
+@pytest.fixture
+def weights(folder):
+    """A weights file of the tiny model, outside the local folder's names."""
+    path = folder / "elsewhere" / "weights.safetensors"
+    path.parent.mkdir()
+    save_file(timm.create_model(TINY).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def hub_tag(monkeypatch):
+    """The tiny model with a tag whose weights are on the hub."""
+    cfg = timm.get_pretrained_cfg(f"{TINY}.digits")
+    cfg.tag, cfg.file, cfg.hf_hub_id = "hub", None, f"timm-dynamic/{TINY}.hub"
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, f"{TINY}.hub", cfg)
+    return f"{TINY}.hub"
+
+
+def stem(model):
+    return model.conv1[0].weight
+
+
+def saved_stem(path):
+    return load_file(path)["conv1.0.weight"]
+
+
+def test_local_folder(folder, monkeypatch):
+    assert hub.local_weights("a.b") == folder / "a.b.safetensors"
+    monkeypatch.delenv("TIMM_DYNAMIC_WEIGHTS")
+    assert str(hub.local_weights("a.b")) == f"{constants.HF_HOME}/timm-dynamic/a.b.safetensors"
+
+
+def test_local_folder_is_first(folder, weights, hub_tag):
+    weights.rename(folder / f"{hub_tag}.safetensors")
+    model = timm.create_model(hub_tag, pretrained=True)
+    assert torch.equal(stem(model), saved_stem(folder / f"{hub_tag}.safetensors"))
+    assert model.pretrained_cfg["tag"] == "hub"
+
+
+@pytest.mark.parametrize("organisation", [None, "someone"])
+def test_then_the_hub(weights, hub_tag, organisation, monkeypatch):
+    asked = []
+    if organisation:
+        monkeypatch.setenv("TIMM_DYNAMIC_HUB_ORG", organisation)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", asked.append)
+
+    def download(repo_id, filename, cache_dir=None):
+        asked.append((repo_id, filename, cache_dir))
+        return str(weights)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    model = timm.create_model(hub_tag, pretrained=True, cache_dir="here")
+    assert torch.equal(stem(model), saved_stem(weights))
+    repository = f"{organisation or 'timm-dynamic'}/{hub_tag}"
+    assert repository in asked[0] and asked[1:] == [(repository, "model.safetensors", "here")]
+
+
+def test_what_to_do_when_there_are_none(folder):
+    with pytest.raises(ValueError) as error:
+        timm.create_model("ddf_mul_resnet50.in1k", pretrained=True)
+    path = folder / "ddf_mul_resnet50.in1k.safetensors"
+    assert f"timm-dynamic convert SRC {path} --model ddf_mul_resnet50" in str(error.value)
+    assert "timm-dynamic/ddf_mul_resnet50.in1k" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tag_without_weights():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for ddf_mul_resnet152"):
+        timm.create_model("ddf_mul_resnet152", pretrained=True)
+
+
+@pytest.mark.parametrize("how", ["overlay file", "overlay state_dict", "cfg"])
+def test_a_source_of_the_callers_wins(how, folder, weights):
+    save_file(timm.create_model(TINY).state_dict(), folder / f"{TINY}.digits.safetensors")
+    state = timm.models.load_state_dict(str(weights))
+    kwargs = {
+        "overlay file": {"pretrained_cfg_overlay": {"file": str(weights)}},
+        "overlay state_dict": {"pretrained_cfg_overlay": {"state_dict": state}},
+        "cfg": {"pretrained_cfg": {"file": str(weights), "num_classes": 10, "classifier": "fc"}},
+    }[how]
+    assert torch.equal(stem(timm.create_model(TINY, pretrained=True, **kwargs)), saved_stem(weights))
+
+
+def test_other_classes_channels_and_features(folder, weights):
+    weights.rename(folder / f"{TINY}.digits.safetensors")
+    saved = saved_stem(folder / f"{TINY}.digits.safetensors")
+    model = timm.create_model(TINY, pretrained=True, num_classes=3, in_chans=1)
+    torch.testing.assert_close(stem(model), saved.sum(1, keepdim=True))
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert torch.equal(stem(timm.create_model(TINY, pretrained=True, features_only=True)), saved)
+
+
+def test_shipped_weights_are_named_by_their_cfg():
+    for tags in ddf_resnet.default_cfgs.values():
+        for tag, cfg in tags.cfgs.items():
+            if cfg.file:
+                assert hub.Path(cfg.file).parent == hub.PACKAGE_WEIGHTS and cfg.file.endswith(f".{tag}.safetensors")

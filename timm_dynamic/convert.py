@@ -1,0 +1,216 @@
+"""Checkpoints: reading ours, timm's and the original authors' without running what is in them, and converting them."""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from timm_dynamic.version import __version__
+
+_EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's, and its scripts' older name
+_STATE_KEYS = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
+_SHOWN = 3  # names given per kind of mismatch
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What a checkpoint file holds, on the CPU, without running any code in it.
+
+    A `.safetensors` file is read as such, any other through `torch.load(weights_only=True)` with `argparse.Namespace`
+    (timm's scripts save their arguments as one) as the only class allowed beyond torch's own list.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, is damaged, or needs something else to be unpickled.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a downloaded file")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the path of a checkpoint file")
+    with path.open("rb") as file:
+        head = file.read(64).lstrip(b"\0 \t\r\n")
+    if not head:
+        raise ValueError(f"{path} is empty or starts with zeros: download it again")
+    if head.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not a checkpoint: run `git lfs pull`")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file or is damaged ({error}): download it again") from error
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint fail in about every way there is
+        raise ValueError(f"{path} {_why_unreadable(str(error))}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a dict with the model's weights")
+    # Unpickling can set attributes on an OrderedDict, `items` among them; a plain dict has none.
+    return dict(dict.items(checkpoint))
+
+
+def _why_unreadable(message: str) -> str:
+    refused = re.search(r"GLOBAL (.+?) (?:was not an allowed|whose module)", message, re.DOTALL)
+    if refused:
+        return (
+            f"is refused: it needs {refused[1][:80]!r} to be unpickled, which could run any code. Tensors, plain "
+            "containers and argparse.Namespace are allowed; if you trust the file, save its state dict alone"
+        )
+    for kind in ("TorchScript", ".tar"):
+        if kind in message:
+            return f"is a {kind} archive, which weights_only=True cannot read: save its state dict with torch.save"
+    return "is not a PyTorch checkpoint or is damaged: download it again"
+
+
+def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> dict[str, Tensor]:
+    """The model's weights out of what a training script saved, keys without the prefixes of wrappers.
+
+    Args:
+        checkpoint: With the weights under `state_dict` or `model`, or a bare state dict.
+        use_ema: Take the averaged weights (`state_dict_ema`, `model_ema`) instead.
+
+    Raises:
+        ValueError: There are no such weights, or some are no dense tensors.
+    """
+    wanted = _EMA_KEYS if use_ema else _STATE_KEYS
+    state = next((checkpoint[key] for key in wanted if isinstance(checkpoint.get(key), dict)), None)
+    if use_ema and state is None:
+        raise ValueError(f"the checkpoint has no averaged weights ({' or '.join(wanted)}): load it without use_ema")
+    state = checkpoint if state is None else dict(dict.items(state))
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        names = ", ".join(map(str, list(state)[:8])) or "nothing"
+        raise ValueError(f"no weights found under {' or '.join(wanted)}, nor at the top, which holds {names}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"the state dict holds a {type(value).__name__} at {key!r}: expected a tensor")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"the tensor {key!r} is sparse, quantized or without data: expected a dense one")
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    # Not `value.detach()`: unpickling can set attributes on a tensor too.
+    return {key: torch.Tensor.detach(value) for key, value in state.items()}
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> None:
+    """Load a checkpoint file into a model: strictly, or not at all.
+
+    The `checkpoint_filter_fn` of the module that defines the model, ours or timm's, translates other formats.
+
+    Args:
+        model: As `timm.create_model` made it.
+        path: File to load: ours, timm's, or an author's (see `read_checkpoint`).
+        use_ema: Take the averaged weights of the checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, does not fit the model, or holds NaN or infinity. The model is as it was.
+    """
+    checkpoint = read_checkpoint(path)
+    name = _architecture(model)
+    try:
+        state = extract_state_dict(checkpoint, use_ema)
+        filter_fn = _filter_fn(name)
+        state = filter_fn(state, model) if filter_fn else state
+        _check_fits(state, model)
+    except ValueError as error:
+        raise ValueError(f"{path} does not load into {name}: {error}") from error
+    except Exception as error:  # timm's filters expect one format and break in their own ways on others
+        raise ValueError(f"{path} does not load into {name} ({type(error).__name__}: {error})") from error
+    model.load_state_dict(state)
+
+
+def _architecture(model: nn.Module) -> str:
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+
+
+def _filter_fn(name: str) -> Callable | None:
+    if not timm.is_model(name):
+        return None
+    return getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
+
+
+def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    wrong_shape = [
+        f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    kinds = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": wrong_shape,
+    }
+    if any(kinds.values()):
+        problems = [f"{len(keys)} keys {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
+        raise ValueError("; ".join(problems) + _num_classes_hint(state, own, model))
+    for key, value in own.items():
+        if value.is_floating_point() and not state[key].is_floating_point():
+            raise ValueError(f"{key} holds {state[key].dtype}: expected floating-point weights")
+        # In the model's dtype: a float64 can be too large for it.
+        if not torch.isfinite(state[key].to(value.dtype)).all():
+            raise ValueError(f"{key} holds NaN or infinity: the file is damaged or its training diverged")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+
+
+def _num_classes_hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> str:
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else classifier:
+        key = f"{name}.weight"
+        if key in state and (key not in own or len(state[key]) != len(own[key])):
+            return f"; create the model with num_classes={len(state[key])} (--num-classes {len(state[key])})"
+    return ""
+
+
+def convert(src: str | os.PathLike, dst: str | os.PathLike, model: nn.Module, use_ema: bool = False) -> None:
+    """Convert a checkpoint file to safetensors with our key names; `model` holds its weights afterwards.
+
+    Args:
+        src: File to convert (see `read_checkpoint`).
+        dst: File to write, named `*.safetensors`. Written whole or not at all; its folder is made if missing.
+        model: As `timm.create_model` made it, with the file's number of classes.
+        use_ema: Take the averaged weights of the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `load_checkpoint`, or `dst` is no name for the result.
+        OSError: `dst` cannot be written.
+    """
+    dst = Path(dst)
+    if dst.suffix != ".safetensors":
+        raise ValueError(f"{dst} must end in .safetensors")
+    if dst.is_dir():
+        raise ValueError(f"{dst} is a folder: give the name of a file")
+    if dst.exists() and os.path.exists(src) and dst.samefile(src):
+        raise ValueError(f"{dst} is the file to convert: give another name for the result")
+    load_checkpoint(model, src, use_ema)
+
+    # Copies: safetensors takes neither shared memory nor other layouts.
+    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+    metadata = {"format": "pt", "model": _architecture(model), "timm_dynamic": __version__}
+    unfinished = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(save(state, metadata))  # `save_file` makes files that only their owner can read
+            os.replace(unfinished, dst)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {dst}: {error}") from error

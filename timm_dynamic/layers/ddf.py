@@ -1,0 +1,367 @@
+"""Decoupled dynamic filters as layers: what makes the two filter factors, and applies them.
+
+Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021 (arXiv 2104.14107). The operator is `timm_dynamic.ops.ddf`.
+Parameters are named as the authors' are, so that their weights load as they are.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.ops import ddf
+
+
+@register_notrace_module
+class FilterNorm(nn.Module):
+    """Standardise every K x K filter over its taps, then scale it.
+
+    Each filter loses its mean and is divided by (unbiased standard deviation + 1e-10). Computed in float32, or float64
+    for float64 inputs: 1e-10 is zero in float16, and a constant filter would become NaN.
+
+    Args:
+        in_channels: Number of filters at a position.
+        kernel_size: K, at least 2.
+        filter_type: `"spatial"` or `"channel"`: which of the two factors these filters are.
+        nonlinearity: What follows, for `torch.nn.init.calculate_gain`; the scale is gain / K.
+        running_std: Learn the scale, one number a tap (parameter `std`); else it is the constant gain / K.
+        running_mean: Learn an offset as well, one number a tap (parameter `mean`).
+
+    Shape:
+        `[B, in_channels*K*K, H, W]`, filters one after the other, to the same.
+
+    Raises:
+        ValueError: If an argument has an unusable value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int,
+        filter_type: str,
+        nonlinearity: str = "linear",
+        running_std: bool = False,
+        running_mean: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if kernel_size < 2:
+            raise ValueError(f"kernel_size must be at least 2 (one tap has no deviation), got {kernel_size}")
+        if filter_type not in ("spatial", "channel"):
+            raise ValueError(f'filter_type must be "spatial" or "channel", got {filter_type!r}')
+        self.in_channels = in_channels
+        self.taps = kernel_size**2
+        scale = _gain(nonlinearity) / kernel_size
+        self.scale = 1.0 if running_std else scale
+        size = in_channels * self.taps
+        dd = {"device": device, "dtype": dtype}
+        self.std = nn.Parameter(torch.randn(size, **dd) * scale) if running_std else None
+        self.mean = nn.Parameter(torch.zeros(size, **dd)) if running_mean else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input("x", x, self.in_channels * self.taps)
+        B, C, H, W = x.shape
+        dtype = x.dtype
+        if dtype != torch.float64:
+            x = x.float()
+        x = x.reshape(B, self.in_channels, self.taps, H, W)
+        x = x - x.mean(2, keepdim=True)
+        # torch.std is several times slower along a strided dimension. The lower bound changes nothing beside 1e-10; it
+        # keeps the gradient of the square root finite where a filter is constant.
+        variance = x.square().sum(2, keepdim=True) / (self.taps - 1)
+        x = x * (self.scale / (variance.clamp_min(1e-36).sqrt() + 1e-10))
+        x = x.reshape(B, C, H, W)
+        if self.std is not None:
+            x = x * self.std[:, None, None]
+        if self.mean is not None:
+            x = x + self.mean[:, None, None]
+        return x.to(dtype)
+
+
+@register_notrace_module
+class DDFPack(DropInConv2d):
+    """Decoupled dynamic filter layer: a K x K convolution whose filter depends on the sample, channel and position.
+
+    One branch makes a filter for every position, another one for every channel; each output uses the product (or sum)
+    of its two. `[B, C, H, W]` becomes `[B, C, ceil(H/stride), ceil(W/stride)]`.
+    Channels are filtered one by one, as in a depthwise convolution.
+
+    Args:
+        in_channels: C, also the output's channels.
+        kernel_size: K, odd and at least 3.
+        stride: Distance between outputs.
+        dilation: Distance between taps.
+        head: Split the channels into this many groups, each with its own spatial filters.
+        se_ratio: Width of the channel branch's hidden layer, as a fraction of C.
+        nonlinearity: What follows the layer, for the scale of its filters (see `FilterNorm`).
+        kernel_combine: `"mul"` or `"add"`.
+
+    Raises:
+        ValueError: If an argument, or the input of the forward pass, has an unusable value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        head: int = 1,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "relu",
+        kernel_combine: str = "mul",
+        device=None,
+        dtype=None,
+    ):
+        padding = dilation * (kernel_size // 2)
+        super().__init__(in_channels, in_channels, kernel_size, stride, padding, dilation, bias=False)
+        _check(in_channels, kernel_size, head, se_ratio, kernel_combine)
+        self.head = head
+        self.kernel_combine = kernel_combine
+        dd = {"device": device, "dtype": dtype}
+        self.spatial_branch = _spatial_branch(in_channels, head, kernel_size, stride, nonlinearity, **dd)
+        self.channel_branch = _channel_branch(in_channels, kernel_size, se_ratio, nonlinearity, **dd)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_input("x", x, self.in_channels)
+        K, d, s = self.kernel_size[0], self.dilation[0], self.stride[0]
+        x = _filter(x, self.channel_branch(x), self.spatial_branch(x), self.head, K, d, s, self.kernel_combine)
+        return x if self.bias is None else x + self.bias[:, None, None].to(x.dtype)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DDFConv2d":
+        """The `DDFConv2d` that replaces `conv`. Only its bias is kept: dynamic filters have no static counterpart.
+
+        Args:
+            conv: A convolution that a `DDFConv2d` can stand in for.
+            **kwargs: `head`, `se_ratio`, `nonlinearity`, `kernel_combine`.
+
+        Raises:
+            ValueError: If `DDFConv2d` cannot stand in for `conv`.
+        """
+        drop_in = cls if issubclass(cls, DDFConv2d) else DDFConv2d
+        return super(DDFPack, drop_in).from_conv(conv, **kwargs)
+
+
+@register_notrace_module
+class DDFConv2d(DDFPack):
+    """`DDFPack` with the constructor and attributes of `nn.Conv2d`, which it replaces.
+
+    It has the output shape of the convolution with the same arguments. What it computes is depthwise, whether it
+    replaces a dense convolution (`groups=1`, as in the authors' networks) or a depthwise one.
+
+    Args:
+        in_channels, out_channels: Equal.
+        kernel_size: Square, odd and at least 3.
+        stride, dilation: The same in both directions.
+        padding: `dilation * (kernel_size // 2)`, or `"same"` with stride 1. nn.Conv2d's default, 0, is refused.
+        groups: 1 or `in_channels`.
+        bias: Add a static bias per channel, zero at first.
+        padding_mode: `"zeros"`.
+        head, se_ratio, nonlinearity, kernel_combine: See `DDFPack`.
+
+    Raises:
+        ValueError: If the arguments describe a convolution that it cannot replace.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        head: int = 1,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "relu",
+        kernel_combine: str = "mul",
+    ):
+        conv = DropInConv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        )
+        if in_channels != out_channels:
+            raise ValueError(
+                f"DDF keeps the channels: out_channels must equal in_channels, {in_channels}, got {out_channels}"
+            )
+        for name in ("kernel_size", "stride", "dilation"):
+            pair = getattr(conv, name)
+            if pair[0] != pair[1]:
+                raise ValueError(f"DDF needs the same {name} in both directions, got {pair}")
+        K, s, d = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+        if conv.padding not in ("same", (d * (K // 2),) * 2):
+            raise ValueError(f"DDF needs padding dilation * (kernel_size // 2) = {d * (K // 2)}, got {padding!r}")
+        if groups not in (1, in_channels):
+            raise ValueError(f"DDF filters every channel by itself: groups must be 1 or {in_channels}, got {groups}")
+        if padding_mode != "zeros":
+            raise ValueError(f'DDF pads with zeros: padding_mode must be "zeros", got {padding_mode!r}')
+        super().__init__(in_channels, K, s, d, head, se_ratio, nonlinearity, kernel_combine, device, dtype)
+        self.padding, self.groups = conv.padding, groups
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype))
+
+
+@register_notrace_module
+class DDFUpPack(nn.Module):
+    """Upsampling by decoupled dynamic filters: `scale_factor**2` filterings of the input, shuffled into its pixels.
+
+    `[B, C, H, W]` becomes `[B, C, scale_factor*H, scale_factor*W]` ("DDF-Up" in the paper). The spatial
+    filters are made from the input itself, after a depthwise convolution, or from a guidance map (`joint_channels`).
+
+    Args:
+        in_channels: C.
+        kernel_size: K, odd and at least 3.
+        scale_factor: Integer factor.
+        dilation: Distance between taps of the dynamic filters.
+        head, se_ratio, nonlinearity, kernel_combine: See `DDFPack`.
+        dw_kernel_size: Of the depthwise convolutions, odd; unused with a guidance map.
+        joint_channels: Channels of the guidance map; below 1 there is none.
+
+    Raises:
+        ValueError: If an argument, or an input of the forward pass, has an unusable value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        scale_factor: int = 2,
+        dilation: int = 1,
+        head: int = 1,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "linear",
+        dw_kernel_size: int = 3,
+        joint_channels: int = -1,
+        kernel_combine: str = "mul",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check(in_channels, kernel_size, head, se_ratio, kernel_combine)
+        for name, value in (("scale_factor", scale_factor), ("dilation", dilation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if dw_kernel_size < 1 or dw_kernel_size % 2 == 0:
+            raise ValueError(f"dw_kernel_size must be odd and positive, got {dw_kernel_size}")
+        self.in_channels, self.joint_channels = in_channels, joint_channels
+        self.kernel_size, self.scale_factor, self.dilation = kernel_size, scale_factor, dilation
+        self.head, self.kernel_combine = head, kernel_combine
+        dd = {"device": device, "dtype": dtype}
+
+        def spatial_branch() -> nn.Sequential:
+            if joint_channels >= 1:
+                return _spatial_branch(joint_channels, head, kernel_size, 1, nonlinearity, **dd)
+            depthwise = nn.Conv2d(
+                in_channels, in_channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=in_channels, **dd
+            )
+            return nn.Sequential(depthwise, _spatial_branch(in_channels, head, kernel_size, 1, nonlinearity, **dd))
+
+        pairs = range(scale_factor**2)
+        self.spatial_branch = nn.ModuleList(spatial_branch() for _ in pairs)
+        self.channel_branch = nn.ModuleList(
+            _channel_branch(in_channels, kernel_size, se_ratio, nonlinearity, **dd) for _ in pairs
+        )
+
+    def forward(self, x: Tensor, joint_x: Tensor | None = None) -> Tensor:
+        """Upsample `x`, `[B, C, H, W]`, guided by `joint_x`, `[B, joint_channels, H, W]`, if the layer is joint."""
+        _check_input("x", x, self.in_channels)
+        guide = x
+        if self.joint_channels >= 1:
+            if joint_x is None:
+                raise ValueError(f"joint_x, [B, {self.joint_channels}, H, W], is missing: joint_channels was given")
+            _check_input("joint_x", joint_x, self.joint_channels)
+            if joint_x.shape[0] != x.shape[0] or joint_x.shape[2:] != x.shape[2:]:
+                raise ValueError(
+                    f"joint_x must have the batch and size of x, {list(x.shape)}, got {list(joint_x.shape)}"
+                )
+            guide = joint_x
+        elif joint_x is not None:
+            raise ValueError("joint_x was given to a layer without a guidance map; construct it with joint_channels")
+        outputs = []
+        for channel, spatial in zip(self.channel_branch, self.spatial_branch, strict=True):
+            outputs.append(
+                _filter(
+                    x, channel(x), spatial(guide), self.head, self.kernel_size, self.dilation, 1, self.kernel_combine
+                )
+            )
+        return F.pixel_shuffle(torch.stack(outputs, 2).flatten(1, 2), self.scale_factor)
+
+
+def _spatial_branch(
+    in_channels: int, head: int, kernel_size: int, stride: int, nonlinearity: str, **dd
+) -> nn.Sequential:
+    """`[B, C, H, W]` -> `[B, head*K*K, Ho, Wo]`: the filters of every position."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, head * kernel_size**2, 1, stride, **dd),
+        FilterNorm(head, kernel_size, "spatial", nonlinearity, **dd),
+    )
+
+
+def _channel_branch(in_channels: int, kernel_size: int, se_ratio: float, nonlinearity: str, **dd) -> nn.Sequential:
+    """`[B, C, H, W]` -> `[B, C*K*K, 1, 1]`: the filters of every channel."""
+    hidden = max(1, int(in_channels * se_ratio))
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(in_channels, hidden, 1, **dd),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, in_channels * kernel_size**2, 1, **dd),
+        FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True, **dd),
+    )
+
+
+def _filter(
+    x: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    head: int,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+) -> Tensor:
+    """Apply the branches' outputs to `x`; heads are taken into the batch."""
+    B, C, H, W = x.shape
+    Ho, Wo = spatial_filter.shape[2], spatial_filter.shape[3]
+    n, c, K = B * head, C // head, kernel_size
+    x = x.reshape(n, c, H, W)
+    channel_filter, spatial_filter = channel_filter.reshape(n, c, K, K), spatial_filter.reshape(n, K * K, Ho, Wo)
+    if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
+        x = torch.ops.timm_dynamic.ddf(x, channel_filter, spatial_filter, K, dilation, stride, kernel_combine)
+    else:
+        x = ddf(x, channel_filter, spatial_filter, K, dilation, stride, kernel_combine)
+    return x.reshape(B, C, Ho, Wo)
+
+
+def _check(in_channels: int, kernel_size: int, head: int, se_ratio: float, kernel_combine: str) -> None:
+    if kernel_size < 3 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
+    if head < 1 or in_channels < 1 or in_channels % head:
+        raise ValueError(f"head must divide in_channels, got head={head} and in_channels={in_channels}")
+    if se_ratio < 0:
+        raise ValueError(f"se_ratio must not be negative, got {se_ratio}")
+    if kernel_combine not in ("mul", "add"):
+        raise ValueError(f'kernel_combine must be "mul" or "add", got {kernel_combine!r}')
+
+
+def _check_input(name: str, x: Tensor, channels: int) -> None:
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} must be [B, {channels}, H, W], got shape {list(x.shape)}")
+
+
+def _gain(nonlinearity: str) -> float:
+    try:
+        return nn.init.calculate_gain(nonlinearity)
+    except ValueError:
+        raise ValueError(
+            f'nonlinearity must be a name that torch.nn.init.calculate_gain knows ("relu", "linear", ...), '
+            f"got {nonlinearity!r}"
+        ) from None

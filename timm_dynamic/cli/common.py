@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import timm
@@ -44,7 +47,31 @@ class Parser(argparse.ArgumentParser):
         unknown = sorted(set(values) - {action.dest for action in self._actions})
         if unknown:
             raise ValueError(f"--config {path}: unknown keys {', '.join(map(str, unknown))}")
+        for action in self._actions:  # argparse checks neither the choices nor the type of a default
+            value = values.get(action.dest)
+            if action.choices and value is not None and value not in action.choices:
+                raise ValueError(
+                    f"--config {path}: {action.dest} is {value!r}, not one of {', '.join(map(repr, action.choices))}"
+                )
+            if action.type in (int, positive_int) and isinstance(value, (bool, float)):
+                raise ValueError(f"--config {path}: {action.dest} is {value!r}, not a whole number")
         return values
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def compile_backend(name: str) -> str:
+    """An argparse type: a backend of `torch.compile`."""
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if name not in backends:
+        raise argparse.ArgumentTypeError(f"unknown backend {name!r}; choose from {', '.join(backends)}")
+    return name
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +92,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
     group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="default: float16")
     group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model")
+    group.add_argument(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        type=compile_backend,
+        metavar="BACKEND",
+        help="torch.compile the model",
+    )
 
 
 def create_model(name: str, checkpoint: str = "", use_ema: bool = False, **kwargs) -> nn.Module:
@@ -83,8 +117,8 @@ def create_model(name: str, checkpoint: str = "", use_ema: bool = False, **kwarg
         raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     try:
         model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"cannot create {name}: {error}") from error
+    except (RuntimeError, TypeError, OSError) as error:
+        raise ValueError(f"cannot create {name}: {str(error) or type(error).__name__}") from error
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return model
@@ -98,3 +132,31 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def amp_autocast(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
+    """The context for forward passes that `--amp` and `--amp-dtype` ask for; it can be entered again and again."""
+    if not args.amp:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype))
+
+
+def check_output_file(flag: str, path: str, suffixes: tuple[str, ...]) -> None:
+    """Raise a `ValueError` if `path` has none of the suffixes, or could not be written."""
+    target = Path(path)
+    if target.suffix not in suffixes:
+        raise ValueError(f"{flag} {path}: the name must end in {' or '.join(suffixes)}")
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{flag} {path}: cannot write there")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; it takes its place if the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

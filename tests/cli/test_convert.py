@@ -1,0 +1,85 @@
+import argparse
+import os
+
+import pytest
+import timm
+import torch
+
+from timm_dynamic import cli
+from timm_dynamic.convert import load_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An author's file for a network of 5 classes, and the network."""
+    model = timm.create_model("test_ddf_resnet", num_classes=5).eval()
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    averaged = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    path = tmp_path / "authors.pth.tar"
+    torch.save({"state_dict": state, "state_dict_ema": averaged, "args": argparse.Namespace(lr=0.1)}, path)
+    return path, model
+
+
+def run(capsys, *argv):
+    """Exit status, stdout, stderr."""
+    try:
+        status = cli.main(["convert", *map(str, argv)])
+    except SystemExit as stop:  # argparse's own errors
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_convert(tmp_path, capsys, checkpoint):
+    path, source = checkpoint
+    dst = tmp_path / "b.safetensors"
+    status, out, err = run(capsys, path, dst, "--model", "test_ddf_resnet", "--num-classes", 5)
+    assert (status, err) == (0, "")
+    parameters = sum(p.numel() for p in source.parameters())
+    assert out == (
+        f"test_ddf_resnet: {parameters:,} parameters, {len(source.state_dict())} tensors, "
+        f"{os.path.getsize(dst) / 1e6:.1f} MB -> {dst}\n"
+    )
+    model = timm.create_model("test_ddf_resnet", num_classes=5).eval()
+    load_checkpoint(model, dst)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), source(x))
+
+
+def test_model_kwargs_and_use_ema(tmp_path, capsys, checkpoint):
+    path, source = checkpoint
+    dst = tmp_path / "b.safetensors"
+    status, *_ = run(capsys, path, dst, "--use-ema", "-m", "test_ddf_resnet", "--model-kwargs", "num_classes=5")
+    assert status == 0
+    model = timm.create_model("test_ddf_resnet", num_classes=5)
+    load_checkpoint(model, dst)
+    assert torch.equal(model.fc.weight, source.fc.weight.half().float())
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("SRC DST", "required: -m/--model"),
+        ("SRC", "required: DST"),
+        ("SRC DST -m ddf_mull_resnet50", "unknown model 'ddf_mull_resnet50'; did you mean ddf_mul_resnet50"),
+        ("SRC DST -m test_ddf_resnet", "num_classes=5 (--num-classes 5)"),
+        ("SRC DST -m test_ddf_resnet --num-classes 5 --model-kwargs nonsense=1", "cannot create test_ddf_resnet"),
+        ("SRC DST -m test_ddf_resnet --num-classes 0", "num_classes=5 (--num-classes 5)"),
+        ("SRC DST -m test_ddf_resnet --num-classes five", "invalid int value: 'five'"),
+        ("SRC DST -m test_ddf_resnet --num-classes 5 --colour", "unrecognized arguments: --colour"),
+        ("SRC DST -m test_resnet --num-classes 5", "does not load into test_resnet"),
+        ("MISSING DST -m test_ddf_resnet", "no checkpoint at"),
+        ("SRC DST.pth -m test_ddf_resnet --num-classes 5", "must end in .safetensors"),
+        ("SRC SRC/b.safetensors -m test_ddf_resnet --num-classes 5", "authors.pth.tar"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, checkpoint, argv, expected):
+    path = checkpoint[0]
+    names = {"MISSING": tmp_path / "missing.pth", "SRC": path, "DST": tmp_path / "new" / "b.safetensors"}
+    for name, value in names.items():
+        argv = argv.replace(name, str(value))
+    status, out, err = run(capsys, *argv.split())
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert err.startswith("timm-dynamic convert: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]

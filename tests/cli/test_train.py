@@ -1,0 +1,359 @@
+import csv
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from timm_dynamic import cli
+from timm_dynamic.cli.data import UnreadableImage
+from timm_dynamic.convert import extract_state_dict, load_checkpoint, read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+MODEL = "test_ddf_resnet"
+FLAGS = (
+    f"--model {MODEL} --num-classes 10 --img-size 32 --device cpu --workers 0 -b 8 --epochs 2 --warmup-epochs 0 "
+    "--lr 0.05 --output out --experiment run"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch, small_digits):
+    """Run in an empty folder in which `data` is the digits."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(small_digits)
+
+
+def run(capsys, flags=""):
+    """Exit status, stdout, stderr of `train data FLAGS ...`."""
+    try:
+        status = cli.main(["train", "data", *FLAGS, *flags.split()])
+    except SystemExit as stop:  # argparse's own errors
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def train(capsys, flags=""):
+    """Train; what it printed, the rows of its summary, and its last checkpoint."""
+    status, out, err = run(capsys, flags)
+    assert status == 0, err
+    folder = Path(out.split(" in ")[-1].strip())
+    with open(folder / "summary.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return out, rows, read_checkpoint(folder / "last.pth.tar")
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
+
+
+def test_a_run(capsys):
+    out, rows, last = train(capsys, "--checkpoint-hist 1")
+    assert {path.name for path in Path("out/run").iterdir()} == {
+        "args.yaml",
+        "summary.csv",
+        "last.pth.tar",
+        "model_best.pth.tar",
+        f"checkpoint-{int(max(rows, key=lambda row: row['eval_top1'])['epoch'])}.pth.tar",
+    }
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert [row["lr"] for row in rows] == [0.05, 0.025]  # a cosine over two epochs
+    best = max(row["eval_top1"] for row in rows)
+    assert out.startswith(f"best eval_top1: {best:.4f} (epoch ")
+    assert last["epoch"] == 1 and last["arch"] == MODEL
+
+    # The flags as given, in a form that --config takes.
+    flags = yaml.safe_load(Path("out/run/args.yaml").read_text())
+    assert flags["model"] == MODEL and flags["lr"] == 0.05 and "world_size" not in flags
+    shutil.copy("out/run/args.yaml", "args.yaml")
+    assert cli.main(["train", "--config", "args.yaml", "--experiment", "again"]) == 0
+    assert_same(last["state_dict"], read_checkpoint("out/again/last.pth.tar")["state_dict"])
+
+    # The checkpoint loads, and its accuracy is that of the summary.
+    load_checkpoint(timm.create_model(MODEL, num_classes=10), "out/run/last.pth.tar")
+    flags = [*FLAGS[: FLAGS.index("-b")], "--checkpoint", "out/run/last.pth.tar", "--results-file", "r.csv"]
+    assert cli.main(["validate", "data", *flags]) == 0
+    with open("r.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
+
+
+def test_learns(capsys):
+    """40 images are learned by heart."""
+    _, rows, _ = train(capsys, "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --val-split train")
+    assert rows[-1]["train_loss"] < 0.3 < rows[0]["train_loss"] and rows[-1]["eval_top1"] > 90
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--model-ema --model-ema-decay 0.9 --model-ema-warmup --mixup 0.2 --sched-on-updates --drop 0.1",
+        "--opt adamw --lr 1e-3 --workers 2 --aa rand-m7-mstd0.5-inc1 --reprob 0.4 --grad-accum-steps 2",
+        "--amp --clip-grad 1 --sched step --decay-epochs 1 --lr-noise 0.3 0.9",
+    ],
+)
+def test_resume_ends_where_an_uninterrupted_run_does(capsys, flags):
+    flags += " --epochs 3"
+    _, rows, last = train(capsys, flags)
+    _, resumed_rows, resumed = train(capsys, f"{flags} --experiment b --resume out/run/checkpoint-0.pth.tar")
+    assert resumed_rows == rows[1:]
+    assert resumed["epoch"] == last["epoch"] == 2
+    for key in ("state_dict", "state_dict_ema"):
+        assert_same(last.get(key, {}), resumed.get(key, {}))
+
+
+def test_resume_in_the_same_folder(capsys):
+    """Rows of epochs to be repeated go, the best of the others stays the best."""
+    out, rows, last = train(capsys, "--epochs 3 --checkpoint-hist 2")
+    shutil.copy("out/run/last.pth.tar", "last.pth.tar")
+    files = sorted(Path("out/run").iterdir())
+    out_again, again, resumed = train(capsys, "--epochs 3 --checkpoint-hist 2 --resume last.pth.tar")
+    assert (out_again, again, sorted(Path("out/run").iterdir())) == (out, rows, files)
+    _, again, resumed = train(capsys, "--epochs 4 --resume last.pth.tar")
+    assert [row["epoch"] for row in again] == [0, 1, 2, 3] and again[:3] == rows
+    assert resumed["epoch"] == 3
+
+
+def test_best_is_remembered(capsys):
+    """A resumed run that gets worse does not replace the best checkpoint."""
+    train(capsys, "--epochs 1")
+    path = Path("out/run/summary.csv")
+    header, row = path.read_text().splitlines()
+    fields = dict(zip(header.split(","), row.split(","), strict=True), eval_top1="100.0")
+    path.write_text(f"{header}\n{','.join(fields.values())}\n")
+    before = Path("out/run/model_best.pth.tar").read_bytes()
+    out, *_ = train(capsys, "--resume out/run/last.pth.tar")
+    assert out.startswith("best eval_top1: 100.0000 (epoch 0)")
+    assert Path("out/run/model_best.pth.tar").read_bytes() == before
+
+
+def test_start_and_optimizer_of_a_resumed_run(capsys):
+    train(capsys, "--epochs 2")
+    flags = "--resume out/run/last.pth.tar --experiment b"
+    _, rows, last = train(capsys, f"{flags} --epochs 4 --start-epoch 3")
+    assert [row["epoch"] for row in rows] == [3]
+    assert rows[0]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 3 / 4)) / 2)
+    # The optimizer's state brings its learning rate along, a new optimizer takes the flag's.
+    _, rows, _ = train(capsys, f"{flags} --epochs 4 --start-epoch 2 --lr 0.01 --no-resume-opt")
+    assert rows[-2]["lr"] == pytest.approx(0.01 / 2)
+
+
+def test_initial_checkpoint(capsys):
+    _, _, last = train(capsys)
+    _, rows, again = train(capsys, "--initial-checkpoint out/run/last.pth.tar --lr 0 --experiment b --epochs 1")
+    assert rows[0]["epoch"] == 0
+    weights = [key for key, _ in timm.create_model(MODEL, num_classes=10).named_parameters()]
+    assert_same(*({key: c["state_dict"][key] for key in weights} for c in (last, again)))
+
+
+def test_averaged_weights(capsys):
+    """The average is validated and saved: with decay 0 it is the weights, with decay 1 the first update's."""
+    _, rows, last = train(capsys, "--model-ema --model-ema-decay 0")
+    assert_same(last["state_dict"], last["state_dict_ema"])
+    _, kept, frozen = train(capsys, "--model-ema --model-ema-decay 1 --experiment b")
+    assert_same(last["state_dict"], frozen["state_dict"])
+    assert not torch.equal(frozen["state_dict"]["fc.weight"], frozen["state_dict_ema"]["fc.weight"])
+    assert rows[-1]["eval_loss"] != kept[-1]["eval_loss"]
+    _, plain, _ = train(capsys, "--experiment c")
+    assert plain == rows
+    _, on_cpu, last = train(capsys, "--model-ema --model-ema-force-cpu --model-ema-decay 1 --experiment d")
+    assert on_cpu == plain
+    assert_same(frozen["state_dict_ema"], last["state_dict_ema"])
+
+
+def test_learning_rate_from_the_batch(capsys):
+    flags = "--epochs 1 --lr-base 0.1 --lr-base-size 80 --grad-accum-steps 2".split()
+    keep = [flag for flag in FLAGS if flag not in ("--lr", "0.05")]
+    rates = []
+    for extra in ([], ["--lr-base-scale", "sqrt"], ["--opt", "adamw"]):
+        assert cli.main(["train", "data", *keep, *flags, *extra]) == 0
+        with open("out/run/summary.csv", newline="") as file:
+            rates.append(float(next(csv.DictReader(file))["lr"]))
+    assert rates == pytest.approx([0.02, 0.1 * 0.2**0.5, 0.1 * 0.2**0.5])
+
+
+@pytest.mark.parametrize(
+    "batch, accumulated", [("-b 20", "-b 5 --grad-accum-steps 4"), ("-b 40", "-b 5 --grad-accum-steps 9")]
+)
+def test_gradient_accumulation_is_a_larger_batch(capsys, batch, accumulated):
+    """Without BatchNorm, which sees the small batches; also for a last group that is smaller than asked."""
+    flags = "--model vit_tiny_patch16_224 --model-kwargs img_size=32 depth=1 embed_dim=24 num_heads=1 --no-aug"
+    flags += " --epochs 1 --opt momentum"
+    _, rows, large = train(capsys, f"{flags} {batch}")
+    _, again, small = train(capsys, f"{flags} {accumulated} --experiment b")
+    assert rows[0]["train_loss"] == pytest.approx(again[0]["train_loss"], rel=1e-5)
+    assert_same(large["state_dict"], small["state_dict"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--amp --amp-dtype bfloat16",
+        "--channels-last",
+        "--torchcompile eager",
+        "--grad-checkpointing",
+        "--grad-accum-steps 3",
+        "--clip-grad 0.1 --clip-mode agc",
+        "--clip-grad 0.1 --clip-mode value --opt adamw",
+        "--mixup 0.2 --cutmix 1 --mixup-mode elem --mixup-off-epoch 1",
+        "--cutmix-minmax 0.2 0.8 --bce-loss --bce-target-thresh 0.2",
+        "--bce-loss --bce-sum",
+        "--smoothing 0 --eval-metric loss",
+        "--val-split=",
+        "--sched none --layer-decay 0.7",
+        "--sched multistep --decay-milestones 1 --decay-rate 0.5",
+        "--in-chans 1 --mean 0.3 --std 0.3 --color-jitter 0",
+        "--model test_resnet --drop-path 0.1 -vb 3",
+    ],
+)
+def test_flags(capsys, flags):
+    out, rows, last = train(capsys, flags)
+    metric = {"--val-split=": "train_loss", "--smoothing 0 --eval-metric loss": "eval_loss"}.get(flags, "eval_top1")
+    assert out.startswith(f"best {metric}: ")
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert not any(key.startswith(("_orig_mod", "module")) for key in last["state_dict"])
+
+
+def test_two_processes(capsys):
+    """Each sees half of the data; validation is of all images, and exact, though 3 x 7 images don't halve."""
+    for label in range(7):
+        shutil.copytree(f"data/train/{label}", f"seven/train/{label}")
+        for i in range(3):
+            Path(f"seven/val/{label}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(f"data/train/{label}/{i}.png", f"seven/val/{label}")
+    flags = [*FLAGS, "-b", "4", "--model-ema", "--experiment", "two"]
+    script = [str(ROOT / "distributed_train.sh"), "2", "seven", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best eval_top1") == 1
+    with open("out/two/summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    last = read_checkpoint("out/two/last.pth.tar")
+    assert last["args"].world_size == 2
+    torch.save(extract_state_dict(last, use_ema=True), "ema.pth")
+    flags = [*FLAGS[: FLAGS.index("-b")], "--checkpoint", "ema.pth", "--results-file", "r.csv"]
+    assert cli.main(["validate", "seven", *flags]) == 0
+    with open("r.csv", newline="") as file:
+        result = next(csv.DictReader(file))
+    for key in ("top1", "top5"):
+        assert float(rows[-1][f"eval_{key}"]) == pytest.approx(float(result[key]), abs=1e-3)
+
+
+@pytest.mark.parametrize("argv", [[], ["0"], ["-1"], ["two", "data"]])
+def test_distributed_usage(argv):
+    done = subprocess.run([ROOT / "distributed_train.sh", *argv], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("usage: distributed_train.sh N DATA")
+
+
+def test_validation_classes_are_numbered_as_in_training(capsys):
+    """A class without validation images does not shift the others."""
+    shutil.copytree("data/train", "gap/train")
+    shutil.copytree("data/train", "gap/val", ignore=lambda folder, names: {"0", "4"} & set(names))
+    flags = "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --data-dir gap".split()
+    assert cli.main(["train", *FLAGS, *flags]) == 0
+    with open("out/run/summary.csv", newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["eval_top1"]) > 90
+
+
+@pytest.fixture
+def bad_inputs():
+    Path("empty").mkdir()
+    for name, splits in {"no_val": ["train"], "empty_val": ["train"], "other": ["train"], "bare": []}.items():
+        for split in splits:
+            shutil.copytree("data/train", f"{name}/{split}")
+    shutil.copytree("data/val", "bare", dirs_exist_ok=True)
+    Path("empty_val/val/3").mkdir(parents=True)
+    shutil.copytree("data/val/3", "other/val/eleven")
+    shutil.copytree("data", "broken")
+    Path("broken/train/0/broken.png").write_bytes(b"")
+    Path("file").write_text("x")
+    Path("key.yaml").write_text("nonsense: 1\nmodel: test_resnet\n")
+    Path("choice.yaml").write_text("sched: nonsense\n")
+    Path("type.yaml").write_text("epochs: 1.5\n")
+    Path("list.yaml").write_text("[1, 2]\n")
+    model = timm.create_model("test_resnet", num_classes=10)
+    torch.save(model.state_dict(), "weights.pth")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1).state_dict()
+    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer, "epoch": 1}, "foreign.pth")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--data-dir nowhere", "no such data folder: nowhere"),
+        ("--data-dir empty", "no images in empty"),
+        ("--data-dir no_val", "no validation folder in no_val"),
+        ("--data-dir empty_val", "no images in empty_val/val"),
+        ("--data-dir bare", "no train and validation folders in bare"),
+        ("--data-dir other", "classes in validation that train lacks: eleven"),
+        ("--data-dir broken -b 41", "cannot read image broken/train/0/broken.png: "),
+        ("-b 41", "--batch-size 41 on 1 processes is more than the 40 images in train"),
+        ("-b 0", "argument -b/--batch-size: 0 is not 1 or more"),
+        ("-b 7 --mixup 0.2", "--batch-size 7 must be even"),
+        ("--num-classes 9", "has 10 classes, the model 9: pass --num-classes 10"),
+        ("--model resnet5O", "unknown model 'resnet5O'"),
+        ("--model-kwargs nonsense=1", f"cannot create {MODEL}"),
+        ("--model dla60x_c --grad-checkpointing", "dla60x_c does not support --grad-checkpointing"),
+        ("--opt nonsense", "Optimizer nonsense not found"),
+        ("--opt-kwargs nonsense=1", "cannot create the optimizer sgd"),
+        ("--sched nonsense", "argument --sched: invalid choice: 'nonsense'"),
+        ("--aa nonsense", "cannot make the data loader"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--device nonsense", "--device nonsense"),
+        ("--config nowhere.yaml", "nowhere.yaml"),
+        ("--config key.yaml", "--config key.yaml: unknown keys nonsense"),
+        ("--config choice.yaml", "--config choice.yaml: sched is 'nonsense', not one of 'cosine'"),
+        ("--config type.yaml", "--config type.yaml: epochs is 1.5, not a whole number"),
+        ("--config list.yaml", "--config list.yaml must hold `key: value` lines"),
+        ("--initial-checkpoint nowhere", "no checkpoint at nowhere"),
+        ("--initial-checkpoint weights.pth", f"weights.pth does not load into {MODEL}"),
+        ("--resume nowhere", "no checkpoint at nowhere"),
+        ("--resume weights.pth", "--resume weights.pth holds no epoch, optimizer, state_dict"),
+        ("--resume foreign.pth", "--resume foreign.pth does not fit this run"),
+        ("--output file", "file/run"),
+    ],
+)
+def test_errors(bad_inputs, capsys, flags, expected):
+    argv = ["train", *([] if "--data-dir" in flags else ["data"]), *FLAGS, *flags.split()]
+    try:
+        status = cli.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, ""), err
+    assert err.count("\n") == 1 and err.startswith("timm-dynamic train: error: ")
+    assert expected in err
+    assert not list(Path(".").glob("out/run/*.tar"))
+
+
+def test_no_data(capsys):
+    assert cli.main(["train", *FLAGS]) == 2
+    assert "no data: name its folder" in capsys.readouterr().err
+
+
+def test_unreadable_image_in_a_worker_process():
+    """PyTorch makes the error anew from a traceback."""
+    error = UnreadableImage("cannot read image a: b")
+    traceback = (
+        f"Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n{type(error).__module__}"
+    )
+    assert str(error) == str(UnreadableImage(f"{traceback}.UnreadableImage: {error}\n")) == "cannot read image a: b"
+
+
+def test_as_a_script(small_digits):
+    """The script at the root is the command."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "timm-dynamic train: error: no such data folder: nowhere\n"

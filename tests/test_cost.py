@@ -1,0 +1,122 @@
+"""MACs against numbers worked out by hand."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import timm_dynamic
+from timm_dynamic.cost import Macs, calls_operators, count_macs
+from timm_dynamic.layers import DDFPack
+from timm_dynamic.ops import reference_only
+
+X = torch.randn(3, 8, 10, 7)
+
+
+def test_it_is_public():
+    assert timm_dynamic.count_macs is count_macs
+
+
+@pytest.mark.parametrize(
+    "layer, expected",
+    [
+        pytest.param(nn.Conv2d(8, 6, 3, padding=1), 6 * 10 * 7 * 8 * 9, id="plain"),
+        pytest.param(nn.Conv2d(8, 6, 3, padding=1, groups=2), 6 * 10 * 7 * 4 * 9, id="grouped"),
+        pytest.param(nn.Conv2d(8, 8, 5, padding=2, groups=8), 8 * 10 * 7 * 25, id="depthwise"),
+        pytest.param(nn.Conv2d(8, 6, 3, padding=1, stride=2), 6 * 5 * 4 * 8 * 9, id="strided"),
+        pytest.param(nn.Conv2d(8, 6, 3, dilation=2), 6 * 6 * 3 * 8 * 9, id="dilated"),
+        pytest.param(nn.Conv2d(8, 6, (1, 3), bias=False), 6 * 10 * 5 * 8 * 3, id="oblong"),
+        # every input position meets every weight of its group once
+        pytest.param(nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), 8 * 10 * 7 * 3 * 4, id="transposed"),
+    ],
+)
+def test_convolutions(layer, expected):
+    assert count_macs(layer, X) == Macs(static=expected, executed=expected, linear=0)
+
+
+def test_functional_calls_count_and_linear_is_apart():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = F.conv2d(x, torch.ones(4, 8, 1, 1))
+            x = self.fc(x.mean((2, 3)))
+            return x @ torch.ones(5, 2)
+
+    assert count_macs(Net(), X) == Macs(static=4 * 70 * 8, executed=4 * 70 * 8, linear=4 * 5 + 5 * 2)
+
+
+@pytest.mark.parametrize("stride, outputs", [(1, 70), (2, 20)])
+def test_ddf_counts_the_same_with_and_without_kernels(stride, outputs):
+    layer = DDFPack(8, kernel_size=3, stride=stride, se_ratio=0.25)
+    operator, spatial, channel = 9 * 8 * outputs, 8 * 9 * outputs, 8 * 2 + 2 * 8 * 9
+    expected = operator + spatial + channel
+    assert count_macs(layer, X) == Macs(expected, expected, 0)
+    with reference_only():
+        assert count_macs(layer, X) == Macs(expected, expected, 0)
+
+
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [
+        ("resnet50", 4.089),  # as torchvision lists it
+        # The authors report 2.298; two for each output of a BatchNorm and one for each of a ReLU would add 0.032.
+        ("ddf_mul_resnet50", 2.267),
+    ],
+)
+def test_published_models(name, gmacs):
+    with torch.device("meta"):
+        model, x = timm.create_model(name), torch.empty(1, 3, 224, 224)
+        macs = count_macs(model, x)
+    assert macs.static == macs.executed
+    assert macs.linear == 2048 * 1000
+    assert (macs.executed + macs.linear) / 1e9 == pytest.approx(gmacs, abs=5e-4)
+
+
+def test_counts_are_ints_per_image_in_inference_mode_too():
+    model = timm.create_model("test_ddf_resnet")
+    one = count_macs(model, torch.randn(1, 3, 64, 64))
+    assert all(type(count) is int and count > 0 for count in one)
+    assert count_macs(model, torch.randn(5, 3, 64, 64)) == one
+    with torch.inference_mode():
+        assert count_macs(model, torch.randn(2, 3, 64, 64)) == one
+
+
+def test_the_model_is_left_as_it_was():
+    model = timm.create_model("test_ddf_resnet").train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    torch.set_rng_state(random_state)
+    count_macs(model, x)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and x.grad is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    model(x).sum().backward()  # gradients still flow
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_modes_come_back_after_an_error():
+    model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Dropout()).train()
+    with pytest.raises(RuntimeError):
+        count_macs(model, torch.randn(1, 3, 10, 10))
+    assert all(module.training for module in model.modules())
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match=r"at least one image, got shape \[0, 8, 10, 7\]"):
+        count_macs(nn.Conv2d(8, 6, 3), X[:0])
+
+
+def test_calls_operators():
+    assert calls_operators(DDFPack(8), X)
+    with reference_only():
+        assert calls_operators(DDFPack(8), X)
+    assert not calls_operators(nn.Conv2d(8, 6, 3), X)

@@ -1,0 +1,173 @@
+"""Datasets and loaders of `train` and `validate`, on timm.data: their flags, and clear errors for unusable data."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
+from timm.data.readers.reader import Reader
+from torch import nn
+from torch.utils.data import Dataset
+
+from timm_dynamic.cli.common import positive_int
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Dataset prefixes whose data does not lie in split folders.
+OTHER_SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be opened or decoded."""
+
+    def __init__(self, message: str):
+        # A loader's worker process hands its error over as a traceback, the message on its last line.
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.UnreadableImage: "))
+
+
+class Images(Dataset):
+    """Images of a timm reader. Unlike timm's own dataset, one that cannot be read is an error, not its successor.
+
+    Args:
+        reader: The timm reader that finds files and labels.
+        mode: Pillow mode the images are converted to.
+
+    Raises:
+        UnreadableImage: On access, naming the file.
+    """
+
+    def __init__(self, reader: Reader, mode: str):
+        self.reader, self.mode, self.transform = reader, mode, None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int):
+        try:
+            file, target = self.reader[index]
+            image = Image.open(file).convert(self.mode)
+        except Exception as error:  # Pillow raises all kinds, by format
+            name, reason = self.reader.filename(index, absolute=True), " ".join(str(error).split())
+            raise UnreadableImage(f"cannot read image {name}: {reason}") from error
+        return self.transform(image), target
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, as --data-dir")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="folder that holds the split folders")
+    group.add_argument("--dataset", default="", metavar="NAME", help="timm dataset, TYPE/NAME (default: image folder)")
+    group.add_argument("--dataset-download", action="store_true", help="download the dataset, where it has that")
+    group.add_argument("--class-map", default="", metavar="FILE", help="file that maps class names to numbers")
+    group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
+    group.add_argument("--input-size", type=positive_int, nargs=3, metavar="N", help="channels, height and width")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image that validation sees")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
+    group.add_argument("--interpolation", default="", choices=("", *INTERPOLATIONS), help="resizing in validation")
+    group.add_argument(
+        "-b", "--batch-size", type=positive_int, default=batch_size, metavar="N", help=f"default: {batch_size}"
+    )
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
+    group.add_argument("--pin-mem", action="store_true", help="pin the loaders' memory")
+
+
+def image_channels(args: argparse.Namespace) -> int | None:
+    """Image channels that the flags ask for; None for the model's own."""
+    if args.input_size and args.in_chans not in (None, args.input_size[0]):
+        raise ValueError(f"--in-chans {args.in_chans} contradicts --input-size {args.input_size[0]} ...")
+    channels = args.input_size[0] if args.input_size else args.in_chans
+    if channels not in (None, *IMAGE_MODES):
+        raise ValueError(f"images of {channels} channels cannot be read; possible: {', '.join(map(str, IMAGE_MODES))}")
+    return channels
+
+
+def resolve_data(args: argparse.Namespace, model: nn.Module, use_test_size: bool = False) -> dict:
+    """timm's data configuration (input size, mean, std, crop, interpolation) of flags and model."""
+    try:
+        config = resolve_data_config(vars(args), model=model, use_test_size=use_test_size)
+    except AssertionError:
+        raise ValueError("--mean and --std take one value, or one for each channel") from None
+    channels = image_channels(args) or config["input_size"][0]  # timm forgets --in-chans if a size is in the model
+    return {**config, "input_size": (channels, *config["input_size"][1:])}
+
+
+def open_dataset(
+    args: argparse.Namespace,
+    split: str,
+    config: dict,
+    num_classes: int,
+    class_map: dict | str = "",
+    is_training: bool = False,
+) -> Dataset:
+    """Open one split, and check that it can be read and that its labels fit the model.
+
+    Raises:
+        ValueError: No data given, no such folder or split, no images, more classes than the model has, a bad class map.
+    """
+    root, options = args.data or args.data_dir, {}
+    if args.dataset.partition("/")[0].lower() not in OTHER_SOURCES:
+        if not root:
+            raise ValueError("no data: name its folder, as in `DATA` or --data-dir")
+        root, options = str(_split_folder(Path(root), split)), {"search_split": False}
+    mode = IMAGE_MODES[config["input_size"][0]]
+    try:
+        dataset = create_dataset(
+            args.dataset,
+            root=root,
+            split=split,
+            class_map=class_map or args.class_map,
+            is_training=is_training,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            input_img_mode=mode,
+            **options,
+        )
+    except (AssertionError, RuntimeError) as error:
+        if "Found 0 images" in str(error):
+            raise ValueError(f"no images in {root}") from None
+        raise ValueError(f"cannot open the dataset in {root}: {error}") from None
+    labels = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
+    if "" in labels:
+        raise ValueError(f"{root} has images that are in no class folder")
+    classes = 1 + max(labels.values(), default=0)
+    if classes > num_classes:
+        raise ValueError(f"{root} has {classes} classes, the model {num_classes}: pass --num-classes {classes}")
+    return Images(dataset.reader, mode) if type(dataset) is ImageDataset else dataset
+
+
+def make_loader(dataset: Dataset, args: argparse.Namespace, config: dict, device: torch.device, **options):
+    """timm's loader: batches `(images, targets)` normalised on `device`. `options` are `create_loader`'s.
+
+    Worker processes start anew each epoch, so that an epoch's random numbers depend on nothing before it.
+    """
+    try:
+        return create_loader(
+            dataset,
+            **{
+                **config,
+                "batch_size": args.batch_size,
+                "num_workers": args.workers,
+                "pin_memory": args.pin_mem,
+                "persistent_workers": False,
+                "device": device,
+                **options,
+            },
+        )
+    except (AssertionError, KeyError) as error:
+        raise ValueError(f"cannot make the data loader: {error}") from error
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """The folder of a split, by its name or a synonym of it; `root` itself where that has no split folders at all."""
+    if not root.exists():
+        raise ValueError(f"no such data folder: {root}")
+    names = next((synonyms for synonyms in SPLITS if split in synonyms), ())
+    for name in (split, *names):
+        if (root / name).is_dir():
+            return root / name
+    if any((root / name).is_dir() for synonyms in SPLITS for name in synonyms):
+        raise ValueError(f"no {split} folder in {root}")
+    return root

@@ -1,0 +1,61 @@
+"""The picture of a benchmark: time beside MACs, both relative to the baseline."""
+
+from pathlib import Path
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('--plot needs matplotlib: pip install "timm-dynamic[demo]"') from None
+
+_TIME, _MACS, _TEXT = "#1f5fa8", "#b9c2cf", "#333333"
+_BAR = 0.36
+
+
+def save_ratios(rows: list[dict], conditions: str, path: Path) -> None:
+    """Draw horizontal bars, for each model and batch size, of the ratio of time beside the ratio of MACs.
+
+    Args:
+        rows: Of the benchmark's report; those that are their own baseline become the 1.0 line.
+        conditions: What was measured on, as a line under the title.
+        path: File to write, in the format of its suffix.
+    """
+    baselines = {_key(row): row for row in rows if _is_baseline(row)}
+    rows = [row for row in rows if not _is_baseline(row)] or rows
+    figure = Figure(figsize=(9, 1.9 + 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        base = baselines[row["batch_size"], row["img_size"], row["baseline"]]["median_ms"]
+        time, macs = row["time_ratio"], row["macs_ratio"]
+        spread = [[time - row["p10_ms"] / base], [row["p90_ms"] / base - time]]
+        whiskers = {"ecolor": _TEXT, "capsize": 3}
+        axes.barh(y - _BAR / 2, time, _BAR, color=_TIME, xerr=spread, error_kw=whiskers)
+        axes.barh(y + _BAR / 2, macs, _BAR, color=_MACS)
+        notes = (f"{time:.2f}  ({row['median_ms']:.4g} / {base:.4g} ms)", f"{macs:.2f}")
+        for text, height in zip(notes, (y - _BAR / 2, y + _BAR / 2), strict=True):
+            axes.text(1.02, height, text, transform=axes.get_yaxis_transform(), va="center", color=_TEXT, fontsize=9)
+    names = [f"{row['model']} ({_code(row)})\nbatch {row['batch_size']}, {row['img_size']} px" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    axes.axvline(1, color=_TEXT, linewidth=1, linestyle="--")
+    axes.set_xlim(0, 1.25 * max(max(1, row["time_ratio"], row["macs_ratio"]) for row in rows))
+    names = ", ".join(dict.fromkeys(row["baseline"] for row in rows))
+    axes.set_xlabel(f"ratio to {names} (shorter is better)")
+    axes.set_title(f"Time and MACs as ratios to {names}", loc="left", fontweight="bold", pad=24)
+    axes.annotate(conditions, (0, 1), (0, 8), "axes fraction", "offset points", color=_TEXT, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    bars = [Patch(color=_TIME, label="time (median, whiskers p10 to p90)"), Patch(color=_MACS, label="MACs")]
+    figure.legend(handles=bars, loc="outside lower right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _key(row: dict) -> tuple[int, int, str]:
+    return row["batch_size"], row["img_size"], row["model"]
+
+
+def _is_baseline(row: dict) -> bool:
+    return row["baseline"] == row["model"] and row["time_ratio"] == 1
+
+
+def _code(row: dict) -> str:
+    return row["backend"] if row["execution"] == "eager" else f"{row['backend']}, {row['execution']}"

@@ -1,0 +1,390 @@
+"""`timm-dynamic train`: train any timm model as an image classifier, on timm's data, optim, scheduler and task."""
+
+import argparse
+import csv
+import logging
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import yaml
+from timm.data import FastCollateMixup
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask
+from timm.task.task import TrainingTask
+from timm.utils import (
+    CheckpointSaver,
+    NativeScaler,
+    dispatch_clip_grad,
+    distribute_bn,
+    get_outdir,
+    init_distributed_device,
+    is_primary,
+    random_seed,
+    reduce_tensor,
+    update_summary,
+)
+from torch import nn
+from tqdm import tqdm
+
+from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
+from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, resolve_data
+from timm_dynamic.cli.train_arguments import make_parser
+from timm_dynamic.cli.validate import evaluate
+from timm_dynamic.convert import extract_state_dict, read_checkpoint
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> None:
+    args = make_parser().parse_args(argv)
+    flags = yaml.safe_dump(vars(args), default_flow_style=False)  # before the run adds its own
+    resolve_device(args.device)
+    device = init_distributed_device(args)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _logger.setLevel(logging.INFO if is_primary(args) else logging.WARNING)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    try:
+        train(args, flags, device)
+    finally:
+        if args.distributed:
+            torch.distributed.destroy_process_group()
+
+
+def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
+    """Train, validating and saving after each epoch.
+
+    Args:
+        args: What `make_parser` parsed, and what `init_distributed_device` added.
+        flags: The parsed arguments as YAML, for the output folder.
+        device: Where to train.
+    """
+    random_seed(args.seed, args.rank)
+    model = build_model(args, device)
+    config = resolve_data(args, model)
+    loader, val_loader = build_loaders(args, config, device, model.num_classes)
+    task = ClassificationTask(model, build_loss(args).to(device), device=device, verbose=False)
+    optimizer = build_optimizer(args, model)
+    scaler = NativeScaler(device.type) if args.amp and args.amp_dtype == "float16" else None
+    if args.model_ema:
+        ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
+    resumed = resume(args, task, optimizer, scaler) if args.resume else 0
+    start = resumed if args.start_epoch is None else args.start_epoch
+
+    updates = -(-len(loader) // args.grad_accum_steps)
+    decreasing = val_loader is None or args.eval_metric == "loss"
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args, decreasing_metric=decreasing), updates_per_epoch=updates
+    )
+    if scheduler:
+        scheduler.step(start)
+        scheduler.step_update(start * updates)
+
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile)
+        task.compile_ema(backend=args.torchcompile)
+    eval_models = {"validate": task.get_eval_model()}
+    if args.model_ema and not args.model_ema_force_cpu:
+        eval_models["validate EMA"] = task.get_eval_model(ema=True)
+    if args.distributed:
+        options = {"broadcast_buffers": False} if args.no_ddp_bb else {}
+        task.prepare_distributed(device_ids=None if device.type == "cpu" else [device], **options)
+
+    folder = saver = None
+    metric = f"eval_{args.eval_metric}" if val_loader else "train_loss"
+    if is_primary(args):
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{config['input_size'][-1]}"
+        folder = Path(get_outdir(args.output or "output/train", args.experiment or name))
+        saver = CheckpointSaver(
+            model,
+            optimizer,
+            args=args,
+            amp_scaler=scaler,
+            checkpoint_dir=str(folder),
+            recovery_dir=str(folder),
+            decreasing=decreasing,
+            max_history=args.checkpoint_hist,
+            task=task,
+        )
+        reload_history(saver, folder / "summary.csv", start, metric)
+        with replacing(folder / "args.yaml") as temporary:
+            temporary.write_text(flags)
+    _logger.info(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; epochs {start} to {epochs - 1}, "
+        f"{updates} updates each, batch {args.batch_size} x {args.grad_accum_steps} x {args.world_size}, lr {args.lr:g}"
+    )
+
+    for epoch in range(start, epochs):
+        # An epoch's random numbers follow from seed, epoch and rank alone, so that a resumed run draws the same.
+        random_seed(args.seed + epoch * args.world_size, args.rank)
+        for part in (loader.sampler, loader.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        began = time.perf_counter()
+        metrics = {"train_loss": train_one_epoch(epoch, task, loader, optimizer, scheduler, scaler, args, device)}
+        rate = len(loader) * args.batch_size * args.world_size / (time.perf_counter() - began)
+        for label, eval_model in eval_models.items() if val_loader else ():
+            if args.distributed and args.dist_bn:
+                distribute_bn(eval_model, args.world_size, args.dist_bn == "reduce")
+            result = evaluate(
+                eval_model,
+                val_loader,
+                amp_autocast(args, device),
+                args.channels_last,
+                args.rank,
+                args.world_size,
+                label,
+            )
+            metrics |= {f"eval_{key}": value for key, value in result.items()}  # the averaged weights' come last
+        if saver:
+            lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
+            write_summary(folder / "summary.csv", epoch, metrics, lr)
+            saver.save_checkpoint(epoch, metrics[metric])
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+            _logger.info(f"epoch {epoch}: {shown}, lr {lr:.3g}, {rate:.0f} images/s")
+        if scheduler:
+            scheduler.step(epoch + 1)
+    if saver and saver.best_metric is not None:
+        print(f"best {metric}: {saver.best_metric:.4f} (epoch {saver.best_epoch}), in {folder}")
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    options = {
+        "pretrained": args.pretrained,
+        "num_classes": args.num_classes,
+        "in_chans": image_channels(args),
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        **args.model_kwargs,
+    }
+    model = create_model(args.model, checkpoint=args.initial_checkpoint, **options)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise ValueError(f"{args.model} does not support --grad-checkpointing") from None
+    if args.sync_bn and args.distributed:
+        if device.type == "cpu":
+            raise ValueError("--sync-bn needs a GPU")
+        model, args.dist_bn = convert_sync_batchnorm(model), ""
+    return model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+
+
+def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, num_classes: int) -> tuple:
+    """The training and the validation loader; None for the latter if `--val-split` is empty."""
+    train_set = open_dataset(args, args.train_split, config, num_classes, is_training=True)
+    collate = None
+    if _mixing(args):
+        if args.batch_size % 2:
+            raise ValueError(f"mixup and CutMix pair images: --batch-size {args.batch_size} must be even")
+        collate = FastCollateMixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    train_options = {
+        "is_training": True,
+        "no_aug": args.no_aug,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.aa,
+        "interpolation": (not args.no_aug and args.train_interpolation) or config["interpolation"],
+        "collate_fn": collate,
+    }
+    loader = make_loader(train_set, args, config, device, distributed=args.distributed, **train_options)
+    if not len(loader):
+        raise ValueError(
+            f"--batch-size {args.batch_size} on {args.world_size} processes is more than the {len(train_set)} images "
+            f"in {args.train_split}"
+        )
+    if not args.val_split:
+        return loader, None
+    val_set = open_dataset(args, args.val_split, config, num_classes)
+    reader, val_reader = getattr(train_set, "reader", None), getattr(val_set, "reader", None)
+    classes, val_classes = getattr(reader, "class_to_idx", {}), getattr(val_reader, "class_to_idx", {})
+    if args.train_split != args.val_split and reader and getattr(reader, "root", 0) == getattr(val_reader, "root", 1):
+        raise ValueError(f"no {args.train_split} and {args.val_split} folders in {reader.root}")
+    if classes != val_classes:  # timm numbers the classes it finds, so a class without images would shift the others
+        if unknown := sorted(set(val_classes) - set(classes)):
+            raise ValueError(f"classes in {args.val_split} that {args.train_split} lacks: {', '.join(unknown[:5])}")
+        val_set = open_dataset(args, args.val_split, config, num_classes, class_map=classes)
+    batch_size = args.validation_batch_size or args.batch_size
+    return loader, make_loader(val_set, args, config, device, distributed=args.distributed, batch_size=batch_size)
+
+
+def build_loss(args: argparse.Namespace) -> nn.Module:
+    smoothing = 0.0 if _mixing(args) else args.smoothing  # the mixed targets come smoothed
+    if args.bce_loss:
+        return BinaryCrossEntropy(smoothing, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum)
+    if _mixing(args):
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer; sets `args.lr` from `--lr-base` if it was not given."""
+    if args.lr is None:
+        ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+        adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
+        scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+        args.lr = args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"cannot create the optimizer {args.opt}: {error}") from error
+
+
+def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.Optimizer, scaler) -> int:
+    """Load the state of a run; returns the epoch to go on with.
+
+    Raises:
+        ValueError: The checkpoint holds no training state, or that of another model or optimizer.
+    """
+    checkpoint = read_checkpoint(args.resume)
+    needed = {"epoch", "state_dict"} | (set() if args.no_resume_opt else {"optimizer"})
+    if missing := needed - set(checkpoint):
+        raise ValueError(
+            f"--resume {args.resume} holds no {', '.join(sorted(missing))}: for weights alone use --initial-checkpoint"
+        )
+    try:
+        task.load_checkpoint_state(extract_state_dict(checkpoint), checkpoint.get("task_state"))
+        if task.has_ema():
+            averaged = "state_dict_ema" in checkpoint  # else the average starts from the weights
+            state = extract_state_dict(checkpoint, use_ema=averaged)
+            task.load_checkpoint_state(state, checkpoint.get("task_state_ema" if averaged else "task_state"), ema=True)
+        if not args.no_resume_opt:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if scaler and scaler.state_dict_key in checkpoint:
+                scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {args.resume} does not fit this run: {str(error)[:200]}") from error
+    return checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)  # older files hold the next epoch
+
+
+def reload_history(saver: CheckpointSaver, summary: Path, start: int, metric: str) -> None:
+    """Let a run that goes on in its own folder know its best checkpoints, and drop rows of epochs it will repeat."""
+    if not summary.exists():
+        return
+    with open(summary, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if int(row["epoch"]) < start]
+    with replacing(summary) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames or ())
+        writer.writeheader()
+        writer.writerows(rows)
+    past = {int(row["epoch"]): float(row[metric]) for row in rows if row.get(metric)}
+    files = [(str(summary.with_name(f"checkpoint-{epoch}.pth.tar")), value) for epoch, value in past.items()]
+    files = [(path, value) for path, value in files if Path(path).exists()]
+    saver.checkpoint_files = sorted(files, key=lambda file: file[1], reverse=not saver.decreasing)
+    if past:
+        saver.best_epoch = (min if saver.decreasing else max)(past, key=past.get)
+        saver.best_metric = past[saver.best_epoch]
+
+
+def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) -> None:
+    train, evaluated = (
+        {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        for prefix in ("train_", "eval_")
+    )
+    update_summary(epoch, train, evaluated, path, lr=lr, write_header=not path.exists())
+
+
+def train_one_epoch(
+    epoch: int,
+    task: TrainingTask,
+    loader,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    scaler: NativeScaler | None,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> float:
+    """One pass over the training data; returns the mean loss over all processes."""
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        loader.mixup_enabled = False
+    task.get_trainable_module().train()
+    autocast = amp_autocast(args, device)
+    second_order = getattr(optimizer, "is_second_order", False)
+    steps, accumulate = len(loader), args.grad_accum_steps
+    done = epoch * -(-steps // accumulate)  # updates so far
+    losses, images_seen = torch.zeros((), device=device), 0
+    optimizer.zero_grad()
+    bar = tqdm(
+        total=steps * args.batch_size * args.world_size,
+        desc=f"epoch {epoch}",
+        unit="img",
+        leave=False,
+        disable=None if is_primary(args) else True,
+    )
+    with bar:
+        for step, (images, target) in enumerate(loader):
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            group = min(accumulate, steps - step + step % accumulate)  # batches of this update
+            update = step % accumulate == group - 1
+            with nullcontext() if update else task.no_sync():
+                with autocast:
+                    loss = task(images, target)["loss"]
+                clipped = None
+                if args.clip_grad is not None:
+                    clipped = task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
+                if scaler:
+                    scaler(
+                        loss / group,
+                        optimizer,
+                        clip_grad=args.clip_grad,
+                        clip_mode=args.clip_mode,
+                        parameters=clipped,
+                        create_graph=second_order,
+                        need_update=update,
+                    )
+                else:
+                    (loss / group).backward(create_graph=second_order)
+                    if update:
+                        if clipped is not None:
+                            dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
+                        optimizer.step()
+            losses += loss.detach() * len(images)
+            images_seen += len(images)
+            bar.update(len(images) * args.world_size)
+            if not update:
+                continue
+            done += 1
+            optimizer.zero_grad()
+            task.update_ema(step=done)
+            if done % args.log_interval == 0:
+                state = {"loss": f"{losses.item() / images_seen:.4g}", "lr": f"{optimizer.param_groups[0]['lr']:.3g}"}
+                bar.set_postfix(state)
+                if bar.disable:
+                    _logger.info(f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}")
+            if scheduler:
+                scheduler.step_update(done)
+    if hasattr(optimizer, "sync_lookahead"):
+        optimizer.sync_lookahead()
+    mean = losses / images_seen
+    return (reduce_tensor(mean, args.world_size) if args.distributed else mean).item()
+
+
+def _mixing(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

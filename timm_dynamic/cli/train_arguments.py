@@ -1,0 +1,158 @@
+"""The flags of `timm-dynamic train`: names, meanings and defaults of timm's train.py, whose YAML configs load here."""
+
+from timm.utils import ParseKwargs
+
+from timm_dynamic.cli.common import Parser, add_device_arguments, add_model_arguments, positive_int
+from timm_dynamic.cli.data import INTERPOLATIONS, add_data_arguments
+
+# timm's `plateau` is left out: what it has seen is in no checkpoint, so a resumed run would take another course.
+SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
+
+
+def make_parser() -> Parser:
+    parser = Parser("train", "Train an image classifier. Flags and defaults are those of timm's train.py.")
+    parser.add_config()
+    add_data_arguments(parser, batch_size=128)
+    parser.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
+    parser.add_argument("--val-split", default="validation", metavar="NAME", help="default: validation; '' for none")
+    parser.add_argument(
+        "-vb", "--validation-batch-size", type=positive_int, metavar="N", help="default: as in training"
+    )
+    add_model_arguments(parser)
+    _add_start_arguments(parser)
+    add_device_arguments(parser)
+    _add_distributed_arguments(parser)
+    _add_optimizer_arguments(parser)
+    _add_schedule_arguments(parser)
+    _add_augmentation_arguments(parser)
+    _add_loss_arguments(parser)
+    _add_ema_arguments(parser)
+    _add_output_arguments(parser)
+    return parser
+
+
+def _add_start_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("start")
+    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
+    group.add_argument("--resume", default="", metavar="FILE", help="checkpoint of a run to go on with")
+    group.add_argument("--no-resume-opt", action="store_true", help="do not resume the optimizer's state")
+    group.add_argument("--start-epoch", type=int, metavar="N", help="first epoch (default: 0, or the resumed one)")
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
+
+
+def _add_distributed_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("memory and several processes")
+    group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N", help="batches an update")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
+    group.add_argument("--no-ddp-bb", action="store_true", help="do not broadcast buffers in each forward pass")
+    group.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batches of all processes (GPU)")
+    group.add_argument(
+        "--dist-bn",
+        default="reduce",
+        choices=("reduce", "broadcast", ""),
+        help="after an epoch, average or broadcast BatchNorm's statistics over processes (default: reduce)",
+    )
+
+
+def _add_optimizer_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="timm optimizer (default: sgd, with Nesterov)")
+    group.add_argument("--opt-eps", type=float, metavar="X")
+    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X")
+    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="default: 0.9")
+    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: 2e-5")
+    group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
+    group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="default: norm")
+    group.add_argument("--layer-decay", type=float, metavar="X", help="factor on the learning rate from layer to layer")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+
+
+def _add_schedule_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("learning rate")
+    group.add_argument("--epochs", type=positive_int, default=300, metavar="N", help="default: 300")
+    group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="default: cosine")
+    group.add_argument("--sched-on-updates", action="store_true", help="step in each update, not each epoch")
+    group.add_argument("--lr", type=float, metavar="X", help="learning rate (default: from --lr-base)")
+    group.add_argument("--lr-base", type=float, default=0.1, metavar="X", help="for a global batch of --lr-base-size")
+    group.add_argument("--lr-base-size", type=positive_int, default=256, metavar="N", help="default: 256")
+    group.add_argument(
+        "--lr-base-scale",
+        default="",
+        choices=("", "linear", "sqrt"),
+        help="growth with the batch (default: linear, sqrt for Adam's kin)",
+    )
+    group.add_argument("--lr-noise", type=float, nargs="+", metavar="X", help="noise between these shares of the run")
+    group.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="X")
+    group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="X")
+    group.add_argument("--lr-cycle-mul", type=float, default=1.0, metavar="X", help="growth of a cycle's length")
+    group.add_argument("--lr-cycle-decay", type=float, default=0.5, metavar="X")
+    group.add_argument("--lr-cycle-limit", type=positive_int, default=1, metavar="N", help="number of cycles")
+    group.add_argument("--lr-k-decay", type=float, default=1.0, metavar="X", help="exponent in cosine and poly")
+    group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="default: 1e-5")
+    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="default: 5")
+    group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
+    group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="default: 0")
+    group.add_argument(
+        "--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the cycles"
+    )
+    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N", help="multistep")
+    group.add_argument("--decay-epochs", type=float, default=90, metavar="N", help="step")
+    group.add_argument(
+        "--decay-rate", "--dr", type=float, default=0.1, metavar="X", help="step, multistep, poly's power"
+    )
+
+
+def _add_augmentation_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation and regularisation")
+    group.add_argument("--no-aug", action="store_true", help="no augmentation at all")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="areas of random crops")
+    group.add_argument(
+        "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="aspect ratios of them"
+    )
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="probability, default: 0")
+    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="default: 0.4")
+    group.add_argument("--aa", metavar="POLICY", help="AutoAugment, RandAugment, ..., as rand-m7-mstd0.5-inc1")
+    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="default: pixel")
+    group.add_argument("--recount", type=positive_int, default=1, metavar="N", help="erased areas, default: 1")
+    group.add_argument("--mixup", type=float, default=0.0, metavar="X", help="alpha of mixup, 0: none")
+    group.add_argument("--cutmix", type=float, default=0.0, metavar="X", help="alpha of CutMix, 0: none")
+    group.add_argument("--cutmix-minmax", type=float, nargs=2, metavar="X", help="CutMix with sides between these")
+    group.add_argument("--mixup-prob", type=float, default=1.0, metavar="P", help="of either, default: 1")
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of CutMix if both are on")
+    group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="default: batch")
+    group.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from this epoch on")
+    group.add_argument(
+        "--train-interpolation",
+        default="random",
+        choices=("random", "", *INTERPOLATIONS),
+        help="resizing in training (default: random; '': as in validation)",
+    )
+    group.add_argument("--drop", type=float, default=0.0, metavar="P", help="dropout before the classifier")
+    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth")
+
+
+def _add_loss_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("loss")
+    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing (default: 0.1)")
+    group.add_argument("--bce-loss", action="store_true", help="binary instead of softmax cross-entropy")
+    group.add_argument("--bce-sum", action="store_true", help="sum it over the classes")
+    group.add_argument("--bce-target-thresh", type=float, metavar="X", help="targets above count as 1, others as 0")
+
+
+def _add_ema_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--model-ema", action="store_true", help="keep, validate and save a moving average")
+    group.add_argument("--model-ema-force-cpu", action="store_true", help="keep it on the CPU, and do not validate it")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X", help="default: 0.9998")
+    group.add_argument("--model-ema-warmup", action="store_true", help="let the decay grow towards that")
+
+
+def _add_output_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", default="", metavar="DIR", help="default: output/train")
+    group.add_argument("--experiment", default="", metavar="NAME", help="folder in it (default: time, model and size)")
+    group.add_argument("--checkpoint-hist", type=positive_int, default=10, metavar="N", help="best checkpoints to keep")
+    group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="default: top1")
+    group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between two reports")

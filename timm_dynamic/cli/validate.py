@@ -1,0 +1,136 @@
+"""`timm-dynamic validate`: top-1 and top-5 accuracy of any timm model on a dataset."""
+
+import csv
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from timm.utils import accuracy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from timm_dynamic.cli.common import (
+    Parser,
+    add_device_arguments,
+    add_model_arguments,
+    amp_autocast,
+    check_output_file,
+    create_model,
+    replacing,
+    resolve_device,
+)
+from timm_dynamic.cli.data import add_data_arguments, image_channels, make_loader, open_dataset, resolve_data
+
+
+def make_parser() -> Parser:
+    parser = Parser("validate", "Measure a model's accuracy on a dataset.")
+    add_data_arguments(parser, batch_size=256)
+    parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    add_model_arguments(parser)
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors'")
+    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    add_device_arguments(parser)
+    parser.add_argument("--results-file", default="", metavar="FILE", help="write the results to FILE.csv or FILE.json")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.use_ema and not args.checkpoint:
+        parser.error("--use-ema needs --checkpoint")
+    if args.results_file:
+        check_output_file("--results-file", args.results_file, (".csv", ".json"))
+    device = resolve_device(args.device)
+    model = create_model(
+        args.model,
+        checkpoint=args.checkpoint,
+        use_ema=args.use_ema,
+        pretrained=args.pretrained or not args.checkpoint,
+        num_classes=args.num_classes,
+        in_chans=image_channels(args),
+        **args.model_kwargs,
+    )
+    config = resolve_data(args, model, use_test_size=True)
+    dataset = open_dataset(args, args.split, config, model.num_classes)
+    loader = make_loader(dataset, args, config, device)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
+    metrics = evaluate(model, loader, amp_autocast(args, device), args.channels_last)
+    results = {
+        "model": args.model,
+        "top1": round(metrics["top1"], 4),
+        "top1_err": round(100 - metrics["top1"], 4),
+        "top5": round(metrics["top5"], 4),
+        "top5_err": round(100 - metrics["top5"], 4),
+        "param_count": round(parameters / 1e6, 2),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+    }
+    if args.results_file:
+        write_results(args.results_file, results)
+    print(f"--result\n{json.dumps(results, indent=4)}")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader,
+    autocast: AbstractContextManager | None = None,
+    channels_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    label: str = "validate",
+) -> dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 accuracy in percent; exact, also over several processes.
+
+    Args:
+        model: Maps images `[B, C, H, W]` to logits `[B, classes]`.
+        loader: timm's loader, of batches on the model's device.
+        autocast: Context of the forward passes.
+        channels_last: Feed images in that memory format.
+        rank: Number of this process.
+        world_size: Processes that share the dataset; the result is that of all of them.
+        label: Caption of the progress bar.
+    """
+    model.eval()
+    # Several processes get equally many images, the surplus repeated from the start: those are not counted twice.
+    shared = world_size > 1 and not isinstance(loader.dataset, IterableDataset)
+    own = len(range(rank, len(loader.dataset), world_size)) if shared else None
+    seen, sums = 0, torch.zeros(4, device=loader.device)  # sums over images: loss, top-1, top-5 [percent], 1
+    total = len(loader.dataset) // world_size
+    with tqdm(total=total, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
+        for images, target in loader:
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with autocast or nullcontext():
+                output = model(images)
+            if shared:
+                output, target = output[: own - seen], target[: own - seen]
+            if count := len(target):
+                loss = F.cross_entropy(output.float(), target)
+                sums += count * torch.stack([loss, *accuracy(output, target, topk=(1, 5)), torch.ones_like(loss)])
+            seen += count
+            bar.update(count)
+    if world_size > 1:
+        torch.distributed.all_reduce(sums)
+    *totals, images = sums.tolist()
+    return dict(zip(("loss", "top1", "top5"), (total / images for total in totals), strict=True))
+
+
+def write_results(path: str, results: dict) -> None:
+    """Write results as CSV or JSON, by the suffix of `path`; the file is whole or not there."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        if Path(path).suffix == ".json":
+            json.dump(results, file, indent=4)
+        else:
+            writer = csv.DictWriter(file, fieldnames=results)
+            writer.writeheader()
+            writer.writerow(results)

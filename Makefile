@@ -24,7 +24,7 @@ demo: install
 	@echo "Left under demo/: digits, validate.csv, train (checkpoints, summary.csv), latency.json, latency.png"
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -46,12 +46,12 @@ inline void check_tensor(const char* name, const Tensor& t, std::array<int64_t, 
 inline DdfShape check_ddf(const Tensor& features, const Tensor& channel_filter,
                           const Tensor& spatial_filter, int64_t kernel_size, int64_t dilation,
                           int64_t stride, const std::string& kernel_combine) {
-  constexpr int64_t kMaxKernel = 255, kMaxStep = INT32_MAX;  // so that no index overflows
-  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size <= kMaxKernel,
-                  "kernel_size must be odd, positive and at most 255, got ", kernel_size);
-  STD_TORCH_CHECK(dilation >= 1 && dilation <= kMaxStep, "dilation must be at least 1, got ",
+  constexpr int64_t kMax = INT32_MAX;  // so that no index overflows
+  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size >= 1 && kernel_size <= kMax,
+                  "kernel_size must be odd and positive, got ", kernel_size);
+  STD_TORCH_CHECK(dilation >= 1 && dilation <= kMax, "dilation must be in [1, ", kMax, "], got ",
                   dilation);
-  STD_TORCH_CHECK(stride >= 1 && stride <= kMaxStep, "stride must be at least 1, got ", stride);
+  STD_TORCH_CHECK(stride >= 1 && stride <= kMax, "stride must be in [1, ", kMax, "], got ", stride);
   STD_TORCH_CHECK(kernel_combine == "mul" || kernel_combine == "add",
                   "kernel_combine must be \"mul\" or \"add\", got \"", kernel_combine, "\"");
   STD_TORCH_CHECK(features.dim() == 4 && features.size(2) > 0 && features.size(3) > 0,

@@ -20,7 +20,7 @@ struct RowTap {
 template <typename T>
 struct RowInput {
   const T* map;
-  int64_t step;
+  int64_t step, next_row;  // of the map: from one result, or row of results, to the next
   const Accumulator<T>*filter, *channel;
   int64_t live_taps, channels;
 };
@@ -36,14 +36,25 @@ struct RunTaps {
   const T* maps[TAPS];
   int64_t channel[TAPS];  // offset in a vector's channel filters
   A filters[kRun<A>][TAPS];
+  uintptr_t next_row;  // what the run below this one will be the first to read
 
   INLINE RunTaps(const RowInput<T>& in, const RowTap* taps, int64_t x, int64_t pixels) {
+    int64_t last = taps[0].map;
     for (int j = 0; j < TAPS; ++j) {
       maps[j] = in.map + taps[j].map + x * in.step;
       channel[j] = taps[j].slot * kLanes<A>;
+      last = std::max(last, taps[j].map);
     }
     for (int64_t p = 0; p < pixels; ++p)
       for (int j = 0; j < TAPS; ++j) filters[p][j] = in.filter[taps[j].filter + x + p];
+    next_row = reinterpret_cast<uintptr_t>(in.map) + (last + x * in.step + in.next_row) * sizeof(T);
+  }
+
+  // A run goes through memory in jumps of a pixel, which the processor does not foresee well.
+  INLINE void prefetch(int64_t offset, int64_t elements) const {
+    constexpr int64_t kCacheLine = 64 / sizeof(T);
+    for (int64_t i = offset; i < offset + elements; i += kCacheLine)
+      __builtin_prefetch(reinterpret_cast<const void*>(next_row + i * sizeof(T)), 0, 2);
   }
 };
 
@@ -78,6 +89,7 @@ INLINE void sum_run_pair(T* out, int64_t out_step, const RunTaps<T, TAPS>& taps,
     order_pair<A, T>(c[j], d[j]);
   }
   for (int64_t p = 0; p < pixels; ++p) {
+    taps.prefetch(p * step + first, 2 * kLanes<A>);
     Vec<A> sum_c = {}, sum_d = {};
 #pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j) {
@@ -173,6 +185,7 @@ INLINE void correlate_run_channels(Vec<Accumulator<T>> (*dots)[TAPS], Accumulato
     totals[j] = load<A>(grad_channel + taps.channel[j]);
   }
   for (int64_t p = 0; p < pixels; ++p) {
+    taps.prefetch(p * step + first, kLanes<A>);
     const Vec<A> g = load<A>(grad + p * grad_step + first, n);
 #pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j) {
@@ -308,17 +321,16 @@ void input_row_taps(std::vector<RowTap>& to, const DdfBackward<T>& op, int64_t i
 // An image's channel filters, rearranged.
 template <typename A, typename T>
 void load_channels(A* to, const DdfOperands<T>& op, int64_t b) {
-  const ChannelFilterStrides& stride = op.channel_strides;
-  const int64_t taps = op.live_taps();
-  int64_t slot = 0;
-  for (const Shift& row : op.rows.shifts) {
-    for (const Shift& column : op.columns.shifts) {
-      const T* from =
-          op.channel_filter + b * stride.b + row.tap * stride.ky + column.tap * stride.kx;
-      for (int64_t c = 0; c < op.shape.C; ++c)
-        to[(c / kLanes<A> * taps + slot) * kLanes<A> + c % kLanes<A>] =
-            static_cast<A>(from[c * stride.c]);
-      ++slot;
+  const ChannelFilterStrides stride = op.channel_strides;
+  for (int64_t first = 0; first < op.shape.C; first += kLanes<A>) {
+    const T* const from = op.channel_filter + b * stride.b + first * stride.c;
+    const int64_t n = std::min<int64_t>(op.shape.C - first, kLanes<A>);
+    for (const Shift& row : op.rows.shifts) {
+      for (const Shift& column : op.columns.shifts) {
+        const T* const tap = from + row.tap * stride.ky + column.tap * stride.kx;
+        for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(tap[i * stride.c]);
+        to += kLanes<A>;
+      }
     }
   }
 }
@@ -376,7 +388,13 @@ void forward_pixels(const DdfForward<T>& op, int64_t begin, int64_t end) {
     if (unit == begin || y == 0) load_channels(channel, op, b);
     load_spatial_planes(spatial, layout, op, b, {y, y + 1});
     output_row_taps(taps, op, y, layout, 0);
-    const RowInput<T> in{op.features + b * from.b, s.stride * from.x, spatial, channel, count, s.C};
+    const RowInput<T> in{op.features + b * from.b,
+                         s.stride * from.x,
+                         s.stride * from.y,
+                         spatial,
+                         channel,
+                         count,
+                         s.C};
     T* const out = op.out + b * to.b + y * to.y;
     Runs<T> runs(taps, s.Wo);
     while (const auto* run = runs.next())
@@ -407,7 +425,7 @@ struct BackwardPixels {
 
   void input_row(int64_t b, int64_t y, int64_t first) {
     const MapStrides &from = op.grad_strides, &to = op.grad_features_strides;
-    const RowInput<T> in{op.grad + b * from.b, from.x, spatial, channel, count, op.shape.C};
+    const RowInput<T> in{op.grad + b * from.b, from.x, from.y, spatial, channel, count, op.shape.C};
     const int64_t stride = op.columns.stride;
     for (int64_t phase = 0; phase < std::min(stride, op.columns.size); ++phase) {
       input_row_taps(taps, op, y, phase, layout, first);
@@ -421,8 +439,13 @@ struct BackwardPixels {
 
   void output_row(int64_t b, int64_t y, int64_t first) {
     const MapStrides &from = op.features_strides, &g = op.grad_strides;
-    const RowInput<T> in{
-        op.features + b * from.b, op.shape.stride * from.x, spatial, channel, count, op.shape.C};
+    const RowInput<T> in{op.features + b * from.b,
+                         op.shape.stride * from.x,
+                         op.shape.stride * from.y,
+                         spatial,
+                         channel,
+                         count,
+                         op.shape.C};
     const T* const grad = op.grad + b * g.b + y * g.y;
     output_row_taps(taps, op, y, layout, y - first);
     Runs<T> runs(taps, op.shape.Wo);

@@ -42,10 +42,8 @@ template <int K>
 constexpr int kResident = K == 5 ? 4 : 2;
 
 // Steps whose inputs are loaded before the first is used, to have enough bytes in flight.
-template <typename T, int K>
-constexpr int kAhead = K > 3            ? 1
-                       : sizeof(T) == 4 ? 2
-                                        : 3;
+template <int K>
+constexpr int kAhead = K == 3 ? 2 : 1;
 
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -73,35 +71,48 @@ __device__ void locate(const Call& call, const Grid& grid, bool channels_last, B
   __syncthreads();
 }
 
-// The row (or column) of `from` that window position j reads for row (or column) i of `to`, or -1.
+// The row (or column) of features that tap j of output i reads, or -1.
 template <typename Int>
-__device__ Int source(const Call& call, Int i, Int j, Int size) {
-  const Int stride = call.s.stride, shift = (j - Int(call.s.K) / 2) * Int(call.s.dilation);
-  Int at = shift + (call.transposed ? i : i * stride);
-  if (call.transposed && stride > 1) at = at % stride == 0 ? at / stride : -1;
+__device__ Int input_of(const Call& call, Int K, Int i, Int j, Int size) {
+  const Int at = i * Int(call.s.stride) + (j - K / 2) * Int(call.s.dilation);
   return at >= 0 && at < size ? at : -1;
 }
 
-// Window position k is tap k, or counted from the end when transposed.
+// The row (or column) of `from` that window position j reads for row (or column) i of `to`, or -1.
+// When transposed, window position j is tap K - 1 - j.
+template <typename Int>
+__device__ Int source(const Call& call, Int K, Int i, Int j, Int size) {
+  if (!call.transposed) return input_of(call, K, i, j, size);
+  const Int stride = call.s.stride, at = i + (j - K / 2) * Int(call.s.dilation);
+  if (at < 0 || (stride > 1 && at % stride != 0)) return -1;
+  return at / stride < size ? at / stride : -1;
+}
+
 template <typename T>
-__device__ T channel_weight(const Call& call, const T* filter, int64_t b, int64_t c, int k) {
-  const int K = call.s.K;
+__device__ T channel_weight(const Call& call, const T* filter, int K, int64_t b, int64_t c, int k) {
   if (call.transposed) k = K * K - 1 - k;
   const ChannelFilterStrides& st = call.channel;
   return filter[b * st.b + c * st.c + k / K * st.ky + k % K * st.kx];
 }
 
-// (y, x) is a position of `to`. When transposed, the filter is that of the output pixel read.
-template <typename Int, typename T>
-__device__ T spatial_weight(const Call& call, const T* filter, int64_t b, int k, Int y, Int x) {
-  const int K = call.s.K;
-  if (call.transposed) {
-    y = source<Int>(call, y, k / K, call.s.Ho), x = source<Int>(call, x, k % K, call.s.Wo);
-    if (y < 0 || x < 0) return T(0);  // reads a zero anyway
-    k = K * K - 1 - k;
-  }
+// (y, x) is an output.
+template <typename T>
+__device__ T spatial_weight(const Call& call, const T* filter, int64_t b, int k, int64_t y,
+                            int64_t x) {
   const SpatialFilterStrides& st = call.spatial;
   return filter[b * st.b + k * st.k + y * st.y + x * st.x];
+}
+
+// Of window position k of pixel (y, x) of `to`. 0 where it reads a zero anyway.
+template <typename Int, typename T>
+__device__ T window_weight(const Call& call, const T* filter, int K, int64_t b, int k, Int y,
+                           Int x) {
+  if (call.transposed) {
+    y = source<Int>(call, K, y, k / K, call.s.Ho), x = source<Int>(call, K, x, k % K, call.s.Wo);
+    if (y < 0 || x < 0) return T(0);
+    k = K * K - 1 - k;
+  }
+  return spatial_weight(call, filter, b, k, y, x);
 }
 
 __device__ inline float2 walked_pair(bool multiply, float filter) {
@@ -113,24 +124,24 @@ __device__ inline float2 walked_pair(bool multiply, float filter) {
 template <typename T, int K, int V, int R>
 struct Window {
   static constexpr int kColumns = K + V - 1;
-  int row[R], column[K];  // offsets, kOutside where nothing is
-  bool left, right;       // V > 1: whether there is a neighbour to either side
+  int y[R], x[kColumns];         // positions in `from`, -1 outside
+  int row[R], column[kColumns];  // their offsets, kOutside outside
 
-  __device__ Window(const Call& call, int y, int x, int r0, bool active) {
+  __device__ Window(const Call& call, int to_y, int to_x, int r0, bool active) {
     const int height = call.from_h(), width = call.from_w();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const int at = active ? source<int>(call, y, r0 + r, height) : -1;
-      row[r] = at < 0 ? kOutside : at * int(call.from.y);
+      y[r] = active ? source<int>(call, K, to_y, r0 + r, height) : -1;
+      row[r] = y[r] < 0 ? kOutside : y[r] * int(call.from.y);
     }
-    if constexpr (V == 1) {
 #pragma unroll
-      for (int j = 0; j < K; ++j) {
-        const int at = source<int>(call, x, j, width);
-        column[j] = at < 0 ? kOutside : at * int(call.from.x);
+    for (int j = 0; j < kColumns; ++j) {
+      if constexpr (V == 1) {
+        x[j] = source<int>(call, K, to_x, j, width);
+      } else {
+        x[j] = to_x + j - K / 2 < width ? to_x + j - K / 2 : -1;
       }
-    } else {
-      column[0] = x, left = x > 0, right = x + V < width;
+      column[j] = x[j] < 0 ? kOutside : x[j] * int(call.from.x);
     }
   }
 
@@ -143,16 +154,16 @@ struct Window {
       }
     } else {
       constexpr int kHalo = K / 2;
-      const bool inside = row[r] >= 0;
-      const T* const at = plane + (row[r] + column[0]);
+      const T* const at = plane + (row[r] + column[kHalo]);
       Vec<T, V> middle{};
-      if (inside) middle = *reinterpret_cast<const Vec<T, V>*>(at);
+      if (row[r] >= 0) middle = *reinterpret_cast<const Vec<T, V>*>(at);
 #pragma unroll
       for (int v = 0; v < V; ++v) in[kHalo + v] = middle.at[v];
 #pragma unroll
       for (int h = 0; h < kHalo; ++h) {
-        in[h] = inside && left ? at[h - kHalo] : T(0);
-        in[kHalo + V + h] = inside && right ? at[V + h] : T(0);
+        const int right = kHalo + V + h;
+        in[h] = row[r] >= 0 && column[h] >= 0 ? at[h - kHalo] : T(0);
+        in[right] = row[r] >= 0 && column[right] >= 0 ? at[V + h] : T(0);
       }
     }
   }
@@ -209,7 +220,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
     gather_nchw(const Call call, const Grid grid, const T* __restrict__ from,
                 const T* __restrict__ channel_filter, const T* __restrict__ spatial_filter,
                 T* __restrict__ to) {
-  constexpr int kTaps = K * K, kBatch = kChannelBatch<K>, kSteps = kAhead<T, K>;
+  constexpr int kTaps = K * K, kBatch = kChannelBatch<K>, kSteps = kAhead<K>;
   __shared__ float2 walked[kBatch * kTaps];
   __shared__ float own_columns[K == 3 ? 1 : kTaps][gather_threads(K)];
 
@@ -220,11 +231,17 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   const bool active = y < call.to_h();
   const Window<T, K, V, K> window(call, y, x, 0, active);
   Own<K, V, gather_threads(K)> own(&own_columns[0][threadIdx.x]);
+  const SpatialFilterStrides& st = call.spatial;
+  const bool transposed = call.transposed;
+  const T* filter = spatial_filter + block.b * st.b + (transposed ? (kTaps - 1) * st.k : 0);
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
+  for (int k = 0; k < kTaps; ++k, filter += transposed ? -st.k : st.k) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      own(k, v) = active ? float(spatial_weight(call, spatial_filter, block.b, k, y, x + v)) : 0.f;
+      // When transposed, the filter is that of the output which the tap reads.
+      const int at_y = transposed ? window.y[k / K] : y;
+      const int at_x = transposed ? window.x[k % K + v] : x + v;
+      own(k, v) = active && at_y >= 0 && at_x >= 0 ? float(filter[at_y * st.y + at_x * st.x]) : 0.f;
     }
   }
 
@@ -234,25 +251,26 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
     const int count = min(kBatch, block.end - c0);
     __syncthreads();
     for (int i = threadIdx.x; i < count * kTaps; i += blockDim.x) {
-      const float f = channel_weight(call, channel_filter, block.b, c0 + i / kTaps, i % kTaps);
+      const float f = channel_weight(call, channel_filter, K, block.b, c0 + i / kTaps, i % kTaps);
       walked[i] = walked_pair(call.s.multiply, f);
     }
     __syncthreads();
-    for (int c = 0; c < count; c += kSteps) {
+    const int end = active ? c0 + count : c0;
+    for (int c = c0; c < end; c += kSteps) {
       T in[kSteps][K][K + V - 1];
 #pragma unroll
       for (int u = 0; u < kSteps; ++u) {
-        const T* const plane = from + (c0 + min(c + u, count - 1)) * call.from.c;
+        const T* const plane = from + min(c + u, end - 1) * call.from.c;
 #pragma unroll
         for (int r = 0; r < K; ++r) window.load_row(plane, r, in[u][r]);
       }
 #pragma unroll
       for (int u = 0; u < kSteps; ++u) {
-        if (c + u >= count || !active) break;
+        if (c + u >= end) break;
         float sum[V] = {};
 #pragma unroll
         for (int k = 0; k < kTaps; ++k) {
-          const float2 pair = walked[(c + u) * kTaps + k];
+          const float2 pair = walked[(c - c0 + u) * kTaps + k];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const float weight = fmaf(own(k, v), pair.x, pair.y);
@@ -262,7 +280,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
         Vec<T, V> result;
 #pragma unroll
         for (int v = 0; v < V; ++v) result.at[v] = T(sum[v]);
-        *reinterpret_cast<Vec<T, V>*>(to + (c0 + c + u) * call.to.c) = result;
+        *reinterpret_cast<Vec<T, V>*>(to + (c + u) * call.to.c) = result;
       }
     }
   }
@@ -270,13 +288,13 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
 
 // Taps [k0, k0 + taps) of the filters of channels [c, c + count) into shared memory, read in the
 // order of the memory.
-template <int taps, typename T, int V>
+template <int K, int taps, typename T, int V>
 __device__ void load_channel_filters(const Call& call, const T* filter, int b, int c, int count,
                                      int k0, Vec<float, V> (*channels)[kWarp]) {
   for (int i = threadIdx.x; i < count * taps; i += blockDim.x) {
     const int j = i / taps, k = i % taps;
     channels[k][j / V].at[j % V] =
-        c + j < call.s.C ? float(channel_weight(call, filter, b, c + j, k0 + k)) : 0.f;
+        c + j < call.s.C ? float(channel_weight(call, filter, K, b, c + j, k0 + k)) : 0.f;
   }
 }
 
@@ -298,7 +316,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   const int y0 = block.y * rows, y = y0 + row;
   const int c0 = block.z * grid.lanes * V, c = c0 + lane * V;
   const bool active = y < call.to_h() && c < call.s.C;
-  load_channel_filters<kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, 0, channels);
+  load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, 0, channels);
   __syncthreads();
   Own<K, V, kWarp> own(channels[0][lane].at);
 #pragma unroll
@@ -311,7 +329,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   const T* rows_from[K];
 #pragma unroll
   for (int r = 0; r < K; ++r) {
-    const int at = active ? source<int>(call, y, r, call.from_h()) : -1;
+    const int at = active ? source<int>(call, K, y, r, call.from_h()) : -1;
     rows_from[r] =
         at < 0 ? nullptr : from + block.b * call.from.b + at * call.from.y + c * call.from.c;
   }
@@ -322,7 +340,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
     for (int i = threadIdx.x; i < rows * kTaps * count; i += blockDim.x) {
       const int x = i % count, k = i / count % kTaps, r = i / count / kTaps;
       if (y0 + r >= call.to_h()) break;
-      const float f = spatial_weight(call, spatial_filter, block.b, k, y0 + r, x0 + x);
+      const float f = window_weight(call, spatial_filter, K, block.b, k, y0 + r, x0 + x);
       walked[(r * batch + x) * kTaps + k] = walked_pair(call.s.multiply, f);
     }
     __syncthreads();
@@ -332,7 +350,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         int at = x0 + x + j - K / 2;
-        if constexpr (P == 1) at = source<int>(call, x0 + x, j, width);
+        if constexpr (P == 1) at = source<int>(call, K, x0 + x, j, width);
 #pragma unroll
         for (int r = 0; r < K; ++r) {
           in[r][j] = Vec<T, V>{};
@@ -404,10 +422,9 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
     const T* const grad_pixel = grad + block.b * call.to.b + y * call.to.y + x * call.to.x;
     for (int c0 = block.begin; c0 < block.end; c0 += kBatch) {
       const int count = min(kBatch, block.end - c0);
-      __syncthreads();
       for (int i = threadIdx.x; i < count * kTaps; i += blockDim.x) {
         const int c = c0 + i / kTaps, k = r0 * K + i % kTaps;
-        walked[i] = multiply ? float(channel_weight(call, channel_filter, block.b, c, k)) : 1.f;
+        walked[i] = multiply ? float(channel_weight(call, channel_filter, K, block.b, c, k)) : 1.f;
       }
       __syncthreads();
       for (int c = 0; c < count; ++c) {
@@ -480,8 +497,8 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
     const int c0 = block.z * grid.lanes * V, c = c0 + lane * V;
     const bool active = y < call.s.Ho && c < call.s.C;
     __syncthreads();
-    load_channel_filters<kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, r0 * K,
-                                channels);
+    load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, r0 * K,
+                                   channels);
     __syncthreads();
     float own[kTaps][V], sums[kTaps][V] = {};
 #pragma unroll
@@ -493,7 +510,7 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
     const T* rows_from[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const int at = active ? source<int>(call, y, r0 + r, call.s.H) : -1;
+      const int at = active ? input_of<int>(call, K, y, r0 + r, call.s.H) : -1;
       rows_from[r] =
           at < 0 ? nullptr : features + block.b * call.from.b + at * call.from.y + c * call.from.c;
     }
@@ -516,7 +533,7 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
         if (active) g = *reinterpret_cast<const Vec<T, V>*>(grad_row + (x0 + x) * call.to.x);
         int columns[K];
 #pragma unroll
-        for (int j = 0; j < K; ++j) columns[j] = source<int>(call, x0 + x, j, call.s.W);
+        for (int j = 0; j < K; ++j) columns[j] = input_of<int>(call, K, x0 + x, j, call.s.W);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           float taps[kPadded<K>] = {};
@@ -558,6 +575,7 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         float sum = 0.f;
+#pragma unroll 1
         for (int r = 0; r < rows; ++r) sum += thread_sums[r * grid.lanes + lane].at[v];
         to[v * K * K + k] = sum;
       }
@@ -570,6 +588,7 @@ __global__ void gather_any(const Call call, bool channels_last, const T* __restr
                            const T* __restrict__ channel_filter,
                            const T* __restrict__ spatial_filter, T* __restrict__ to) {
   const int64_t C = call.s.C, H = call.to_h(), W = call.to_w(), size = call.s.B * C * H * W;
+  const int K = call.s.K;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += step) {
     const int64_t c = channels_last ? i % C : i / (H * W) % C;
@@ -577,11 +596,11 @@ __global__ void gather_any(const Call call, bool channels_last, const T* __restr
     const int64_t b = i / (C * H * W);
     Acc<T> sum = 0;
     for (int k = 0; k < call.s.taps(); ++k) {
-      const int64_t from_y = source<int64_t>(call, y, k / call.s.K, call.from_h());
-      const int64_t from_x = source<int64_t>(call, x, k % call.s.K, call.from_w());
+      const int64_t from_y = source<int64_t>(call, K, y, k / K, call.from_h());
+      const int64_t from_x = source<int64_t>(call, K, x, k % K, call.from_w());
       if (from_y < 0 || from_x < 0) continue;
-      const Acc<T> f = channel_weight(call, channel_filter, b, c, k);
-      const Acc<T> g = spatial_weight(call, spatial_filter, b, k, y, x);
+      const Acc<T> f = channel_weight(call, channel_filter, call.s.K, b, c, k);
+      const Acc<T> g = window_weight(call, spatial_filter, K, b, k, y, x);
       const MapStrides& st = call.from;
       const T in = from[b * st.b + c * st.c + from_y * st.y + from_x * st.x];
       sum += (call.s.multiply ? f * g : f + g) * Acc<T>(in);
@@ -594,8 +613,9 @@ __global__ void gather_any(const Call call, bool channels_last, const T* __restr
 template <typename T>
 __device__ Acc<T> grad_product(const Call& call, const T* grad, const T* features, int64_t b,
                                int64_t c, int k, int64_t y, int64_t x) {
-  const int64_t from_y = source<int64_t>(call, y, k / call.s.K, call.s.H);
-  const int64_t from_x = source<int64_t>(call, x, k % call.s.K, call.s.W);
+  const int K = call.s.K;
+  const int64_t from_y = input_of<int64_t>(call, K, y, k / K, call.s.H);
+  const int64_t from_x = input_of<int64_t>(call, K, x, k % K, call.s.W);
   if (from_y < 0 || from_x < 0) return 0;
   const MapStrides &to = call.to, &from = call.from;
   return Acc<T>(grad[b * to.b + c * to.c + y * to.y + x * to.x]) *
@@ -615,7 +635,7 @@ __global__ void spatial_grad_any(const Call call, const T* __restrict__ grad,
     Acc<T> sum = 0;
     for (int64_t c = 0; c < call.s.C; ++c) {
       const Acc<T> product = grad_product(call, grad, features, b, c, k, y, x);
-      const T f = call.s.multiply ? channel_weight(call, channel_filter, b, c, k) : T(1);
+      const T f = call.s.multiply ? channel_weight(call, channel_filter, call.s.K, b, c, k) : T(1);
       sum += product * Acc<T>(f);
     }
     sums[i] = sum;
@@ -660,7 +680,7 @@ void gather_specialised(const Call& call, const Plan& plan, const T* from, const
   if constexpr (K == 3) {
     const bool dense = call.s.stride == 1 && call.s.dilation == 1;
     if (plan.vector > 1 && !channels_last) return launch(gather_nchw<T, K, kVector>);
-    if (plan.vector > 1 && dense) return launch(gather_nhwc<T, K, kVector, kAhead<T, K>>);
+    if (plan.vector > 1 && dense) return launch(gather_nhwc<T, K, kVector, kAhead<K>>);
     if (plan.vector > 1) return launch(gather_nhwc<T, K, kVector, 1>);
   }
   channels_last ? launch(gather_nhwc<T, K, 1, 1>) : launch(gather_nchw<T, K, 1>);

@@ -38,20 +38,30 @@ def count_macs(model: nn.Module, x: Tensor) -> Macs:
     """
     if x.shape[0] == 0:
         raise ValueError(f"count_macs needs at least one image, got shape {list(x.shape)}")
-    macs = {"convolution": 0, "linear": 0}
-    for operator, flops in _flops(model, x).items():
-        macs["convolution" if operator in _FORMULAS or "conv" in str(operator) else "linear"] += flops // 2
-    convolution, linear = (total // x.shape[0] for total in macs.values())
-    return Macs(static=convolution, executed=convolution, linear=linear)
+    flops = _flops(model, x)
+    total = sum(flops["Global"].values())
+    # Whatever an nn.Conv2d runs is a convolution, a matrix product included.
+    modules = model.named_modules(prefix=type(model).__name__)
+    within = [name for name, module in modules if isinstance(module, nn.Conv2d)]
+    convolution = sum(flops["Global"][operator] for operator in flops["Global"] if _is_convolution(operator))
+    convolution += sum(
+        count for name in within for operator, count in flops.get(name, {}).items() if not _is_convolution(operator)
+    )
+    static, linear = convolution // 2 // x.shape[0], (total - convolution) // 2 // x.shape[0]
+    return Macs(static=static, executed=static, linear=linear)
+
+
+def _is_convolution(operator) -> bool:
+    return operator in _FORMULAS or "conv" in str(operator)
 
 
 def calls_operators(model: nn.Module, x: Tensor) -> bool:
     """Whether an evaluation forward calls an operator of `timm_dynamic.ops`, so that compiled kernels matter to it."""
-    return not _FORMULAS.keys().isdisjoint(_flops(model, x))
+    return torch.ops.timm_dynamic.ddf in _flops(model, x)["Global"]
 
 
-def _flops(model: nn.Module, x: Tensor) -> dict:
-    """Floating-point operations of an evaluation forward by operator, twice its multiply-accumulates."""
+def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
+    """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by module and operator."""
     modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
@@ -60,11 +70,24 @@ def _flops(model: nn.Module, x: Tensor) -> dict:
     finally:
         for module, training in modes.items():
             module.training = training
-    return counter.get_flop_counts().get("Global", {})
+    return {"Global": {}, **counter.get_flop_counts()}
 
 
 def _ddf_flops(features, channel_filter, spatial_filter, kernel_size, *options, out_shape) -> int:
     return 2 * kernel_size**2 * out_shape.numel()
 
 
-_FORMULAS = {torch.ops.timm_dynamic.ddf: _ddf_flops}
+def _factored_flops(x, weight, *options, out_shape) -> int:
+    return 2 * weight[1:].numel() * out_shape[0].numel()
+
+
+def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
+    mixing = attention.numel() * kernels[1:].numel()
+    return 2 * (kernels[2:].numel() * out_shape.numel() + mixing)
+
+
+_FORMULAS = {
+    torch.ops.timm_dynamic.ddf: _ddf_flops,
+    torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
+    torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
+}

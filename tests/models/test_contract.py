@@ -66,14 +66,16 @@ def test_odd_sizes_features_and_intermediates(name):
     for feature, channels, reduction in zip(intermediates, info.channels(), info.reduction(), strict=True):
         assert feature.shape == (1, channels, -(-97 // reduction), -(-65 // reduction))
     torch.testing.assert_close(output, model.forward_features(x))
-    torch.testing.assert_close(intermediates[-1], output)
+    if isinstance(model, timm.models.ResNet):  # the other networks have a convolution between the two
+        torch.testing.assert_close(intermediates[-1], output)
 
     state = model.state_dict()
     for feature_cls in ("list", "getter"):
         options = {"features_only": True, "feature_cls": feature_cls, "out_indices": (1, 3)}
         extractor = timm.create_model(name, device="meta", **options).eval()
         inner = extractor.model if feature_cls == "getter" else extractor
-        inner.load_state_dict({key: state[key] for key in inner.state_dict()}, assign=True)
+        names = {key: key.replace("blocks_", "blocks.") for key in inner.state_dict()}  # stages taken out of a sequence
+        inner.load_state_dict({key: state[name] for key, name in names.items()}, assign=True)
         assert extractor.feature_info.channels() == [info.channels()[i] for i in (1, 3)]
         for feature, expected in zip(extractor(x), (intermediates[1], intermediates[3]), strict=True):
             torch.testing.assert_close(feature, expected)
@@ -91,8 +93,9 @@ def test_head(name):
     assert model(x).shape == (1, 5)
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
-    model.reset_classifier(0, "")
-    torch.testing.assert_close(model(x), features)
+    if not isinstance(model, timm.models.MobileNetV3):  # its head has a convolution after the pool
+        model.reset_classifier(0, "")
+        torch.testing.assert_close(model(x), features)
     assert timm.create_model(name, num_classes=0).eval()(x).shape == pooled.shape
 
 
@@ -105,11 +108,14 @@ def test_one_input_channel(name):
 def test_gradient_checkpointing(name):
     model, x = timm.create_model(name).eval(), image(64, 64)
     expected = model(x)
+    expected.sum().backward()
+    reached = [p.grad is not None for p in model.parameters()]  # not PED's decoder, which serves in training only
+    model.zero_grad()
     model.set_grad_checkpointing()
     output = model(x)
     torch.testing.assert_close(output, expected)
     output.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert [p.grad is not None for p in model.parameters()] == reached
 
 
 @torch.no_grad()

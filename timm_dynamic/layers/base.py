@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Layer = TypeVar("Layer", bound="DropInConv2d")
@@ -42,6 +43,16 @@ class DropInConv2d(nn.Module):
         self.padding_mode = padding_mode
         self.output_padding = conv.output_padding
         self.transposed = False
+        # What a convolution operator pads by itself, and what `_pad` has to do before.
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        explicit = padding_mode != "zeros" or left != right or top != bottom
+        self._padding = (0, 0) if explicit else (top, left)
+        self._explicit_padding = [left, right, top, bottom] if explicit else None
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self._explicit_padding is None:
+            return x
+        return F.pad(x, self._explicit_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     extra_repr = nn.Conv2d.extra_repr
 
@@ -78,13 +89,20 @@ def load_reference(layer: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a single layer from a state dict with its authors' key names, strictly.
 
     Args:
-        layer: One of this package's layers.
+        layer: One of this package's layers. Its `reference_names`, if any, maps names of the authors' modules to ours.
         state: The authors' tensors.
 
     Raises:
         ValueError: If keys are missing, unexpected, or of another shape; all are named.
     """
+    names = getattr(layer, "reference_names", {})
     try:
-        layer.load_state_dict(state)
+        layer.load_state_dict({rename(key, names): value for key, value in state.items()})
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def rename(key: str, names: dict[str, str]) -> str:
+    """A state dict's key with its first part, the name of a module, replaced if `names` has it."""
+    first, dot, rest = key.partition(".")
+    return names.get(first, first) + dot + rest

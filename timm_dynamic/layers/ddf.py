@@ -13,6 +13,22 @@ from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import ddf
 
 
+class MatrixConv2d(nn.Conv2d):
+    """A 1x1 convolution run as the matrix product it is, where that is faster.
+
+    With few outputs or few positions, as in the branches, torch's convolution is busy rearranging its input.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, _, H, W = x.shape
+        if H == W == 1:
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        if self.stride == (1, 1) and x.is_contiguous():
+            weight = self.weight.flatten(1).expand(B, -1, -1)
+            return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).reshape(B, -1, H, W)
+        return super().forward(x)
+
+
 @register_notrace_module
 class FilterNorm(nn.Module):
     """Standardise every K x K filter over its taps, then scale it.
@@ -70,8 +86,9 @@ class FilterNorm(nn.Module):
         x = x - x.mean(2, keepdim=True)
         # torch.std is several times slower along a strided dimension. The lower bound changes nothing beside 1e-10; it
         # keeps the gradient of the square root finite where a filter is constant.
-        variance = x.square().sum(2, keepdim=True) / (self.taps - 1)
-        x = x * (self.scale / (variance.clamp_min(1e-36).sqrt() + 1e-10))
+        root = (self.taps - 1) ** 0.5
+        norm = x.square().sum(2, keepdim=True).clamp_min(1e-36).sqrt()  # of the deviations: root * std
+        x = x * (self.scale * root / (norm + 1e-10 * root))
         x = x.reshape(B, C, H, W)
         if self.std is not None:
             x = x * self.std[:, None, None]
@@ -301,7 +318,7 @@ def _spatial_branch(
 ) -> nn.Sequential:
     """`[B, C, H, W]` -> `[B, head*K*K, Ho, Wo]`: the filters of every position."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, head * kernel_size**2, 1, stride, **dd),
+        MatrixConv2d(in_channels, head * kernel_size**2, 1, stride, **dd),
         FilterNorm(head, kernel_size, "spatial", nonlinearity, **dd),
     )
 
@@ -311,9 +328,9 @@ def _channel_branch(in_channels: int, kernel_size: int, se_ratio: float, nonline
     hidden = max(1, int(in_channels * se_ratio))
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(in_channels, hidden, 1, **dd),
+        MatrixConv2d(in_channels, hidden, 1, **dd),
         nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, in_channels * kernel_size**2, 1, **dd),
+        MatrixConv2d(hidden, in_channels * kernel_size**2, 1, **dd),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True, **dd),
     )
 

@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Compiling for every GPU takes minutes: here only where a driver is. `TIMM_DYNAMIC_CUDA=1 make ...` does it anyway.
+export TIMM_DYNAMIC_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
+
 .PHONY: install demo test lint
 install: .venv/installed
 
 # Without build isolation the kernels are built against the torch in .venv, not against another copy of it.
 .venv/installed: pyproject.toml setup.py $(wildcard cuda_ops/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja "torch>=2.11"
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy "torch>=2.11"
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(BIN)/timm-dynamic env
 	touch $@

@@ -68,9 +68,9 @@ tests() {
 }
 
 ops() {
-  run "share of the roof" 260 "$PYTHON" benchmarks/gpu_roof.py --json "$RESULTS/gpu_roof.json"
+  run "share of the roof" 260 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
   run "operator against alternatives" 260 "$PYTHON" benchmarks/op_ddf.py --device cuda \
-    --json "$RESULTS/op_ddf_cuda.json"
+    --output "$RESULTS/op_ddf_cuda.json"
 }
 
 models() {

@@ -1,6 +1,6 @@
 """How near the ddf kernels are to what this GPU's memory allows, and to cuDNN's depthwise convolution.
 
-    python benchmarks/gpu_roof.py [--json FILE.json]
+    python benchmarks/gpu_roof.py [--output FILE.json]
 
 Measures copy bandwidth and matrix rate, then each case as GPU time (CUDA graphs, so without launch overhead) and as a
 share of its floor: the bytes that must move at least, at the bandwidth of a large copy.
@@ -99,7 +99,7 @@ def show(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "gpu_roof.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu_roof.json")
     args = parser.parse_args()
     if not torch.cuda.is_available() or backend_info()["cuda"] != "loaded":
         parser.error(f"needs a CUDA device and the CUDA kernels ({backend_info()['cuda']})")
@@ -120,11 +120,11 @@ def main() -> None:
         "bf16_matrix_tflop_per_s": tflops,
         "rows": found,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.json.with_name(args.json.name + ".tmp")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_name(args.output.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, args.json)
-    print(f"saved {args.json.name}")
+    os.replace(temporary, args.output)
+    print(f"saved {args.output.name}")
 
 
 if __name__ == "__main__":

@@ -319,10 +319,12 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, 0, channels);
   __syncthreads();
   Own<K, V, kWarp> own(channels[0][lane].at);
+  if constexpr (K == 3) {
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
+    for (int k = 0; k < kTaps; ++k) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) own(k, v) = channels[k][lane].at[v];
+      for (int v = 0; v < V; ++v) own(k, v) = channels[k][lane].at[v];
+    }
   }
 
   const int width = call.from_w();
@@ -496,7 +498,6 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
   for (int r0 = 0; r0 < K; r0 += R) {
     const int c0 = block.z * grid.lanes * V, c = c0 + lane * V;
     const bool active = y < call.s.Ho && c < call.s.C;
-    __syncthreads();
     load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, r0 * K,
                                    channels);
     __syncthreads();

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_config_is_taken_over(path):
     assert {key: args[key] for key in values} == values
     assert all(isinstance(args[key], type(value)) for key, value in values.items())
     assert timm.is_model(args["model"])
-    assert path.stem in (args["model"], f"{args['model']}.digits")
+    assert re.fullmatch(rf"{args['model']}(\.digits|_w\d+(_kernels)?)?", path.stem)
 
 
 def test_every_ddf_model_has_one():

@@ -1,6 +1,24 @@
 """Layers of dynamic convolution, usable in any network."""
 
+from timm_dynamic.layers.auxiliary import attach_loss
 from timm_dynamic.layers.base import load_reference
+from timm_dynamic.layers.counting_conv import CountingConv2d
+from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack, FilterNorm
+from timm_dynamic.layers.dynamic_conv import DynamicConv2d, KernelAttention
+from timm_dynamic.layers.ped import PEDConv2d
 
-__all__ = ["DDFConv2d", "DDFPack", "DDFUpPack", "FilterNorm", "load_reference"]
+__all__ = [
+    "CountingConv2d",
+    "DCDConv2d",
+    "DCDLinear",
+    "DDFConv2d",
+    "DDFPack",
+    "DDFUpPack",
+    "DynamicConv2d",
+    "FilterNorm",
+    "KernelAttention",
+    "PEDConv2d",
+    "attach_loss",
+    "load_reference",
+]

@@ -2,9 +2,27 @@
 
 from timm.models import split_model_name_tag
 
-from timm_dynamic.models import ddf_resnet
+from timm_dynamic.models import (
+    dcd_mobilenetv2,
+    dcd_resnet,
+    ddf_resnet,
+    dy_mobilenetv2,
+    dy_mobilenetv3,
+    dy_resnet,
+    ped_mobilenetv2,
+    ped_resnet,
+)
 
-_FAMILIES = (ddf_resnet,)
+_FAMILIES = (
+    dcd_mobilenetv2,
+    dcd_resnet,
+    ddf_resnet,
+    dy_mobilenetv2,
+    dy_mobilenetv3,
+    dy_resnet,
+    ped_mobilenetv2,
+    ped_resnet,
+)
 
 
 def static_twin(name: str) -> str:

@@ -2,7 +2,21 @@
 
 from timm_dynamic.ops._library import backend_info, load_kernels, reference_only
 from timm_dynamic.ops.ddf import ddf, ddf_reference
+from timm_dynamic.ops.factored_conv import factored_conv2d, factored_conv2d_reference
+from timm_dynamic.ops.mixed_conv import mixed_conv2d, mixed_conv2d_reference
+from timm_dynamic.ops.per_sample_conv import per_sample_conv2d, per_sample_conv2d_reference
 
 load_kernels()
 
-__all__ = ["backend_info", "ddf", "ddf_reference", "reference_only"]
+__all__ = [
+    "backend_info",
+    "ddf",
+    "ddf_reference",
+    "factored_conv2d",
+    "factored_conv2d_reference",
+    "mixed_conv2d",
+    "mixed_conv2d_reference",
+    "per_sample_conv2d",
+    "per_sample_conv2d_reference",
+    "reference_only",
+]

@@ -1,0 +1,207 @@
+"""PED networks: the authors' numbers, and what is theirs beyond what every model can do."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_dynamic import auxiliary_loss
+from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.layers import PEDConv2d
+from timm_dynamic.models import static_twin
+from timm_dynamic.models.ped_resnet import checkpoint_filter_fn
+
+TINY = "test_ped_resnet"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PEDConv2d)}
+
+
+class TestGolden:
+    """Parameters, outputs, loss terms and every gradient of the authors' code."""
+
+    @pytest.fixture
+    def case(self, golden):
+        return golden("ped_resnet18")
+
+    @pytest.fixture
+    def model(self, case, tmp_path):
+        """With the case's weights, from a file as the authors' script writes it."""
+        state = {f"module.{key}": value for key, value in case.state().items()}
+        arch = ("resnet18", "fanin", 1000, 1.0)
+        saved = {"epoch": 1, "arch": arch, "state_dict": state, "best_prec1": 70.0, "optimizer": {}}
+        torch.save(saved, tmp_path / "checkpoint.pth.tar")
+        model = timm.create_model("ped_resnet18", noise_std=0.0)
+        load_checkpoint(model, tmp_path / "checkpoint.pth.tar")
+        return model
+
+    def test_parameters_and_their_names(self, case, model):
+        assert sum(p.numel() for p in model.parameters()) == case.case["num_params"]
+        assert {key: list(value.shape) for key, value in model.state_dict().items()} == {
+            key: shape for key, (shape, _) in case.rows.items()
+        }
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-4)], ids=str)
+    @torch.no_grad()
+    def test_evaluation(self, case, model, dtype, tolerance, layout):
+        model = model.to(dtype, memory_format=layout).eval()
+        x = case.input().to(dtype, memory_format=layout)
+        expected = case.case["eval"]
+        for output in (model(x), torch.cat([model(x[:1]), model(x[1:])])):
+            assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
+            for sample, numbers in zip(output.double(), expected["logits"], strict=True):
+                numbers = torch.tensor(numbers, dtype=torch.float64)
+                close = {"rtol": 0, "atol": tolerance * expected["std"]}
+                torch.testing.assert_close(sample[: len(numbers)], numbers, **close)
+
+    @pytest.mark.parametrize("explicit", [False, True])
+    def test_training(self, case, model, explicit):
+        """The terms' gradients are attached inside the model; adding the terms to the loss changes none."""
+        train = case.case["train"]
+        output = model.double().train()(case.input("train").double())
+        task_loss = F.cross_entropy(output, torch.tensor(train["targets"]))
+        terms = auxiliary_loss(model)
+        per_layer = train["loss_terms"]["im_loss_per_layer"]
+        assert terms.keys() == {name.replace(".attn", ".reconstruction") for name in per_layer}
+        for name, value in per_layer.items():
+            assert terms[name.replace(".attn", ".reconstruction")].item() == pytest.approx(0.001 * value, rel=1e-6)
+        assert task_loss.item() == pytest.approx(train["loss_terms"]["task"], rel=1e-6)
+        loss = task_loss + sum(terms.values())
+        assert loss.item() == pytest.approx(train["loss"], rel=1e-6)
+        (loss if explicit else task_loss).backward()
+        norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+        assert norms == pytest.approx(train["grad_norms"], rel=1e-6)
+
+
+def test_which_convolutions_are_dynamic():
+    names = [f"layer{stage}.{block}.conv{i}" for stage, block, i in itertools.product((1, 2, 3, 4), (0, 1), (1, 2))]
+    assert list(layers(timm.create_model("ped_resnet18", device="meta"))) == names
+    depths = {1: 3, 2: 4, 3: 6, 4: 3}
+    names = [f"layer{s}.{b}.conv{i}" for s in depths for b in range(depths[s]) for i in (1, 2, 3)]
+    assert list(layers(timm.create_model("ped_resnet50", device="meta"))) == names
+    mobilenet = timm.create_model("ped_mobilenetv2", device="meta")
+    names = [name for name, _ in mobilenet.named_modules() if name.endswith(("conv_pw", "conv_dw", "conv_pwl"))]
+    assert list(layers(mobilenet)) == [name for name in names if not name.startswith("blocks.0.")]
+    assert len(layers(mobilenet)) == 48
+
+
+@pytest.mark.parametrize("name", ["ped_resnet18", "ped_resnet50", "ped_mobilenetv2"])
+def test_the_static_twin_has_the_same_convolutions(name):
+    twin = timm.create_model(static_twin(name), device="meta")
+    for key, layer in layers(timm.create_model(name, device="meta")).items():
+        assert layer.extra_repr() == twin.get_submodule(key).extra_repr()
+
+
+@pytest.mark.parametrize("name", [TINY, "ped_mobilenetv2"])
+def test_options(name):
+    model = timm.create_model(name, rank=2, reduction=4, noise_std=0.0, aux_scale=0.5)
+    layer = next(iter(layers(model).values()))
+    assert (layer.rank, layer.reduction, layer.noise_std, layer.aux_scale) == (2, 4, 0.0, 0.5)
+    assert model.train()(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_initialisation():
+    for layer in layers(timm.create_model("ped_resnet18")).values():
+        fan_out = layer.out_channels * 9
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+def test_small_stem():
+    model = timm.create_model("ped_resnet18", small_stem=True, num_classes=10).eval()
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    features = model.forward_intermediates(torch.randn(1, 3, 32, 32), intermediates_only=True)
+    assert [f.shape[-1] for f in features] == [32, 32, 16, 8, 4]
+    assert [info["reduction"] for info in model.feature_info] == [1, 1, 2, 4, 8]
+
+
+def test_wide_and_grouped():
+    assert timm.create_model("ped_resnet50", cardinality=32, base_width=4, device="meta").layer1[0].conv2.groups == 32
+    for options in ({"cardinality": 2}, {"base_width": 128}):
+        with pytest.raises(ValueError, match="cardinality"):
+            timm.create_model("ped_resnet18", **options)
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+    @pytest.mark.parametrize("rename", ["{}", "module.{}", "features.module.{}"])
+    def test_formats(self, wrapper, rename):
+        if rename.startswith("features"):  # `module.` within the key
+            theirs = {key: key.replace("layer1.", "layer1.module.") for key in timm.create_model(TINY).state_dict()}
+        else:
+            theirs = {key: rename.format(key) for key in timm.create_model(TINY).state_dict()}
+        model = timm.create_model(TINY)
+        state = model.state_dict()
+        saved = {theirs[key]: value for key, value in state.items()}
+        filtered = checkpoint_filter_fn({wrapper: saved, "epoch": 3} if wrapper else saved, model)
+        assert filtered.keys() == state.keys()
+        assert checkpoint_filter_fn(filtered, model) is filtered
+        model.load_state_dict(filtered)
+
+
+class TestTheTinyModel:
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def make(self, **kwargs):
+        return timm.create_model(TINY, zero_init_last=False, **kwargs)
+
+    def gradients(self, model, compiled=None):
+        torch.manual_seed(1)
+        (model if compiled is None else compiled)(self.x).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    def test_compiled_and_checkpointed(self):
+        model = self.make()
+        others = [copy.deepcopy(model) for _ in range(3)]
+        expected = self.gradients(model)
+        others[0].set_grad_checkpointing()
+        torch.testing.assert_close(self.gradients(others[0]), expected)
+        compiled = torch.compile(others[1], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(self.gradients(others[1], compiled), expected, rtol=1e-3, atol=1e-5)
+        others[2].set_grad_checkpointing()
+        compiled = torch.compile(others[2], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(self.gradients(others[2], compiled), expected, rtol=1e-3, atol=1e-5)
+
+    def test_features_train_what_they_use(self):
+        model = timm.create_model(TINY, features_only=True, out_indices=(1, 2))
+        sum(f.square().mean() for f in model(self.x)).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    @torch.no_grad()
+    def test_export_with_a_dynamic_batch(self):
+        model = self.make().eval()
+        shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
+        program = torch.export.export(model, (self.x,), dynamic_shapes=shapes)
+        for x in (self.x[:1], torch.randn(5, 3, 64, 64)):
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
+
+    @torch.no_grad()
+    def test_batch_and_layout_do_not_matter(self):
+        model = self.make().double().eval()
+        x = self.x.double()
+        expected = model(x)
+        torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), expected)
+        assert model(x[:0]).shape == (0, 10)
+        model = model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.filterwarnings("ignore:timm_dynamic. in float16")
+    def test_half_precision(self, dtype):
+        model = self.make()
+        with torch.autocast("cpu", dtype):
+            loss = model(100 * self.x).square().mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            output = self.make(dtype=dtype).eval()(self.x.to(dtype))
+        assert output.dtype == dtype and output.isfinite().all()

@@ -1,0 +1,425 @@
+"""Dynamic channel fusion by matrix decomposition, as a convolution and as a classifier.
+
+Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021 (arXiv 2103.08756). A sample's weight
+is a static one with its output channels rescaled, and a residual of rank L that fuses L latent channels. Parameters are
+named as in the authors' ResNets.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
+
+
+class _Factors(nn.Module):
+    """What both layers have: the branch from pooled features to Phi and scale."""
+
+    def _make_factors(self, pooled: int, outputs: int, latent_dim: int, hidden_dim: int, **dd) -> None:
+        self.latent_dim = latent_dim
+        gate = nn.ModuleDict({"fc": nn.ModuleDict({"0": nn.Linear(hidden_dim, hidden_dim, bias=False, **dd)})})
+        self.fc = nn.ModuleDict({"0": nn.Linear(pooled, hidden_dim, bias=False, **dd), "1": gate})
+        self.fc_phi = nn.Linear(hidden_dim, latent_dim**2, bias=False, **dd)
+        self.fc_scale = nn.Linear(hidden_dim, outputs, bias=False, **dd)
+
+    def _factors(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, pooled]` to Phi, `[B, L, L]`, and scale, `[B, outputs]`."""
+        # Functions, not modules: at batch 1 the time goes into calls.
+        z = F.linear(pooled.to(self.fc_phi.weight.dtype), self.fc["0"].weight)
+        z = z * _hsig(F.linear(z, self.fc["1"]["fc"]["0"].weight))
+        phi, scale = F.linear(z, self.fc_phi.weight), F.linear(z, self.fc_scale.weight)
+        return phi.view(-1, self.latent_dim, self.latent_dim), _hsig(scale)
+
+
+def _hsig(t: Tensor) -> Tensor:
+    """0 to 2, and 1 at 0: twice the usual hard sigmoid."""
+    return (t + 3).clamp(0, 6) / 3  # F.hardsigmoid's derivative is of single precision in float64 too
+
+
+@register_notrace_module
+class DCDConv2d(DropInConv2d, _Factors):
+    """Convolution with dynamic channel fusion; takes the place of an `nn.Conv2d`.
+
+        y = scale(x) * conv(x) + P (BN2(Phi(x) BN1(Q x)) + BN1(Q x))
+
+    Q and P are 1x1 convolutions to and from L channels, Q with the stride of `conv`. With z the average-pooled input
+    after a linear layer and the gate `z * hsig(G z)`: Phi, `[B, L, L]`, is linear in z, and scale, `[B, out_channels]`,
+    is hsig of a linear layer of z; `hsig(t) = relu6(t + 3) / 3`. BN2 normalises over `[B, L, Ho*Wo]`.
+
+    In eval mode both norms are affine and a sample's layer is one convolution, with the weight
+    `scale * W0 + P (S2 Phi + I) S1 Q` (the product at the central tap) and a bias. Where the maps are large beside the
+    weight it is computed so, elsewhere by its branches; the results are the same up to rounding.
+
+    Args:
+        in_channels, out_channels, stride, dilation, groups, padding_mode: As for `nn.Conv2d`. Q and P are not grouped.
+        kernel_size: Odd.
+        padding: `dilation * (kernel_size // 2)`, or `"same"` with stride 1: Q reads what the central tap reads.
+        bias: Add one to `conv`; it is scaled too.
+        latent_dim: L; by default the root of the number of pooled features, `in_channels * pool_size**2`.
+        hidden_dim: Length of z; by default a sixteenth of the larger one of L**2 and the number of pooled features, at
+            least 4.
+        pool_size: The input is average-pooled to `[B, in_channels, pool_size, pool_size]`.
+
+    Shape:
+        As for `nn.Conv2d`; the input must be batched.
+
+    Raises:
+        ValueError: If the arguments describe a convolution that it cannot replace; in the forward pass, if the input is
+            not `[B, in_channels, H, W]`, or leaves a single number to normalise in training (one sample, 1x1 output).
+    """
+
+    # The authors' names in MobileNetV2.
+    reference_names = {"conv_q": "q", "conv_p": "p"}
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        latent_dim: int | None = None,
+        hidden_dim: int | None = None,
+        pool_size: int = 1,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"DCD needs a central tap: kernel_size must be odd, got {kernel_size}")
+        same = tuple(d * (k // 2) for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        if self.padding not in ("same", same) and (self.padding, same) != ("valid", (0, 0)):
+            raise ValueError(f"DCD needs padding dilation * (kernel_size // 2) = {same}, got {padding!r}")
+        _check_positive(latent_dim=latent_dim, hidden_dim=hidden_dim, pool_size=pool_size)
+        pooled = in_channels * pool_size**2
+        latent_dim = latent_dim or int(pooled**0.5)
+        hidden_dim = hidden_dim or max(max(pooled, latent_dim**2) // 16, 4)
+        self.pool_size = pool_size
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, **dd
+        )
+        self.q = nn.Conv2d(in_channels, latent_dim, 1, stride, bias=False, **dd)
+        self.p = nn.Conv2d(latent_dim, out_channels, 1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(latent_dim, **dd)
+        self.bn2 = nn.BatchNorm1d(latent_dim, **dd)
+        self._make_factors(pooled, out_channels, latent_dim, hidden_dim, **dd)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DCDConv2d":
+        """Build the layer that replaces `conv`, with its weight and bias.
+
+        P and the scale's linear layer are zero: until they are trained, the output is that of `conv`.
+
+        Args:
+            conv: A convolution with `nn.Conv2d`'s own forward.
+            **kwargs: `latent_dim`, `hidden_dim`, `pool_size`.
+
+        Raises:
+            ValueError: If a DCD layer cannot stand in for `conv`.
+        """
+        layer = super().from_conv(conv, **kwargs)
+        with torch.no_grad():
+            layer.weight.copy_(conv.weight)
+            layer.p.weight.zero_()
+            layer.fc_scale.weight.zero_()
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        if torch.jit.is_scripting():
+            phi, scale = self._factors(self._pool(x))
+            return self.conv(x) * scale[:, :, None, None] + self.p(self._fuse(self.q(x), phi))
+        large = self._has_large_maps(x)
+        if large and not (self.bn1.training or self.bn2.training):
+            return self._folded(x)
+        uniform = x.dtype == autocast_dtype(x) == self.weight.dtype
+        if uniform and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous() and not _in_a_graph():
+            x, pooled, z = _PoolAndProject.apply(x, self.q.weight, self.pool_size, self.stride)
+        else:
+            pooled, z = self._pool(x), self._project(x)
+        with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
+            phi, scale = self._factors(pooled)
+            v = self._fuse(z, phi)
+        if large and uniform and torch.is_grad_enabled():
+            options = (self.stride, self._padding, self.dilation)
+            return _ScaledConv.apply(self._pad(x), scale, self.weight, self.bias, self.p.weight, v, *options)
+        y = self.conv(x)
+        scale, v = scale.to(y.dtype), _finite(v, y.dtype)
+        if _in_a_graph():
+            return y * scale[:, :, None, None] + self.p(v)
+        return _combine(y, self.p.weight.to(y.dtype), v, scale)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return _pool(x, self.pool_size)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """`Q x`, in the parameters' dtype."""
+        weight = self.q.weight
+        if autocast_dtype(x) == torch.float16 != weight.dtype:
+            # Q can amplify x beyond what float16 holds, and BN1 would make NaN of it: normalise its rows meanwhile.
+            norm = weight.detach().abs().sum(1, keepdim=True).clamp_min(1e-30)
+            return self.q._conv_forward(x, weight / norm, None).to(weight.dtype) * norm.view(-1, 1, 1)
+        z = self.q(x) if _in_a_graph() or not x.is_contiguous() else _project(x, weight, self.stride)
+        return z.to(weight.dtype)
+
+    def _fuse(self, z: Tensor, phi: Tensor) -> Tensor:
+        """`BN2(Phi BN1(z)) + BN1(z)` for z, `[B, L, Ho, Wo]`."""
+        B, L, H, W = z.shape
+        if self.bn1.training and B * H * W == 1:
+            raise ValueError("DCD normalises over batch and positions: training needs more than one sample of 1x1 maps")
+        u = self.bn1(z).flatten(2)
+        return (self.bn2(torch.bmm(phi, u)) + u).view(B, L, H, W)
+
+    def _has_large_maps(self, x: Tensor) -> bool:
+        """Whether to make a weight for every sample: maps are large beside it, and samples or their calls are few."""
+        B, C, H, W = x.shape
+        if _in_a_graph() or self.groups > 1 or B == 0 or (B > 1 and x.device.type != "cpu"):
+            return False
+        if autocast_dtype(x) == torch.float16 or not isinstance(self.bn1, nn.modules.batchnorm._BatchNorm):
+            return False
+        positions = (H // self.stride[0]) * (W // self.stride[1])
+        return 2 * self.weight.numel() <= positions * (C + self.out_channels)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """The eval form with a weight and a bias for every sample."""
+        B = x.shape[0]
+        with no_autocast(x):
+            phi, scale = self._factors(self._pool(x))
+            (s1, t1), (s2, t2) = _affine(self.bn1), _affine(self.bn2)
+            # The branch is affine, v = R Q x + r. Its columns, and r as one more: (S2 Phi + I) [S1 Q, t1] + [0, t2].
+            q = torch.cat([self.q.weight.flatten(1) * s1[:, None], t1[:, None]], 1).expand(B, -1, -1)
+            v = torch.baddbmm(q, phi * s2[:, None], q)
+            v[:, :, -1] += t2
+            v = torch.bmm(self.p.weight.flatten(1).expand(B, -1, -1), v)
+            weight = self.weight * scale[:, :, None, None, None]
+            weight[:, :, :, weight.shape[3] // 2, weight.shape[4] // 2].add_(v[:, :, :-1])
+            bias = v[:, :, -1] if self.bias is None else torch.addcmul(v[:, :, -1], scale, self.bias)
+        samples = zip(x.split(1), weight, bias, strict=True)
+        outputs = [self.conv._conv_forward(*sample) for sample in samples]
+        return outputs[0] if B == 1 else torch.cat(outputs)
+
+
+def _pool(x: Tensor, size: int) -> Tensor:
+    return x.mean((2, 3)) if size == 1 else F.adaptive_avg_pool2d(x, size).flatten(1)
+
+
+def _project(x: Tensor, q: Tensor, stride: tuple[int, int]) -> Tensor:
+    """A 1x1 convolution as a product for every sample: without the copies to other layouts that oneDNN makes."""
+    x = x[:, :, :: stride[0], :: stride[1]]
+    B, _, H, W = x.shape
+    return torch.bmm(q.flatten(1).expand(B, -1, -1), x.flatten(2)).view(B, len(q), H, W)
+
+
+class _PoolAndProject(torch.autograd.Function):
+    """`x`, pooled x and `Q x`. Backward adds the gradients of the two small ones to that of `x` in its place."""
+
+    @staticmethod
+    def forward(x, q, pool_size, stride):
+        return x.view_as(x), _pool(x, pool_size), _project(x, q, stride)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, q, *ctx.options = inputs
+        ctx.save_for_backward(x, q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gx, gpooled, gz):
+        x, q = ctx.saved_tensors
+        pool_size, (sy, sx) = ctx.options
+        gx, gz = gx.contiguous(), gz.flatten(2)
+        read = x[:, :, ::sy, ::sx]
+        gq = torch.bmm(gz, read.flatten(2).mT).sum(0).view_as(q)
+        qt = q.flatten(1).t().expand(len(x), -1, -1)
+        if read.shape == x.shape:
+            gx.flatten(2).baddbmm_(qt, gz)
+        else:
+            gx[:, :, ::sy, ::sx].add_(torch.bmm(qt, gz).view(read.shape))
+        if pool_size == 1:
+            gx += (gpooled / x[0, 0].numel())[:, :, None, None]
+        else:
+            gx += torch.ops.aten._adaptive_avg_pool2d_backward(gpooled.view(*x.shape[:2], pool_size, -1), x)
+        return gx, gq, None, None
+
+
+class _ScaledConv(torch.autograd.Function):
+    """`scale * conv(x) + P v`, sample by sample.
+
+    As long as a sample's map is in the cache, nothing of its size is read from memory twice; and scaling weights, not
+    maps, leaves no map to keep for the backward pass but `x`.
+    """
+
+    @staticmethod
+    def forward(x, scale, weight, bias, p, v, stride, padding, dilation):
+        samples = []
+        for b in range(len(x)):
+            scaled_bias = None if bias is None else bias * scale[b]
+            y = F.conv2d(x[b : b + 1], weight * scale[b, :, None, None, None], scaled_bias, stride, padding, dilation)
+            samples.append(_combine(y, p, v[b : b + 1]))
+        return torch.cat(samples)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, weight, bias, p, v, *ctx.options = inputs
+        ctx.save_for_backward(x, scale, weight, bias, p, v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, scale, weight, bias, p, v = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        dx, dv, dscale = torch.empty_like(x) if needs_x else None, torch.empty_like(v), torch.empty_like(scale)
+        dweight, dp = torch.zeros_like(weight), torch.zeros_like(p)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        for b in range(len(x)):
+            g, s = grad[b : b + 1], scale[b, :, None, None, None]
+            options = (*ctx.options, False, (0, 0), 1, (needs_x, True, False))
+            dx_b, dw, _ = torch.ops.aten.convolution_backward(g, x[b : b + 1], weight * s, None, *options)
+            if needs_x:
+                dx[b] = dx_b[0]
+            dweight.addcmul_(dw, s)
+            dscale[b] = (dw * weight).sum((1, 2, 3))
+            g = g[0].flatten(1)
+            if bias is not None:
+                db = g.sum(1)
+                dbias.addcmul_(db, scale[b])
+                dscale[b].addcmul_(db, bias)
+            dp.flatten(1).addmm_(g, v[b].flatten(1).t())
+            dv[b] = torch.mm(p.flatten(1).t(), g).view_as(dv[b])
+        return dx, dscale, dweight, dbias, dp, dv, None, None, None
+
+
+def _combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`scale * y + P v` for y, `[B, O, H, W]`, and v, `[B, L, H, W]`; y is overwritten where autograd allows it."""
+    channels_last = not y.is_contiguous()
+    if channels_last:
+        y = y.permute(0, 2, 3, 1)
+    shape = y.shape
+    # Never a view of the sum's own result: autograd would copy the whole gradient for an operation on part of a tensor.
+    y = y.flatten(1, 2) if channels_last else y.flatten(2)
+    if scale is not None:
+        scale = scale[:, None, :] if channels_last else scale[:, :, None]
+        y = y * scale if torch.is_grad_enabled() else y.mul_(scale)
+    p, v = p.flatten(1).expand(len(y), -1, -1), v.flatten(2)
+    y = y.baddbmm_(v.mT, p.mT) if channels_last else y.baddbmm_(p, v)
+    y = y.view(shape)
+    return y.permute(0, 3, 1, 2) if channels_last else y
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """A batch norm in eval mode is `s * z + t`."""
+    s = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return s, norm.bias - norm.running_mean * s
+
+
+def _finite(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """`v` in another dtype; float16 would make infinity of large numbers, and their product NaN."""
+    if dtype == torch.float16 != v.dtype:
+        v = v.clamp(-65504, 65504)
+    return v.to(dtype)
+
+
+def _in_a_graph() -> bool:
+    """Whether this call is being recorded: shapes may be others later."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _check_positive(**arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@register_notrace_module
+class DCDLinear(_Factors):
+    """Classifier with dynamic channel fusion; takes the place of an `nn.Linear`.
+
+        y = scale(x) * linear(x) + P (BN2(Phi(x) BN1(Q x)) + BN1(Q x))
+
+    with x itself as the pooled features (see `DCDConv2d`). The bias is scaled too.
+
+    Args:
+        in_features, out_features, bias: As for `nn.Linear`.
+        latent_dim: L, the number of latent features.
+        hidden_dim: Length of the vector before Phi and scale.
+
+    Shape:
+        `[B, in_features]` to `[B, out_features]`.
+
+    Raises:
+        ValueError: If an argument has an unusable value, the input another shape, or the batch is 1 in training: the
+            norms work over the batch.
+    """
+
+    # The authors' names.
+    reference_names = {"cls": "linear", "cls_q": "q", "cls_p": "p"}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        latent_dim: int = 32,
+        hidden_dim: int = 32,
+    ):
+        super().__init__()
+        _check_positive(
+            in_features=in_features, out_features=out_features, latent_dim=latent_dim, hidden_dim=hidden_dim
+        )
+        self.in_features = in_features
+        self.out_features = out_features
+        dd = {"device": device, "dtype": dtype}
+        self.linear = nn.Linear(in_features, out_features, bias, **dd)
+        self.q = nn.Linear(in_features, latent_dim, bias=False, **dd)
+        self.p = nn.Linear(latent_dim, out_features, bias=False, **dd)
+        self.bn1 = nn.BatchNorm1d(latent_dim, **dd)
+        self.bn2 = nn.BatchNorm1d(latent_dim, **dd)
+        self._make_factors(in_features, out_features, latent_dim, hidden_dim, **dd)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"x must be [B, {self.in_features}], got shape {list(x.shape)}")
+        if self.bn1.training and x.shape[0] == 1:
+            raise ValueError("DCD's classifier normalises over the batch: training needs more than one sample")
+        if torch.jit.is_scripting():
+            return self._classify(x)
+        dtype = autocast_dtype(x)
+        with no_autocast(x):
+            return self._classify(x.to(self.weight.dtype)).to(dtype)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        phi, scale = self._factors(x)
+        u = self.bn1(self.q(x))
+        v = self.bn2(torch.bmm(phi, u[:, :, None])[:, :, 0]) + u
+        return self.linear(x) * scale + self.p(v)

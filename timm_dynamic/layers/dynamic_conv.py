@@ -1,0 +1,204 @@
+"""Dynamic convolution: attention over convolution kernels.
+
+Chen et al., "Dynamic Convolution: Attention over Convolution Kernels", CVPR 2020 (arXiv 1912.03458). The operator is
+`timm_dynamic.ops.mixed_conv2d`. Parameters are named as in T. Ardelean et al.'s implementation.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.ops import mixed_conv2d
+from timm_dynamic.ops._autocast import no_autocast
+
+# The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
+_HOTTEST = 30.0
+_EPOCHS = 10
+
+
+class KernelAttention(nn.Module):
+    """How much of every kernel a sample gets: `softmax(MLP(GAP(x)) / temperature)`, section 3.2 of the paper.
+
+    Computed in float32, or float64 for float64 inputs: float16 cannot hold the scores of large activations.
+
+    Args:
+        in_channels: C.
+        num_kernels: N.
+        reduction: The hidden layer is `C // reduction` wide, at least 1.
+
+    Shape:
+        `[B, C, H, W]` to `[B, N]`.
+    """
+
+    def __init__(self, in_channels: int, num_kernels: int, reduction: int, device=None, dtype=None):
+        super().__init__()
+        hidden = max(1, in_channels // reduction)
+        dd = {"device": device, "dtype": dtype}
+        self.to_scores = nn.Sequential(
+            nn.Linear(in_channels, hidden, **dd), nn.ReLU(inplace=True), nn.Linear(hidden, num_kernels, **dd)
+        )
+
+    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        squeeze, expand = self.to_scores[0], self.to_scores[2]
+        # The gradient of a sum, unlike that of a mean, is an expanded view: no tensor of the size of x.
+        scores = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
+        scores = F.relu(F.linear(scores, squeeze.weight.to(dtype), squeeze.bias.to(dtype)))
+        scores = F.linear(scores, expand.weight.to(dtype), expand.bias.to(dtype))
+        return F.softmax(scores if temperature is None else scores / temperature, 1)
+
+
+@register_notrace_module
+class DynamicConv2d(DropInConv2d):
+    """Convolution with a mixture of `num_kernels` kernels and biases, one for each sample; replaces an `nn.Conv2d`.
+
+    `W(x) = sum_n pi_n(x) W_n` with the attention `pi(x)` of `KernelAttention`; the same for the bias.
+
+    The temperature of its softmax is 1. It can fall from 30 to 1 in training, by epochs (`timm_dynamic.set_progress`)
+    or by the step counter of a model built with `anneal_steps`; evaluation then uses the current value.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: Those of
+            `nn.Conv2d`.
+        num_kernels: N.
+        reduction: Of the attention's hidden layer, `in_channels // reduction` wide and at least 1.
+
+    Shape:
+        As for `nn.Conv2d`; the input must be batched.
+
+    Raises:
+        ValueError: If an argument, or the input of the forward pass, has an unusable value.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        num_kernels: int = 4,
+        reduction: int = 4,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        for name, value in (("num_kernels", num_kernels), ("reduction", reduction)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_kernels = num_kernels
+        # What the convolution pads by itself, and what F.pad has to do before: [left, right, top, bottom].
+        pads = _paddings(self.padding, self.kernel_size, self.dilation)
+        explicit = padding_mode != "zeros" or any(before != after for before, after in pads)
+        self._padding = (0, 0) if explicit else (pads[0][0], pads[1][0])
+        self._explicit_padding = [*pads[1], *pads[0]] if explicit else None
+
+        dd = {"device": device, "dtype": dtype}
+        kernel_shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.kernels_weights = nn.Parameter(torch.empty(num_kernels, *kernel_shape, **dd))
+        self.kernels_bias = nn.Parameter(torch.empty(num_kernels, out_channels, **dd)) if bias else None
+        self.attention = KernelAttention(in_channels, num_kernels, reduction, **dd)
+        self.register_buffer("temperature", None, persistent=False)  # 1, unless `set_progress` puts a number there
+        self._annealing: tuple[nn.Module, int] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every kernel and bias as `nn.Conv2d` would have them."""
+        bound = self.kernels_weights[0, 0].numel() ** -0.5
+        nn.init.uniform_(self.kernels_weights, -bound, bound)
+        if self.kernels_bias is not None:
+            nn.init.uniform_(self.kernels_bias, -bound, bound)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":
+        """Build the layer that replaces `conv`; its kernels are that of `conv`, a little noise apart, its biases equal.
+
+        Without the noise (1e-4 of the weight's standard deviation) the kernels would stay equal in training.
+
+        Args:
+            conv: A convolution with `nn.Conv2d`'s own forward.
+            **kwargs: `num_kernels`, `reduction`.
+
+        Raises:
+            ValueError: If `conv` has another forward than `nn.Conv2d`.
+        """
+        layer = super().from_conv(conv, **kwargs)
+        with torch.no_grad():
+            noise = torch.randn_like(layer.kernels_weights) * conv.weight.std(correction=0)
+            layer.kernels_weights.copy_(conv.weight + 1e-4 * noise)
+        return layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases, `[num_kernels, out_channels]`."""
+        return self.kernels_bias
+
+    def _apply(self, fn, recurse: bool = True):
+        # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.
+        return super()._apply(lambda t: fn(t.flatten(0, 1)).contiguous().view_as(t) if t.ndim == 5 else fn(t), recurse)
+
+    def set_progress(self, epoch: float, epochs: float) -> None:
+        """Set the temperature for an epoch of training; see `timm_dynamic.set_progress`."""
+        e = math.floor(epoch) + 1
+        temperature = _HOTTEST + (min(e, _EPOCHS) - 1) * (1 - _HOTTEST) / (_EPOCHS - 1)
+        if self.temperature is None:
+            self.temperature = torch.ones((), device=self.kernels_weights.device)
+        self.temperature.fill_(temperature)  # a tensor, changed in place: nothing for torch.compile to compile again
+
+    def anneal(self, counter: nn.Module, steps: int) -> None:
+        """Let the temperature fall to 1 in `steps` training forwards, counted in `counter.step`."""
+        self._annealing = (counter, steps)  # in a tuple, so that the counter is no submodule of this layer
+
+    @torch.jit.unused
+    def _temperature(self) -> Tensor | None:
+        if self.temperature is not None or self._annealing is None:
+            return self.temperature
+        counter, steps = self._annealing
+        # The counter already counts the training forward that this is a part of.
+        done = (counter.step - int(self.training)).clamp(max=steps) / steps
+        return _HOTTEST + done * (1 - _HOTTEST)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        if torch.jit.is_scripting():
+            attention = self.attention(x, self.temperature)
+            bias = torch.jit.annotate(Tensor | None, None)
+            if self.kernels_bias is not None:
+                bias = torch.matmul(attention, self.kernels_bias.to(attention.dtype))
+        else:
+            with no_autocast(x):
+                attention = self.attention(x, self._temperature())
+                bias = None
+                if self.kernels_bias is not None:
+                    bias = torch.matmul(attention, self.kernels_bias.to(attention.dtype))
+        if self._explicit_padding is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._explicit_padding, mode)
+        options = (self.stride, self._padding, self.dilation, self.groups)
+        if torch.jit.is_scripting():
+            y = torch.ops.timm_dynamic.mixed_conv2d(x, attention, self.kernels_weights, *options)
+        else:
+            y = mixed_conv2d(x, attention, self.kernels_weights, *options)
+        return y if bias is None else y + bias[:, :, None, None].to(y.dtype)
+
+
+def _paddings(
+    padding: str | tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Padding before and after, vertically and horizontally."""
+    if padding == "valid":
+        return [(0, 0), (0, 0)]
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in padding]

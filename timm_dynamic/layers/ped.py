@@ -1,0 +1,192 @@
+"""Parameter-efficient dynamic convolution: a weight that every sample scales by output, by input and by tap.
+
+Ye et al., "PEDConv", BMVC 2021. The convolution itself is `timm_dynamic.ops.factored_conv2d`. Parameters are named as
+the authors' are, so that their weights load as they are.
+"""
+
+import functools
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.auxiliary import attach_loss
+from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.ops import factored_conv2d
+from timm_dynamic.ops._autocast import no_autocast
+
+RECONSTRUCTION_WEIGHT = 0.001
+
+
+class _Linear(nn.Linear):
+    """In the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class _Gates(nn.Module):
+    """The average-pooled input to the gates of inputs, outputs and taps, before the sigmoid; in training, also back."""
+
+    def __init__(self, pooled: int, inputs: int, outputs: int, taps: int, rank: int, reduction: int, **dd):
+        super().__init__()
+        hidden = max(1, pooled // reduction)
+        self.fc_share = _Linear(pooled, hidden, **dd)
+        self.fc_inp = _Linear(hidden, inputs * rank, **dd)
+        self.fc_oup = _Linear(hidden, outputs * rank, **dd)
+        self.fc_k = _Linear(hidden, taps * rank, **dd)
+        self.decoder = nn.Sequential(
+            _Linear((inputs + outputs + taps) * rank, hidden, **dd), nn.ReLU(), _Linear(hidden, pooled, **dd)
+        )
+
+    def forward(self, pooled: Tensor) -> list[Tensor]:
+        hidden = F.relu(self.fc_share(pooled))
+        return [self.fc_inp(hidden), self.fc_oup(hidden), self.fc_k(hidden)]
+
+    def reconstruct(self, logits: list[Tensor]) -> Tensor:
+        return self.decoder(torch.cat(logits, 1))
+
+
+@register_notrace_module
+class PEDConv2d(DropInConv2d):
+    """Parameter-efficient dynamic convolution; takes the place of an `nn.Conv2d`.
+
+    The weight of a sample is
+
+        W(x)[o,i,k] = weight[o,i,k] * sum_r a_out[o,r] * a_in[i,r] * a_tap[k,r]
+
+    Its gates are sigmoids of linear functions of a hidden vector, itself a linear function, with a ReLU, of the
+    average-pooled input. With groups, all of them share `a_in`. Ranks above 1 are the CP form.
+
+    In training, Gaussian noise is added before the sigmoids, and a decoder reconstructs the average-pooled input
+    (detached) from the noisy values. The mean squared error, weighted 0.001, is part of the training loss: its gradient
+    is attached to the output (see `timm_dynamic.layers.attach_loss`).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: As for `nn.Conv2d`.
+        bias: A static one, added last.
+        rank: Number of terms of the gates.
+        reduction: The hidden vector has 1/reduction of the input's channels, at least 1.
+        noise_std: Standard deviation of the noise in training; 0 draws no random numbers.
+        aux_scale: Factor of the reconstruction loss's gradient: 1 over the number of forwards per optimizer step.
+
+    Shape:
+        As for `nn.Conv2d`; the input must be batched.
+
+    Raises:
+        ValueError: If an argument, or the input of the forward pass, has an unusable value.
+    """
+
+    auxiliary_terms = ("reconstruction",)  # buffers, for `timm_dynamic.auxiliary_loss`
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank: int = 1,
+        reduction: int = 16,
+        noise_std: float = 0.1,
+        aux_scale: float = 1.0,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        for name, value in (("rank", rank), ("reduction", reduction)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value in (("noise_std", noise_std), ("aux_scale", aux_scale)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        self.rank, self.reduction, self.noise_std, self.aux_scale = rank, reduction, noise_std, aux_scale
+        dd = {"device": device, "dtype": dtype}
+        inputs, taps = in_channels // groups, math.prod(self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size, **dd))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **dd)) if bias else None)
+        self.attn = _Gates(in_channels, inputs, out_channels, taps, rank, reduction, **dd)
+        # Of the last training forward, weighted; written in place, as torch.compile and checkpointing like it best.
+        self.register_buffer("reconstruction", torch.zeros((), **dd), persistent=False)
+        self.reset_parameters()
+
+    reset_parameters = nn.Conv2d.reset_parameters  # of weight and bias
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "PEDConv2d":
+        """Build the layer that replaces `conv`, with its bias and its weight times 8/rank.
+
+        The gates' linear layers are zero: until they are trained, every gate is 1/2 and the output, noise aside, that
+        of `conv`.
+
+        Args:
+            conv: A convolution with `nn.Conv2d`'s own forward.
+            **kwargs: `rank`, `reduction`, `noise_std`, `aux_scale`.
+
+        Raises:
+            ValueError: If `conv` has another forward.
+        """
+        layer = super().from_conv(conv, **kwargs)
+        with torch.no_grad():
+            torch.mul(conv.weight, 8 / layer.rank, out=layer.weight)
+            for head in (layer.attn.fc_inp, layer.attn.fc_oup, layer.attn.fc_k):
+                head.weight.zero_()
+                head.bias.zero_()
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+        if torch.jit.is_scripting():
+            return self._convolve(x, self.attn(_pool(x)))
+        else:
+            return self._dynamic(x)
+
+    def _dynamic(self, x: Tensor) -> Tensor:
+        with no_autocast(x):
+            pooled = _pool(x)
+            logits = self.attn(pooled)
+            if self.training:
+                if self.noise_std > 0:
+                    logits = [z + self.noise_std * torch.randn_like(z) for z in logits]
+                loss = F.mse_loss(self.attn.reconstruct(logits), pooled.detach(), reduction="sum")
+                loss = loss / max(pooled.numel(), 1)  # an empty batch has no mean
+        y = self._convolve(x, logits)
+        return self._attach(y, loss) if self.training else y
+
+    def _convolve(self, x: Tensor, logits: list[Tensor]) -> Tensor:
+        a_in, a_out, a_tap = [torch.sigmoid(z).unflatten(1, (-1, self.rank)) for z in logits]
+        arguments = (self._pad(x), self.weight, a_in, a_tap, a_out, self.stride, self._padding, self.dilation)
+        if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
+            y = torch.ops.timm_dynamic.factored_conv2d(*arguments, self.groups)[0]
+        else:
+            y = factored_conv2d(*arguments, self.groups)
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
+        if y.dtype == torch.float16 and not torch.compiler.is_compiling():
+            _warn_about_float16()
+        self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
+        return attach_loss(y, loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
+
+
+def _pool(x: Tensor) -> Tensor:
+    """`[B, C]`, in float32 or wider: large activations do not fit into float16, nor do the heads' sums of them."""
+    return x.mean((2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@functools.cache
+def _warn_about_float16() -> None:
+    warnings.warn(
+        "timm_dynamic: in float16, a GradScaler scales the task loss but not PED's reconstruction loss, whose gradient "
+        "is all but lost. Train in bfloat16 (--amp-dtype bfloat16) or float32.",
+        stacklevel=4,
+    )

@@ -1,0 +1,70 @@
+"""What the networks with attention over convolution kernels share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from timm_dynamic.layers import CountingConv2d, DynamicConv2d
+
+
+def make_dynamic(
+    model: nn.Module, num_kernels: int | Sequence[int] = 4, reduction: int = 4, anneal_steps: int | None = None
+) -> None:
+    """Make every convolution of a new model dynamic, but the first one and those of squeeze-and-excitation.
+
+    Kernels are initialised one by one as timm does it in all networks that come here: normal, by the fan-out.
+
+    Args:
+        model: With `nn.Conv2d`s; changed in place.
+        num_kernels: For all convolutions, or one number for each in the order of the modules: in a residual block
+            conv1, conv2, ..., shortcut.
+        reduction: As for `DynamicConv2d`.
+        anneal_steps: The temperature of the attention falls from 30 to 1 over so many training forwards; without it, it
+            is 1 (unless `set_progress` is called).
+
+    Raises:
+        ValueError: If an argument has an unusable value, or a convolution cannot be replaced.
+    """
+    if anneal_steps is not None and anneal_steps < 1:
+        raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
+    first, *names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    names = [name for name in names if "se" not in name.split(".")]
+    numbers = [num_kernels] * len(names) if isinstance(num_kernels, int) else list(num_kernels)
+    if len(numbers) != len(names):
+        raise ValueError(f"num_kernels must have a number for each of {len(names)} convolutions, got {len(numbers)}")
+    counter = CountingConv2d.from_conv(model.get_submodule(first))
+    model.set_submodule(first, counter)
+    for name, number in zip(names, numbers, strict=True):
+        layer = DynamicConv2d.from_conv(model.get_submodule(name), num_kernels=number, reduction=reduction)
+        fan_out = layer.out_channels * layer.kernels_weights[0, 0, 0].numel() // layer.groups
+        nn.init.normal_(layer.kernels_weights, std=(2 / fan_out) ** 0.5)
+        if anneal_steps is not None:
+            layer.anneal(counter, anneal_steps)
+        model.set_submodule(name, layer)
+
+
+def with_step(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` with the model's own step counter if it has none: loading weights does not start the schedule."""
+    own = model.state_dict()
+    missing = {key: own[key] for key in own if key.endswith(".step") and key not in state_dict}
+    return {**state_dict, **missing} if missing else state_dict
+
+
+def dy_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+    """A model's cfg, for `generate_default_cfgs`."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "origin_url": "https://github.com/TArdelean/DynamicConvolution",
+        "paper_ids": "arXiv:1912.03458",
+        **kwargs,
+    }

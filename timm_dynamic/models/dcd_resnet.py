@@ -1,0 +1,141 @@
+"""ResNets with dynamic channel fusion (Li et al., ICLR 2021, arXiv 2103.08756).
+
+timm's ResNet, with every convolution of the residual branches a `DCDConv2d` and the classifier a `DCDLinear`; stem and
+shortcuts are static.
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.layers import DCDConv2d
+from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
+from timm_dynamic.models._resnet import use_small_stem
+
+__all__ = ["DCDBasicBlock", "DCDBottleneck", "DCDResNet"]
+
+STATIC_TWINS = {f"dcd_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)}
+
+
+class DCDBasicBlock(BasicBlock):
+    """timm's `BasicBlock` with DCD convolutions, which see their input pooled to 2x2.
+
+    Args:
+        *args, **kwargs: As for `BasicBlock`.
+
+    Raises:
+        ValueError: If the block is to be grouped or of another width than a basic block has.
+    """
+
+    def __init__(self, *args, cardinality: int = 1, base_width: int = 64, **kwargs):
+        if (cardinality, base_width) != (1, 64):
+            raise ValueError(f"a basic block has cardinality 1 and base_width 64, got {cardinality} and {base_width}")
+        super().__init__(*args, **kwargs)
+        for name in ("conv1", "conv2"):
+            setattr(self, name, DCDConv2d.from_conv(getattr(self, name), pool_size=2))
+
+
+class DCDBottleneck(Bottleneck):
+    """timm's `Bottleneck` with DCD convolutions.
+
+    Args:
+        *args, **kwargs: As for `Bottleneck`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("conv1", "conv2", "conv3"):
+            setattr(self, name, DCDConv2d.from_conv(getattr(self, name)))
+
+
+class DCDResNet(DynamicClassifier, ResNet):
+    """timm's `ResNet` with a dynamic classifier; its blocks make the convolutions dynamic.
+
+    Q, P and the static convolutions are initialised as timm does it. A new layer's scale is 1.
+
+    Args:
+        *args, **kwargs: As for `ResNet`, with `DCDBasicBlock` or `DCDBottleneck` as block.
+        small_stem: For images of 32 to 64 pixels: a 3x3 convolution with stride 1 and no max-pool.
+    """
+
+    classifier_name = "fc"
+
+    def __init__(self, *args, small_stem: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        if small_stem:
+            use_small_stem(self)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoints: within a wrapper, the classifier and its parts named otherwise."""
+    own = model.state_dict()
+    return state_dict if all(key in own for key in state_dict) else load_authors(state_dict, model)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> DCDResNet:
+    kwargs = {**model_args, **kwargs}
+    return build_model(DCDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dcd_resnet18.untrained": dcd_cfg("conv1", "fc"),
+        "dcd_resnet34.untrained": dcd_cfg("conv1", "fc"),
+        "dcd_resnet50.in1k": dcd_cfg("conv1", "fc", hf_hub_id="timm-dynamic/dcd_resnet50.in1k"),
+        "dcd_resnet101.untrained": dcd_cfg("conv1", "fc"),
+        "dcd_resnet152.untrained": dcd_cfg("conv1", "fc"),
+        "test_dcd_resnet.digits": dcd_cfg(
+            "conv1.0",
+            "fc",
+            file=str(PACKAGE_WEIGHTS / "test_dcd_resnet.digits.safetensors"),
+            num_classes=10,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            origin_url=None,
+        ),
+    }
+)
+
+
+@register_model
+def dcd_resnet18(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """DCD-ResNet-18."""
+    return _create("dcd_resnet18", pretrained, kwargs, block=DCDBasicBlock, layers=(2, 2, 2, 2))
+
+
+@register_model
+def dcd_resnet34(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """DCD-ResNet-34."""
+    return _create("dcd_resnet34", pretrained, kwargs, block=DCDBasicBlock, layers=(3, 4, 6, 3))
+
+
+@register_model
+def dcd_resnet50(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """DCD-ResNet-50."""
+    return _create("dcd_resnet50", pretrained, kwargs, block=DCDBottleneck, layers=(3, 4, 6, 3))
+
+
+@register_model
+def dcd_resnet101(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """DCD-ResNet-101."""
+    return _create("dcd_resnet101", pretrained, kwargs, block=DCDBottleneck, layers=(3, 4, 23, 3))
+
+
+@register_model
+def dcd_resnet152(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """DCD-ResNet-152."""
+    return _create("dcd_resnet152", pretrained, kwargs, block=DCDBottleneck, layers=(3, 8, 36, 3))
+
+
+@register_model
+def test_dcd_resnet(pretrained: bool = False, **kwargs) -> DCDResNet:
+    """A tiny DCD-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
+    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
+    return _create("test_dcd_resnet", pretrained, kwargs, block=DCDBasicBlock, avg_down=True, **model_args)

@@ -1,0 +1,115 @@
+"""ResNets with parameter-efficient dynamic convolution (Ye et al., PEDConv, BMVC 2021).
+
+timm's ResNet, with every convolution of the residual branches a `PEDConv2d`; stem, shortcuts and classifier are static.
+"""
+
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
+from timm_dynamic.models._resnet import use_small_stem
+
+__all__ = ["PEDBasicBlock", "PEDBottleneck", "PEDResNet"]
+
+STATIC_TWINS = {"ped_resnet18": "resnet18", "ped_resnet50": "resnet50"}
+
+
+class PEDBasicBlock(BasicBlock):
+    """timm's `BasicBlock` with PED convolutions.
+
+    Args:
+        *args, **kwargs: As for `BasicBlock`.
+        ped_options: Keyword arguments of `PEDConv2d`.
+
+    Raises:
+        ValueError: If the block is to be grouped or of another width than a basic block has.
+    """
+
+    def __init__(self, *args, cardinality: int = 1, base_width: int = 64, ped_options: dict[str, Any], **kwargs):
+        if (cardinality, base_width) != (1, 64):
+            raise ValueError(
+                f"a basic block has cardinality 1 and base_width 64, got {cardinality} and {base_width}: "
+                "use a bottleneck"
+            )
+        super().__init__(*args, **kwargs)
+        make_dynamic(self, ("conv1", "conv2"), ped_options)
+
+
+class PEDBottleneck(Bottleneck):
+    """timm's `Bottleneck` with PED convolutions.
+
+    Args:
+        *args, **kwargs: As for `Bottleneck`.
+        ped_options: Keyword arguments of `PEDConv2d`.
+    """
+
+    def __init__(self, *args, ped_options: dict[str, Any], **kwargs):
+        super().__init__(*args, **kwargs)
+        make_dynamic(self, ("conv1", "conv2", "conv3"), ped_options)
+
+
+class PEDResNet(ResNet):
+    """timm's `ResNet` with PED convolutions in its blocks.
+
+    Args:
+        *args, **kwargs: As for `ResNet`, with `PEDBasicBlock` or `PEDBottleneck` as block.
+        small_stem: For images of 32 to 64 pixels: a 3x3 convolution with stride 1 and no max-pool.
+        rank, reduction, noise_std, aux_scale: As for `PEDConv2d`.
+
+    Raises:
+        ValueError: If an argument has an unusable value.
+    """
+
+    def __init__(self, *args, small_stem: bool = False, block_args: dict[str, Any] | None = None, **kwargs):
+        block_args = {**(block_args or {}), "ped_options": split_options(kwargs)}
+        super().__init__(*args, block_args=block_args, **kwargs)
+        if small_stem:
+            use_small_stem(self)
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> PEDResNet:
+    kwargs = {**model_args, **kwargs}
+    return build_model(PEDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ped_resnet18.in1k": ped_cfg("conv1", "fc", hf_hub_id="timm-dynamic/ped_resnet18.in1k"),
+        "ped_resnet50.untrained": ped_cfg("conv1", "fc"),
+        "test_ped_resnet.digits": ped_cfg(
+            "conv1.0",
+            "fc",
+            file=str(PACKAGE_WEIGHTS / "test_ped_resnet.digits.safetensors"),
+            num_classes=10,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            origin_url=None,
+        ),
+    }
+)
+
+
+@register_model
+def ped_resnet18(pretrained: bool = False, **kwargs) -> PEDResNet:
+    """PED-ResNet-18."""
+    return _create("ped_resnet18", pretrained, kwargs, block=PEDBasicBlock, layers=(2, 2, 2, 2))
+
+
+@register_model
+def ped_resnet50(pretrained: bool = False, **kwargs) -> PEDResNet:
+    """PED-ResNet-50."""
+    return _create("ped_resnet50", pretrained, kwargs, block=PEDBottleneck, layers=(3, 4, 6, 3))
+
+
+@register_model
+def test_ped_resnet(pretrained: bool = False, **kwargs) -> PEDResNet:
+    """A tiny PED-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
+    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
+    return _create("test_ped_resnet", pretrained, kwargs, block=PEDBasicBlock, avg_down=True, **model_args)

@@ -201,7 +201,7 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& features,
   op.broadcast_columns = spatial_filter.size(3) == 1;
 
   const int64_t taps = op.live_taps(), phases = op.rows.phases.size() * op.columns.phases.size();
-  const int64_t planes = 2 * taps + (channels_last ? 0 : 2 * phases + 1);
+  const int64_t planes = channels_last ? 2 * taps : 3 * taps + 2 * phases + 1;
   const int64_t row_bytes = (s.Wo + op.columns.reach) * planes * sizeof(A);
   const int64_t min_bands = channels_last || s.C < kMinUnits ? ceil_div(kMinUnits, s.B) : 1;
   op.bands = make_bands(s.Ho, row_bytes, op.rows.reach, min_bands);

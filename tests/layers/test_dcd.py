@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -379,10 +380,27 @@ class TestGraphs:
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
 
     @torch.no_grad()
+    def test_onnx_with_a_dynamic_batch(self, network, tmp_path):
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+        model, x = network
+        model.eval()
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+        program.save(tmp_path / "model.onnx")
+        session = runtime.InferenceSession(tmp_path / "model.onnx")
+        for inputs in (x[:1], torch.cat([x, x])):
+            (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+            torch.testing.assert_close(torch.from_numpy(output), model(inputs), rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
     def test_script_and_trace(self, network):
         model, x = network
         model.eval()
-        for graph in (torch.jit.script(model), torch.jit.trace(model, x[:2])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # both are deprecated; the trace says that it keeps the channels' number
+            graphs = torch.jit.script(model), torch.jit.trace(model, x[:2])
+        for graph in graphs:
             torch.testing.assert_close(graph(x), model(x), rtol=1e-3, atol=1e-4)
 
     def test_copies(self, network):

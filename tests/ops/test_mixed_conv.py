@@ -80,8 +80,11 @@ def test_only_wanted_gradients(needed):
     for name in ("1x1", "dense"):
         *shape, groups, stride, padding, dilation = CASES[name]
         arguments = [t.requires_grad_(i == needed) for i, t in enumerate(tensors(*shape, groups))]
-        mixed_conv2d(*arguments, stride, padding, dilation, groups).square().sum().backward()
+        options = (stride, padding, dilation, groups)
+        torch.compile(mixed_conv2d, backend="aot_eager")(*arguments, *options).square().sum().backward()
         assert [t.grad is not None for t in arguments] == [i == needed for i in range(3)]
+        (expected,) = torch.autograd.grad(written_out(*arguments, *options).square().sum(), arguments[needed])
+        torch.testing.assert_close(arguments[needed].grad, expected)
 
 
 def test_expanded_gradient():

@@ -21,12 +21,12 @@ class MatrixConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, H, W = x.shape
-        if H == W == 1:
+        if H == 1 and W == 1:
             return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
         if self.stride == (1, 1) and x.is_contiguous():
             weight = self.weight.flatten(1).expand(B, -1, -1)
             return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).reshape(B, -1, H, W)
-        return super().forward(x)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 @register_notrace_module

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE
-from timm_dynamic.ops.factored_conv import _linear
+from timm_dynamic.ops.factored_conv import _ONEDNN, _linear
 from timm_dynamic.ops.per_sample_conv import (
     _GROUPED_WEIGHTS,
     Pair,
@@ -119,19 +119,23 @@ def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, ne
     if x.shape[0] == 0:
         return tuple(t.zero_() for t in _empty_gradients(x, attention, kernels, needs))
     by = _pointwise_backward if _is_pointwise(kernels, padding, groups) else _convolution_backward
-    grads_x, grads_attention = [], []
-    grad_kernels = torch.zeros_like(kernels, memory_format=torch.contiguous_format).flatten(1)
+    grad_x, grad_attention, grad_kernels = _empty_gradients(x, attention, kernels, needs)
+    grad_kernels.zero_()
+    grads_x = []
     grad = grad.contiguous(memory_format=memory_format(x))
     with no_autocast(x):
         for part in _parts(x, kernels):
             weight = _mix(attention[part], kernels, x.dtype)
-            grad_x, grad_weight = by(grad[part], x[part], weight, stride, padding, dilation, groups, needs[0])
+            part_grad_x, grad_weight = by(grad[part], x[part], weight, stride, padding, dilation, groups, needs[0])
+            grads_x.append(part_grad_x)
             grad_weight = grad_weight.to(kernels.dtype).flatten(1)
-            grads_x.append(grad_x)
-            grads_attention.append(torch.matmul(grad_weight, kernels.flatten(1).t()).to(attention.dtype))
-            grad_kernels.addmm_(attention[part].to(kernels.dtype).t(), grad_weight)
-    grad_x = _joined(grads_x).contiguous(memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
-    return grad_x, _joined(grads_attention), grad_kernels.view_as(kernels)
+            if needs[1]:
+                grad_attention[part] = torch.matmul(grad_weight, kernels.flatten(1).t())
+            if needs[2]:
+                grad_kernels.view(len(kernels), -1).addmm_(attention[part].to(kernels.dtype).t(), grad_weight)
+    if needs[0]:
+        grad_x = _joined(grads_x).contiguous(memory_format=memory_format(x))
+    return grad_x, grad_attention, grad_kernels
 
 
 def _pointwise(x, weight, stride, padding, dilation, groups):
@@ -200,7 +204,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _by_onednn(t: Tensor) -> bool:
-    return t.device.type == "cpu" and t.dtype == torch.float32
+    return _ONEDNN and t.device.type == "cpu" and t.dtype == torch.float32
 
 
 def _parts(x: Tensor, kernels: Tensor) -> Iterator[slice]:

@@ -23,9 +23,10 @@ class MatrixConv2d(nn.Conv2d):
         B, _, H, W = x.shape
         if H == 1 and W == 1:
             return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
-        if self.stride == (1, 1) and x.is_contiguous():
+        bias = self.bias
+        if bias is not None and self.stride == (1, 1) and x.is_contiguous():
             weight = self.weight.flatten(1).expand(B, -1, -1)
-            return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).reshape(B, -1, H, W)
+            return torch.baddbmm(bias[:, None], weight, x.flatten(2)).reshape(B, self.out_channels, H, W)
         return self._conv_forward(x, self.weight, self.bias)
 
 

@@ -18,4 +18,4 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 def _enabled(x: Tensor) -> bool:
     device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch 2.11 cannot compile a better test

@@ -49,7 +49,7 @@ def ddf(
     """
     tensors = (features, channel_filter, spatial_filter)
     device_type = features.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # not on "meta"
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         tensors = tuple(_autocast(t, torch.get_autocast_dtype(device_type)) for t in tensors)
     _check(*tensors, kernel_size, dilation, stride, kernel_combine)
     if has_kernel(device_type) and not torch.onnx.is_in_onnx_export():

@@ -20,64 +20,11 @@
 #include "ddf_cpu.h"
 #include "ddf_index.h"
 
-// The kernels once for every instruction set, chosen when they run. Elsewhere, and with compilers
-// that cannot switch within a file, only the portable ones.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#  define HAVE_X86_DISPATCH
-#  include <immintrin.h>
-
-#  pragma GCC push_options
-#  pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#  define ISA avx512
-#  define ISA_LEVEL 4
-#  define VECTOR_BYTES 64
-#  include "ddf_cpu_kernels.h"
-#  undef ISA
-#  undef ISA_LEVEL
-#  undef VECTOR_BYTES
-#  undef INLINE
-#  pragma GCC pop_options
-
-#  pragma GCC push_options
-#  pragma GCC target("avx2,fma,f16c")
-#  define ISA avx2
-#  define ISA_LEVEL 2
-#  define VECTOR_BYTES 32
-#  include "ddf_cpu_kernels.h"
-#  undef ISA
-#  undef ISA_LEVEL
-#  undef VECTOR_BYTES
-#  undef INLINE
-#  pragma GCC pop_options
-#endif
-
-#define ISA portable
-#define ISA_LEVEL 0
-#define VECTOR_BYTES 16
-#include "ddf_cpu_kernels.h"
+#define KERNELS_HEADER "ddf_cpu_kernels.h"
+#include "cpu_dispatch.h"
 
 namespace timm_dynamic {
 namespace {
-
-template <typename T>
-DdfKernels<T> choose_kernels(bool multiply) {
-#ifdef HAVE_X86_DISPATCH
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::ddf_kernels<T>(multiply);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return avx2::ddf_kernels<T>(multiply);
-#endif
-  return portable::ddf_kernels<T>(multiply);
-}
-
-// Runs f(begin, end) over [0, units), `work` multiplications each, on as many threads as pay.
-template <typename F>
-void parallel(int64_t units, int64_t work, const F& f) {
-  constexpr int64_t kWorkPerThread = 1 << 16;
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kWorkPerThread / (work + 1)), f);
-}
 
 // Bands of `total` rows whose scratch of `row_bytes` a row stays in the cache, not much smaller
 // than the `halo` of rows that neighbours share, and at least `count` of them where there are rows.
@@ -111,7 +58,7 @@ DdfOperands<T> make_operands(const DdfShape& s, const Tensor& features,
 template <typename T>
 void forward(const DdfShape& s, const Tensor& features, const Tensor& channel_filter,
              const Tensor& spatial_filter, const Tensor& out) {
-  const DdfKernels<T> kernels = choose_kernels<T>(s.multiply);
+  const DdfKernels<T> kernels = CHOOSE_KERNELS(ddf_kernels<T>(s.multiply));
   DdfForward<T> op{make_operands<T>(s, features, channel_filter, spatial_filter),
                    static_cast<T*>(out.mutable_data_ptr()), strides_of<MapStrides>(out)};
   const int64_t taps = op.live_taps();
@@ -188,7 +135,7 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& features,
               const Tensor& channel_filter, const Tensor& spatial_filter,
               const Tensor* grad_features, const Tensor* grad_channel, const Tensor* grad_spatial) {
   using A = Accumulator<T>;
-  const DdfKernels<T> kernels = choose_kernels<T>(s.multiply);
+  const DdfKernels<T> kernels = CHOOSE_KERNELS(ddf_kernels<T>(s.multiply));
   const bool channels_last = is_channels_last(features);
   DdfBackward<T> op{make_operands<T>(s, features, channel_filter, spatial_filter)};  // others null
   op.grad = static_cast<const T*>(grad.const_data_ptr());
@@ -233,15 +180,6 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& features,
                       channels_last);
   if (grad_spatial && spatial_sums.get() != grad_spatial->get())
     reduce_spatial<T>(*grad_spatial, op.partial_spatial, s.B, op.channel_blocks, op.partial_rows());
-}
-
-// Calls f(T()) with the dtype's type.
-template <typename F>
-void dispatch(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Double) return f(double());
-  if (dtype == ScalarType::Float) return f(float());
-  if (dtype == ScalarType::BFloat16) return f(c10::BFloat16());
-  return f(c10::Half());
 }
 
 Tensor ddf(const Tensor& features, const Tensor& channel_filter, const Tensor& spatial_filter,

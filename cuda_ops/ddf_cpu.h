@@ -1,6 +1,12 @@
 // What ddf.cpp hands to the CPU kernels of ddf_cpu_kernels.h, the same for every instruction set.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -112,5 +118,22 @@ struct DdfKernels {
   void (*backward_planes)(const DdfBackward<T>&, int64_t begin, int64_t end);
   void (*backward_pixels)(const DdfBackward<T>&, int64_t begin, int64_t end);
 };
+
+// Runs f(begin, end) over [0, units), `work` multiplications each, on as many threads as pay.
+template <typename F>
+inline void parallel(int64_t units, int64_t work, const F& f) {
+  constexpr int64_t kWorkPerThread = 1 << 16;
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kWorkPerThread / (work + 1)), f);
+}
+
+// Calls f(T()) with the dtype's C++ type.
+template <typename F>
+void dispatch(torch::headeronly::ScalarType dtype, const F& f) {
+  using torch::headeronly::ScalarType;
+  if (dtype == ScalarType::Double) return f(double());
+  if (dtype == ScalarType::Float) return f(float());
+  if (dtype == ScalarType::BFloat16) return f(c10::BFloat16());
+  return f(c10::Half());
+}
 
 }  // namespace timm_dynamic

@@ -77,6 +77,11 @@ def _ddf_flops(features, channel_filter, spatial_filter, kernel_size, *options, 
     return 2 * kernel_size**2 * out_shape.numel()
 
 
+def _ddf_filters_flops(x, spatial, spatial_bias, hidden, hidden_bias, channel, *options, out_shape) -> int:
+    positions = out_shape[1][2:].numel()
+    return 2 * x[0] * (spatial.numel() * positions + hidden.numel() + channel.numel())
+
+
 def _factored_flops(x, weight, *options, out_shape) -> int:
     return 2 * weight[1:].numel() * out_shape[0].numel()
 
@@ -88,6 +93,7 @@ def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
 
 _FORMULAS = {
     torch.ops.timm_dynamic.ddf: _ddf_flops,
+    torch.ops.timm_dynamic.ddf_filters: _ddf_filters_flops,
     torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
     torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
 }

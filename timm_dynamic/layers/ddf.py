@@ -10,7 +10,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
-from timm_dynamic.ops import ddf
+from timm_dynamic.ops import ddf, filter_norm
+from timm_dynamic.ops.ddf_filters import ddf_filters_serves
 
 
 class MatrixConv2d(nn.Conv2d):
@@ -22,7 +23,7 @@ class MatrixConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         B, _, H, W = x.shape
         if H == 1 and W == 1:
-            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias).reshape(B, self.out_channels, 1, 1)
         bias = self.bias
         if bias is not None and self.stride == (1, 1) and x.is_contiguous():
             weight = self.weight.flatten(1).expand(B, -1, -1)
@@ -34,8 +35,7 @@ class MatrixConv2d(nn.Conv2d):
 class FilterNorm(nn.Module):
     """Standardise every K x K filter over its taps, then scale it.
 
-    Each filter loses its mean and is divided by (unbiased standard deviation + 1e-10). Computed in float32, or float64
-    for float64 inputs: 1e-10 is zero in float16, and a constant filter would become NaN.
+    Each filter loses its mean and is divided by (unbiased standard deviation + 1e-10): `timm_dynamic.ops.filter_norm`.
 
     Args:
         in_channels: Number of filters at a position.
@@ -79,23 +79,18 @@ class FilterNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input("x", x, self.in_channels * self.taps)
-        B, C, H, W = x.shape
         dtype = x.dtype
-        if dtype != torch.float64:
-            x = x.float()
-        x = x.reshape(B, self.in_channels, self.taps, H, W)
-        x = x - x.mean(2, keepdim=True)
-        # torch.std is several times slower along a strided dimension. The lower bound changes nothing beside 1e-10; it
-        # keeps the gradient of the square root finite where a filter is constant.
-        root = (self.taps - 1) ** 0.5
-        norm = x.square().sum(2, keepdim=True).clamp_min(1e-36).sqrt()  # of the deviations: root * std
-        x = x * (self.scale * root / (norm + 1e-10 * root))
-        x = x.reshape(B, C, H, W)
+        if (self.std is not None or self.mean is not None) and dtype != torch.float64:
+            x = x.float()  # round once, at the end
+        if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
+            out = torch.ops.timm_dynamic.filter_norm(x, self.taps, self.scale)
+        else:
+            out = filter_norm(x, self.taps, self.scale)
         if self.std is not None:
-            x = x * self.std[:, None, None]
+            out = out * self.std.reshape(-1, 1, 1)
         if self.mean is not None:
-            x = x + self.mean[:, None, None]
-        return x.to(dtype)
+            out = out + self.mean.reshape(-1, 1, 1)
+        return out.to(dtype)
 
 
 @register_notrace_module
@@ -146,8 +141,20 @@ class DDFPack(DropInConv2d):
     def forward(self, x: Tensor) -> Tensor:
         _check_input("x", x, self.in_channels)
         K, d, s = self.kernel_size[0], self.dilation[0], self.stride[0]
-        x = _filter(x, self.channel_branch(x), self.spatial_branch(x), self.head, K, d, s, self.kernel_combine)
+        channel_filter, spatial_filter = self._filters(x)
+        x = _filter(x, channel_filter, spatial_filter, self.head, K, d, s, self.kernel_combine)
         return x if self.bias is None else x + self.bias[:, None, None].to(x.dtype)
+
+    def _filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            (spatial, norm), (_, hidden, _, channel, channel_norm) = self.spatial_branch, self.channel_branch
+            parameters = (
+                *(spatial.weight, spatial.bias, hidden.weight, hidden.bias, channel.weight, channel.bias),
+                channel_norm.std,
+            )
+            if ddf_filters_serves(x, *parameters):
+                return torch.ops.timm_dynamic.ddf_filters(x, *parameters, norm.taps, self.stride[0], norm.scale)
+        return self.channel_branch(x), self.spatial_branch(x)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DDFConv2d":

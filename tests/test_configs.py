@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import pytest
 import timm
 import torch
 import yaml
+from timm.data.mixup import mixup_target
+from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -27,8 +30,28 @@ DDF_RATES = {
 DDF_RATES |= {epoch: 1e-5 for epoch in range(120, 130)}
 
 
+# By epoch, at the first of its updates.
+DCD_RATES = {
+    "dcd_resnet50": {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 1e-3, 89: 1e-3, 90: 1e-4, 119: 1e-4},
+    "dcd_mobilenetv2": {0: 0.1, 100: 0.075, 150: 0.05, 200: 0.025},
+}
+
+
 def parse(path):
     return make_parser().parse_args(["data", "--config", str(path)])
+
+
+def rates(optimizer, args, updates):
+    """The learning rate of every update, in a list for each epoch."""
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    result = []
+    for epoch in range(epochs):
+        result.append([])
+        for update in range(updates):
+            result[-1].append(optimizer.param_groups[0]["lr"])
+            scheduler.step_update(epoch * updates + update + 1)
+        scheduler.step(epoch + 1)
+    return result
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -45,6 +68,16 @@ def test_every_ddf_model_has_one():
     assert {path.stem for path in DDF} == set(timm.list_models("ddf_*"))
 
 
+def test_every_model_with_weights_has_one():
+    """Those that the authors trained on ImageNet, those that we trained."""
+    ours = [
+        tag
+        for tag in timm.list_models(include_tags=True)
+        if model_entrypoint(tag).__module__.startswith("timm_dynamic.") and not tag.endswith(".untrained")
+    ]
+    assert {tag.removesuffix(".in1k") for tag in ours} <= {path.stem for path in CONFIGS}
+
+
 @pytest.mark.parametrize("path", DDF, ids=lambda path: path.stem)
 def test_ddf_recipe(path):
     """Schedule and weight decay are those of the authors' script."""
@@ -56,12 +89,36 @@ def test_ddf_recipe(path):
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
 
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1251)
-    assert epochs == 130
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch + 1)
-    assert {epoch: rates[epoch] for epoch in DDF_RATES} == pytest.approx(DDF_RATES, rel=1e-2)
-    assert [rates[epoch] for epoch in range(7)] == pytest.approx([DDF_RATES[epoch] for epoch in range(7)], rel=2e-6)
+    by_epoch = [rate for (rate,) in rates(optimizer, args, updates=1)]
+    assert len(by_epoch) == 130
+    assert {epoch: by_epoch[epoch] for epoch in DDF_RATES} == pytest.approx(DDF_RATES, rel=1e-2)
+    assert by_epoch[:7] == pytest.approx([DDF_RATES[epoch] for epoch in range(7)], rel=2e-6)
     assert args.batch_size * 8 == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "decay", "dropout"),
+    [("dcd_resnet50", 120, 256, 1e-4, 0.1), ("dcd_mobilenetv2", 300, 512, 2e-5, 0.2)],
+)
+def test_dcd_recipe(name, epochs, batch, decay, dropout):
+    """Schedule, weight decay and targets are those of the authors' script, as are the flags of their command."""
+    args = parse(next(path for path in CONFIGS if path.stem == name))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (len(group["params"]), group["weight_decay"]) == (4, decay)
+    assert not group["nesterov"] and group["momentum"] == 0.9
+
+    updates = 3
+    by_epoch = rates(optimizer, args, updates)
+    assert len(by_epoch) == epochs
+    assert {epoch: by_epoch[epoch][0] for epoch in DCD_RATES[name]} == pytest.approx(DCD_RATES[name])
+    if name == "dcd_mobilenetv2":  # the cosine moves in every update
+        expected = [0.05 * (1 + math.cos(math.pi * i / epochs / updates)) for i in range(epochs * updates)]
+        assert sum(by_epoch, []) == pytest.approx(expected)
+
+    target = mixup_target(torch.tensor([3]), 1000, smoothing=args.smoothing, lam=1.0)[0]
+    assert target[3].item() == pytest.approx(0.9, rel=1e-6)
+    assert target[4].item() == pytest.approx(0.1 / 999, rel=1e-5)
+    assert (args.batch_size * 4, args.drop, args.mixup) == (batch, dropout, 0.2)

@@ -1,13 +1,17 @@
 """Where `pretrained=True` looks for weights. Nothing here touches the network."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from timm_dynamic import hub
-from timm_dynamic.models import ddf_resnet
+from timm_dynamic import cli, hub
+from timm_dynamic.cli.digits import write_digits
 
 TINY = "test_ddf_resnet"
 
@@ -117,8 +121,56 @@ def test_other_classes_channels_and_features(folder, weights):
     assert torch.equal(stem(timm.create_model(TINY, pretrained=True, features_only=True)), saved)
 
 
-def test_shipped_weights_are_named_by_their_cfg():
-    for tags in ddf_resnet.default_cfgs.values():
-        for tag, cfg in tags.cfgs.items():
-            if cfg.file:
-                assert hub.Path(cfg.file).parent == hub.PACKAGE_WEIGHTS and cfg.file.endswith(f".{tag}.safetensors")
+SHIPPED = {
+    tag: Path(cfg.file)
+    for tag in timm.list_models(include_tags=True)
+    if (cfg := timm.get_pretrained_cfg(tag)).file and hub.PACKAGE_WEIGHTS in Path(cfg.file).parents
+}
+
+
+def test_shipped_weights():
+    """Each file of the package is small and that of one tag; every family has one, and its tag is the default."""
+    assert set(SHIPPED.values()) == set(hub.PACKAGE_WEIGHTS.glob("*.safetensors"))
+    assert {tag: path.stem for tag, path in SHIPPED.items()} == {tag: tag for tag in SHIPPED}
+    assert all(path.stat().st_size < 1.5e6 for path in SHIPPED.values())
+    assert {tag.split("_")[1] for tag in SHIPPED} == {"ddf", "dcd", "ped", "dy"}
+    assert all(timm.get_pretrained_cfg(tag.split(".")[0]).tag == "digits" for tag in SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tag", SHIPPED)
+def test_accuracy_of_shipped_weights(tag, digits, tmp_path):
+    """That of its card in the package, but for one image of the 360; parameters as there, too."""
+    results = tmp_path / "results.json"
+    flags = ["--model", tag.split(".")[0], "--pretrained", "--device", "cpu", "--workers", "0"]
+    assert cli.main(["validate", str(digits), *flags, "--results-file", str(results)]) == 0
+    card = (hub.PACKAGE_WEIGHTS / "README.md").read_text().split(f"## {tag}\n")[1].split("##")[0]
+    (accuracy,) = re.findall(r"([\d.]+) % top-1 on the 360", card)
+    assert json.loads(results.read_text())["top1"] == pytest.approx(float(accuracy), abs=100 / 360 + 0.01)
+    (parameters,) = re.findall(r"([\d ]+) parameters", card)
+    model = timm.create_model(tag, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(" ", ""))
+
+
+@pytest.mark.parametrize("tag", SHIPPED)
+def test_shipped_weights_in_another_form(tag):
+    """One channel and three classes: all but the stem's first layer and the classifier is as shipped."""
+    saved = load_file(SHIPPED[tag])
+    model = timm.create_model(tag, pretrained=True, num_classes=3, in_chans=1)
+    cfg = model.default_cfg
+    classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    other = {key for key, value in model.state_dict().items() if not torch.equal(value, saved[key])}
+    first = f"{cfg['first_conv']}.weight"
+    assert other == {first} | {key for key in saved if key.rpartition(".")[0] in classifiers}
+    torch.testing.assert_close(stem(model), saved[first].sum(1, keepdim=True))
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+
+    features = timm.create_model(tag, pretrained=True, features_only=True).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in features.items())
+    assert set(saved) - set(features) == {key for key in saved if key.startswith("fc.")}

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_dynamic.hub import build_model
+from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 from timm_dynamic.models._resnet import use_small_stem
 
@@ -79,9 +79,10 @@ default_cfgs = generate_default_cfgs(
     {
         "ped_resnet18.in1k": ped_cfg("conv1", "fc", hf_hub_id="timm-dynamic/ped_resnet18.in1k"),
         "ped_resnet50.untrained": ped_cfg("conv1", "fc"),
-        "test_ped_resnet.untrained": ped_cfg(
+        "test_ped_resnet.digits": ped_cfg(
             "conv1.0",
             "fc",
+            file=str(PACKAGE_WEIGHTS / "test_ped_resnet.digits.safetensors"),
             num_classes=10,
             input_size=(3, 64, 64),
             pool_size=(2, 2),

@@ -198,6 +198,27 @@ INLINE auto sum_lanes(V v) {
   }
 }
 
+// Of n elements.
+INLINE float sum_of(const float* p, int64_t n) {
+  Vec<float> sums[4] = {};
+  int64_t at = 0;
+  for (; at + 4 * kLanes<float> <= n; at += 4 * kLanes<float>)
+    for (int v = 0; v < 4; ++v) sums[v] += load<float>(p + at + v * kLanes<float>);
+  for (; at < n; at += kLanes<float>) sums[0] += load<float>(p + at, n - at);
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec<float> sums[2] = {};
+  int64_t at = 0;
+  for (; at + 2 * kLanes<float> <= n; at += 2 * kLanes<float>)
+    for (int v = 0; v < 2; ++v)
+      sums[v] += load<float>(a + at + v * kLanes<float>) * load<float>(b + at + v * kLanes<float>);
+  for (; at < n; at += kLanes<float>)
+    sums[0] += load<float>(a + at, n - at) * load<float>(b + at, n - at);
+  return sum_lanes(sums[0] + sums[1]);
+}
+
 // Lane i of the result is the sum of the lanes of vectors[i]; `vectors` is overwritten.
 template <typename A>
 INLINE Vec<A> sum_each(Vec<A>* vectors) {

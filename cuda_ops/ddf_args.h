@@ -100,4 +100,13 @@ Strides strides_of(const Tensor& t) {
   return {stride(0), stride(1), stride(2), stride(3)};
 }
 
+// The elements of a parameter that has to have `count` of them.
+inline const float* parameter(const char* name, const Tensor& t, int64_t count, const Tensor& x) {
+  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == ScalarType::Float &&
+                      t.device() == x.device(),
+                  name, " must be ", count, " contiguous float32 elements beside x, got ",
+                  shape_text(t));
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
 }  // namespace timm_dynamic

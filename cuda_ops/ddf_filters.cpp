@@ -82,14 +82,6 @@ Tensor filter_norm(const Tensor& x, int64_t taps, double scale) {
   return out;
 }
 
-const float* parameter(const char* name, const Tensor& t, int64_t count, const Tensor& x) {
-  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() && t.scalar_type() == ScalarType::Float &&
-                      t.device() == x.device(),
-                  name, " must be ", count, " contiguous float32 elements beside x, got ",
-                  shape_text(t));
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> ddf_filters(const Tensor& x, const Tensor& spatial_weight,
                                        const Tensor& spatial_bias, const Tensor& hidden_weight,
                                        const Tensor& hidden_bias, const Tensor& channel_weight,

@@ -44,16 +44,8 @@ void filter_norm(const FilterNorm<T>& op, int64_t begin, int64_t end) {
 
 // The mean of every map; units are maps.
 inline void pool(const DdfFilters& op, int64_t begin, int64_t end) {
-  const int64_t size = op.H * op.W;
-  for (int64_t i = begin; i < end; ++i) {
-    const float* const map = op.x + i * size;
-    Vec<float> sums[4] = {};
-    int64_t at = 0;
-    for (; at + 4 * kLanes<float> <= size; at += 4 * kLanes<float>)
-      for (int v = 0; v < 4; ++v) sums[v] += load<float>(map + at + v * kLanes<float>);
-    for (; at < size; at += kLanes<float>) sums[0] += load<float>(map + at, size - at);
-    op.pooled[i] = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / size;
-  }
+  for (int64_t i = begin; i < end; ++i)
+    op.pooled[i] = sum_of(op.x + i * op.H * op.W, op.H * op.W) / (op.H * op.W);
 }
 
 #if ISA_LEVEL == 4
@@ -113,13 +105,6 @@ inline void spatial_filters(const DdfFilters& op, int64_t begin, int64_t end) {
       normalise(filters, filters, last - first, op.taps, op.outputs(), 1, op.scale);
     }
   }
-}
-
-INLINE float dot(const float* a, const float* b, int64_t n) {
-  Vec<float> sum = {};
-  for (int64_t i = 0; i < n; i += kLanes<float>)
-    sum += load<float>(a + i, n - i) * load<float>(b + i, n - i);
-  return sum_lanes(sum);
 }
 
 // The channel branch's hidden layer; units are its channels.

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,9 @@ def measure(
     device: torch.device,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Time candidates interleaved (A B C A B C ...), so that a slow spell of the machine hits all of them alike.
+    """Time candidates in turn, so that a slow spell of the machine hits all of them alike.
+
+    Every round has an order of its own: what ran before decides what is in the cache.
 
     Args:
         candidates: Name to a callable that does one iteration.
@@ -40,8 +43,8 @@ def measure(
     once = _cuda_once if device.type == "cuda" else _cpu_once
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for i in range(warmup + iterations):
-            for name, candidate in candidates.items():
-                elapsed = once(candidate)
+            for name in random.sample(list(candidates), len(candidates)):
+                elapsed = once(candidates[name])
                 if i >= warmup:
                     samples[name].append(elapsed)
             on_round()

@@ -2,8 +2,19 @@
 
 from timm_dynamic import models
 from timm_dynamic.cost import count_macs
+from timm_dynamic.inspect import record
 from timm_dynamic.ops import backend_info
+from timm_dynamic.replace import dynamize
 from timm_dynamic.training import auxiliary_loss, set_progress
 from timm_dynamic.version import __version__
 
-__all__ = ["__version__", "auxiliary_loss", "backend_info", "count_macs", "models", "set_progress"]
+__all__ = [
+    "__version__",
+    "auxiliary_loss",
+    "backend_info",
+    "count_macs",
+    "dynamize",
+    "models",
+    "record",
+    "set_progress",
+]

@@ -112,6 +112,24 @@ def test_resume_ends_where_an_uninterrupted_run_does(capsys, flags):
         assert_same(last.get(key, {}), resumed.get(key, {}))
 
 
+def test_dynamize(capsys):
+    """Checkpoints of a model made dynamic load into one that is: resumed, as a start, and validated."""
+    flags = "--model test_resnet --dynamize ped"
+    _, rows, last = train(capsys, flags)
+    assert "layer1.0.conv1.attn.fc_share.weight" in last["state_dict"]
+    _, resumed_rows, resumed = train(capsys, f"{flags} --experiment b --resume out/run/checkpoint-0.pth.tar")
+    assert resumed_rows == rows[1:]
+    assert_same(last["state_dict"], resumed["state_dict"])
+    start = "--lr 0 --epochs 1 --experiment c --initial-checkpoint out/run/last.pth.tar"
+    _, _, started = train(capsys, f"{flags} {start}")
+    key = "layer1.0.conv1.weight"
+    assert torch.equal(started["state_dict"][key], last["state_dict"][key])
+    validate = ["validate", "data", *FLAGS[: FLAGS.index("-b")], "--checkpoint", "out/run/last.pth.tar"]
+    assert cli.main([*validate, *flags.split(), "--results-file", "r.csv"]) == 0
+    with open("r.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
+
+
 def test_resume_in_the_same_folder(capsys):
     """Rows of epochs to be repeated go, the best of the others stays the best."""
     out, rows, last = train(capsys, "--epochs 3 --checkpoint-hist 2")
@@ -305,6 +323,8 @@ def bad_inputs():
         ("-b 7 --mixup 0.2", "--batch-size 7 must be even"),
         ("--num-classes 9", "has 10 classes, the model 9: pass --num-classes 10"),
         ("--model resnet5O", "unknown model 'resnet5O'"),
+        ("--dynamize nonsense", "argument --dynamize: invalid choice: 'nonsense'"),
+        ("--model test_vit --dynamize dy", "none of the 1 convolutions of test_vit is replaced"),
         ("--model-kwargs nonsense=1", f"cannot create {MODEL}"),
         ("--model dla60x_c --grad-checkpointing", "dla60x_c does not support --grad-checkpointing"),
         ("--opt nonsense", "Optimizer nonsense not found"),

@@ -58,6 +58,16 @@ def test_accuracy_is_that_of_a_plain_loop(tmp_path, capsys, small_digits, batch_
     assert results["param_count"] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
 
 
+@pytest.mark.parametrize("layer", ["dcd", "ped", "dy"])
+def test_a_pretrained_model_made_dynamic_classifies_as_before(capsys, small_digits, layer):
+    flags = [small_digits, "--model", "test_ddf_resnet.digits", "--workers", "0", "--device", "cpu"]
+    _, static, _ = run(capsys, *flags)
+    status, dynamic, err = run(capsys, *flags, "--dynamize", layer)
+    assert (status, err) == (0, "")
+    assert static["top1"] > 90 and dynamic["top1"] == static["top1"]
+    assert dynamic["param_count"] > static["param_count"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [

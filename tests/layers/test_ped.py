@@ -205,6 +205,16 @@ class TestReconstructionLoss:
 
         torch.testing.assert_close(self.gradients(run), expected)
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_before_an_activation_in_place(self, bias):
+        layer = like(nn.Conv2d(8, 8, 3, bias=bias), noise_std=0)
+        for inplace in (False, True):
+            F.relu(layer(X), inplace=inplace).square().mean().backward()
+            if not inplace:
+                expected = [p.grad for p in layer.parameters()]
+                layer.zero_grad()
+        torch.testing.assert_close([p.grad for p in layer.parameters()], expected)
+
     def test_compiled(self):
         layer = like(nn.Conv2d(8, 8, 3, padding=1), noise_std=0)
         other = copy.deepcopy(layer)

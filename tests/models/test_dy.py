@@ -335,16 +335,3 @@ class TestTheTinyModel:
         program = torch.export.export(model, (self.x,), dynamic_shapes=shapes)
         for x in (self.x[:1], torch.randn(3, 3, 64, 64)):
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
-
-    @torch.no_grad()
-    def test_onnx_with_a_dynamic_batch(self, tmp_path):
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-        model = timm.create_model(TINY).eval()
-        shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
-        program = torch.onnx.export(model, (self.x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-        program.save(tmp_path / "model.onnx")
-        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-        for x in (self.x[:1], torch.randn(3, 3, 64, 64)):
-            (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ COMMANDS = {
     "benchmark": "time models side by side, as ratios to a baseline",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",
     "digits": "write scikit-learn's digits as an image folder",
+    "inspect": "measure the entropy of a model's attention, by feature resolution",
     "env": "print versions and which kernels are loaded",
 }
 

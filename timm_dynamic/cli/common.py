@@ -13,8 +13,9 @@ import yaml
 from timm.utils import ParseKwargs
 from torch import nn
 
-import timm_dynamic  # noqa: F401 (registers our models)
+import timm_dynamic  # also registers our models
 from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.replace import LAYERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +83,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     group.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
     group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
+    group.add_argument(
+        "--dynamize",
+        choices=tuple(LAYERS),
+        help="put this dynamic layer into the model, after its pretrained weights are loaded and before any checkpoint",
+    )
     group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
 
 
@@ -102,13 +108,16 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def create_model(name: str, checkpoint: str = "", use_ema: bool = False, **kwargs) -> nn.Module:
+def create_model(
+    name: str, checkpoint: str = "", use_ema: bool = False, dynamize: str | None = None, **kwargs
+) -> nn.Module:
     """`timm.create_model`, with a one-line `ValueError` for what a user can get wrong.
 
     Args:
         name: Model name, with or without a tag.
         checkpoint: File to load: ours, timm's, or an author's.
         use_ema: Take the averaged weights of the checkpoint.
+        dynamize: Layer to put into the model before the checkpoint is loaded (see `timm_dynamic.dynamize`).
         **kwargs: For the model; those that are None are left out.
     """
     arch = timm.models.get_arch_name(name)
@@ -119,6 +128,8 @@ def create_model(name: str, checkpoint: str = "", use_ema: bool = False, **kwarg
         model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
     except (RuntimeError, TypeError, OSError) as error:
         raise ValueError(f"cannot create {name}: {str(error) or type(error).__name__}") from error
+    if dynamize:
+        timm_dynamic.dynamize(model, dynamize)
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return model

@@ -1,4 +1,4 @@
-"""Datasets and loaders of `train` and `validate`, on timm.data: their flags, and clear errors for unusable data."""
+"""Datasets and loaders of `train`, `validate`, `inspect`, on timm.data: their flags, clear errors for unusable data."""
 
 import argparse
 from pathlib import Path
@@ -98,11 +98,11 @@ def open_dataset(
     args: argparse.Namespace,
     split: str,
     config: dict,
-    num_classes: int,
+    num_classes: int | None = None,
     class_map: dict | str = "",
     is_training: bool = False,
 ) -> Dataset:
-    """Open one split, and check that it can be read and that its labels fit the model.
+    """Open one split, and check that it can be read and that its labels fit the model, unless `num_classes` is None.
 
     Raises:
         ValueError: No data given, no such folder or split, no images, more classes than the model has, a bad class map.
@@ -129,11 +129,11 @@ def open_dataset(
         if "Found 0 images" in str(error):
             raise ValueError(f"no images in {root}") from None
         raise ValueError(f"cannot open the dataset in {root}: {error}") from None
-    labels = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
+    labels = {} if num_classes is None else getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
     if "" in labels:
         raise ValueError(f"{root} has images that are in no class folder")
     classes = 1 + max(labels.values(), default=0)
-    if classes > num_classes:
+    if num_classes is not None and classes > num_classes:
         raise ValueError(f"{root} has {classes} classes, the model {num_classes}: pass --num-classes {classes}")
     return Images(dataset.reader, mode) if type(dataset) is ImageDataset else dataset
 

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: time beside MACs, both relative to the baseline."""
+"""The pictures of a benchmark (time beside MACs, both relative to the baseline) and of `inspect`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 except ModuleNotFoundError:
-    raise ModuleNotFoundError('--plot needs matplotlib: pip install "timm-dynamic[demo]"') from None
+    raise ModuleNotFoundError('the plot needs matplotlib: pip install "timm-dynamic[demo]"') from None
 
 _TIME, _MACS, _TEXT = "#1f5fa8", "#b9c2cf", "#333333"
 _BAR = 0.36
@@ -46,6 +46,36 @@ def save_ratios(rows: list[dict], conditions: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     bars = [Patch(color=_TIME, label="time (median, whiskers p10 to p90)"), Patch(color=_MACS, label="MACs")]
     figure.legend(handles=bars, loc="outside lower right", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def save_entropy(report: dict, path: Path) -> None:
+    """Draw the entropy of every layer as a dot, and their mean as a line, over the feature resolutions.
+
+    Args:
+        report: Of `inspect`.
+        path: File to write, in the format of its suffix.
+    """
+    resolutions = [row["resolution"] for row in report["resolutions"]]
+    figure = Figure(figsize=(max(5, 1.5 + 0.9 * len(resolutions)), 4), layout="constrained")
+    axes = figure.subplots()
+    means = [row["normalised"] for row in report["resolutions"]]
+    axes.plot(range(len(means)), means, color=_TIME, marker="o", label="mean of the layers")
+    for x, value in enumerate(means):
+        axes.annotate(f"{value:.3f}", (x, value), (0, -16), textcoords="offset points", ha="center", color=_TIME)
+    positions = [resolutions.index(row["resolution"]) for row in report["layers"]]
+    values = [row["normalised"] for row in report["layers"]]
+    axes.scatter(positions, values, s=14, color=_MACS, zorder=3, label="layer")
+    axes.set_xticks(range(len(resolutions)), resolutions)
+    axes.set_xlim(-0.5, len(resolutions) - 0.5)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("input resolution of the layer")
+    axes.set_ylabel("entropy / highest possible")
+    kinds = " and ".join(dict.fromkeys(row["kind"] for row in report["layers"]))
+    axes.set_title(f"{report['model']}: entropy of its {kinds}", loc="left", fontweight="bold", pad=24)
+    axes.annotate(f"images: {report['images']}", (0, 1), (0, 8), "axes fraction", "offset points", color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -167,7 +167,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         "drop_path_rate": args.drop_path,
         **args.model_kwargs,
     }
-    model = create_model(args.model, checkpoint=args.initial_checkpoint, **options)
+    model = create_model(args.model, checkpoint=args.initial_checkpoint, dynamize=args.dynamize, **options)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()

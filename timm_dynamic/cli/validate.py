@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         args.model,
         checkpoint=args.checkpoint,
         use_ema=args.use_ema,
+        dynamize=args.dynamize,
         pretrained=args.pretrained or not args.checkpoint,
         num_classes=args.num_classes,
         in_chans=image_channels(args),

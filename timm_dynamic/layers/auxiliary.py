@@ -25,7 +25,7 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float) -> Tensor:
     torch.compile need not know. Nor does a `GradScaler`, which therefore does not scale this gradient.
 
     Args:
-        x: An activation that the task loss depends on.
+        x: An activation that the task loss depends on. Nothing may change what is returned in place.
         loss: A scalar.
         weight: Of the loss.
     """

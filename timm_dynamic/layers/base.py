@@ -60,6 +60,8 @@ class DropInConv2d(nn.Module):
     def from_conv(cls: type[Layer], conv: nn.Conv2d, **kwargs) -> Layer:
         """Build the layer that replaces `conv`: same shapes, device, dtype and mode, and its bias if it has one.
 
+        What is taken from a frozen `conv` is frozen too.
+
         Args:
             conv: A convolution with `nn.Conv2d`'s own forward.
             **kwargs: The layer's own keyword arguments.
@@ -81,7 +83,7 @@ class DropInConv2d(nn.Module):
         )
         if conv.bias is not None:
             with torch.no_grad():
-                layer.bias.copy_(conv.bias)
+                layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
         return layer.train(conv.training)
 
 

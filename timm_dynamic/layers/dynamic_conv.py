@@ -74,6 +74,8 @@ class DynamicConv2d(DropInConv2d):
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
     """
 
+    routing_limit = None  # it sums to 1
+
     def __init__(
         self,
         in_channels: int,
@@ -134,8 +136,13 @@ class DynamicConv2d(DropInConv2d):
         layer = super().from_conv(conv, **kwargs)
         with torch.no_grad():
             noise = torch.randn_like(layer.kernels_weights) * conv.weight.std(correction=0)
-            layer.kernels_weights.copy_(conv.weight + 1e-4 * noise)
+            layer.kernels_weights.copy_(conv.weight + 1e-4 * noise).requires_grad_(conv.weight.requires_grad)
         return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernels, `[num_kernels, out_channels, in_channels / groups, *kernel_size]`."""
+        return self.kernels_weights  # some of timm's modules ask a convolution's weight for its dtype and device
 
     @property
     def bias(self) -> Tensor | None:
@@ -166,6 +173,11 @@ class DynamicConv2d(DropInConv2d):
         # The counter already counts the training forward that this is a part of.
         done = (counter.step - int(self.training)).clamp(max=steps) / steps
         return _HOTTEST + done * (1 - _HOTTEST)
+
+    def routing(self, x: Tensor) -> Tensor:
+        """For `timm_dynamic.record`: the attention, `[B, num_kernels]`, with which `forward` mixes the kernels."""
+        with no_autocast(x):
+            return self.attention(x, self._temperature())
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:

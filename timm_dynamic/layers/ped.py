@@ -63,7 +63,7 @@ class PEDConv2d(DropInConv2d):
 
     In training, Gaussian noise is added before the sigmoids, and a decoder reconstructs the average-pooled input
     (detached) from the noisy values. The mean squared error, weighted 0.001, is part of the training loss: its gradient
-    is attached to the output (see `timm_dynamic.layers.attach_loss`).
+    is attached to the gates (see `timm_dynamic.layers.attach_loss`).
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: As for `nn.Conv2d`.
@@ -81,6 +81,7 @@ class PEDConv2d(DropInConv2d):
     """
 
     auxiliary_terms = ("reconstruction",)  # buffers, for `timm_dynamic.auxiliary_loss`
+    routing_limit = 1.0
 
     def __init__(
         self,
@@ -136,11 +137,16 @@ class PEDConv2d(DropInConv2d):
         """
         layer = super().from_conv(conv, **kwargs)
         with torch.no_grad():
-            torch.mul(conv.weight, 8 / layer.rank, out=layer.weight)
+            layer.weight.copy_(conv.weight * (8 / layer.rank)).requires_grad_(conv.weight.requires_grad)
             for head in (layer.attn.fc_inp, layer.attn.fc_oup, layer.attn.fc_k):
                 head.weight.zero_()
                 head.bias.zero_()
         return layer
+
+    def routing(self, x: Tensor) -> Tensor:
+        """For `timm_dynamic.record`: the gates of inputs, outputs and taps one after the other, without noise."""
+        with no_autocast(x):
+            return torch.sigmoid(torch.cat(self.attn(_pool(x)), 1))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -159,8 +165,13 @@ class PEDConv2d(DropInConv2d):
                     logits = [z + self.noise_std * torch.randn_like(z) for z in logits]
                 loss = F.mse_loss(self.attn.reconstruct(logits), pooled.detach(), reduction="sum")
                 loss = loss / max(pooled.numel(), 1)  # an empty batch has no mean
+                self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
+                # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
+                logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
         y = self._convolve(x, logits)
-        return self._attach(y, loss) if self.training else y
+        if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
+            _warn_about_float16()
+        return y
 
     def _convolve(self, x: Tensor, logits: list[Tensor]) -> Tensor:
         a_in, a_out, a_tap = [torch.sigmoid(z).unflatten(1, (-1, self.rank)) for z in logits]
@@ -170,12 +181,6 @@ class PEDConv2d(DropInConv2d):
         else:
             y = factored_conv2d(*arguments, self.groups)
         return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
-
-    def _attach(self, y: Tensor, loss: Tensor) -> Tensor:
-        if y.dtype == torch.float16 and not torch.compiler.is_compiling():
-            _warn_about_float16()
-        self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
-        return attach_loss(y, loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
 
 
 def _pool(x: Tensor) -> Tensor:
@@ -188,5 +193,5 @@ def _warn_about_float16() -> None:
     warnings.warn(
         "timm_dynamic: in float16, a GradScaler scales the task loss but not PED's reconstruction loss, whose gradient "
         "is all but lost. Train in bfloat16 (--amp-dtype bfloat16) or float32.",
-        stacklevel=4,
+        stacklevel=3,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE
-from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size, tap_views, taps
+from timm_dynamic.ops.per_sample_conv import Pair, columns_of, memory_format, output_size, tap_views
 
 _CHUNK = 2**21  # elements of the columns that are there at a time
 
@@ -73,14 +73,13 @@ def factored_conv2d_reference(
     groups: int = 1,
 ) -> Tensor:
     """The same as `factored_conv2d` in plain differentiable PyTorch: a 1x1 convolution of scaled columns."""
-    parts = list(taps(x, tuple(weight.shape[2:]), stride, padding, dilation))
+    columns = columns_of(x, tuple(weight.shape[2:]), stride, padding, dilation)
     matrix = weight.to(x.dtype).flatten(1)[:, :, None, None]
     out = 0
     for r in range(a_in.shape[2]):
-        scale = (a_in[:, :, None, r] * a_tap[:, None, :, r]).to(x.dtype)
-        scale = scale.repeat(1, groups, 1)[..., None, None]  # [B, C, Kh*Kw, 1, 1]
-        columns = torch.stack([part * scale[:, :, k] for k, part in enumerate(parts)], 2).flatten(1, 2)
-        out = out + F.conv2d(columns, matrix, groups=groups) * a_out[:, :, r, None, None].to(x.dtype)
+        scale = (a_in[:, :, None, r] * a_tap[:, None, :, r]).to(x.dtype).flatten(1)
+        scaled = columns * scale.repeat(1, groups)[:, :, None, None]
+        out = out + F.conv2d(scaled, matrix, groups=groups) * a_out[:, :, r, None, None].to(x.dtype)
     return out
 
 

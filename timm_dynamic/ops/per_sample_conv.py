@@ -62,8 +62,8 @@ def per_sample_conv2d_reference(
 ) -> Tensor:
     """The same as `per_sample_conv2d` as a product of the weights and the taps that every position reads."""
     B, Co, Ci, Kh, Kw = weight.shape
-    columns = torch.stack(list(taps(x, (Kh, Kw), stride, padding, dilation)), 2)  # [B, C, Kh*Kw, Ho, Wo]
-    Ho, Wo = columns.shape[3:]
+    columns = columns_of(x, (Kh, Kw), stride, padding, dilation)
+    Ho, Wo = columns.shape[2:]
     columns = columns.reshape(B, groups, Ci * Kh * Kw, Ho * Wo)
     return torch.matmul(weight.reshape(B, groups, Co // groups, Ci * Kh * Kw), columns).reshape(B, Co, Ho, Wo)
 
@@ -77,13 +77,21 @@ def output_size(size: tuple[int, int], kernel_size: Pair, stride: Pair, padding:
     return Ho, Wo
 
 
-def taps(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Iterator[Tensor]:
-    """For each tap of a kernel, in order, the `[B, C, Ho, Wo]` part of the zero-padded input that it reads."""
-    return tap_views(F.pad(x, (padding[1], padding[1], padding[0], padding[0])), kernel_size, stride, dilation)
+def columns_of(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`[B, C * Kh * Kw, Ho, Wo]`: what every tap of a kernel reads of the zero-padded input, at every output position.
+
+    A convolution with one-hot kernels: a single node of an ONNX graph, whose export takes far longer with one a tap.
+    """
+    if kernel_size == (1, 1) and tuple(padding) == (0, 0):
+        return x[:, :, :: stride[0], :: stride[1]]
+    # Numbers, not what tracing makes of a shape: the TorchScript exporter must know the kernel's.
+    C, Kh, Kw = int(x.shape[1]), int(kernel_size[0]), int(kernel_size[1])
+    one_hot = torch.eye(Kh * Kw, dtype=x.dtype, device=x.device).repeat(C, 1).view(-1, 1, Kh, Kw)
+    return F.conv2d(x, one_hot, None, stride, padding, dilation, C)
 
 
 def tap_views(padded: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Iterator[Tensor]:
-    """The same of an input that is padded already: views of it."""
+    """For each tap of a kernel, in order, the `[B, C, Ho, Wo]` view of the padded input that it reads."""
     Ho, Wo = output_size(padded.shape[2:], kernel_size, stride, (0, 0), dilation)
     for top in range(0, kernel_size[0] * dilation[0], dilation[0]):
         for left in range(0, kernel_size[1] * dilation[1], dilation[1]):

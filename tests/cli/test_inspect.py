@@ -1,0 +1,141 @@
+import json
+import math
+import shutil
+from collections import defaultdict
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+
+import timm_dynamic
+from timm_dynamic import cli
+
+MODEL = "test_dy_resnet"
+FLAGS = ["--model", MODEL, "--img-size", "32", "--workers", "0", "--device", "cpu"]
+RESOLUTIONS = ["16x16", "8x8", "4x4", "2x2", "1x1"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=10)
+    for layer in model.modules():
+        if isinstance(layer, timm_dynamic.layers.KernelAttention):
+            torch.nn.init.normal_(layer.to_scores[2].weight, std=9)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    return tmp_path / "a.pth"
+
+
+def run(capsys, *argv):
+    """Exit status, stdout, stderr."""
+    try:
+        status = cli.main(["inspect", *map(str, argv)])
+    except SystemExit as stop:  # argparse's own errors
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def entropies(checkpoint, folder):
+    """Of every layer, by a loop of our own over single images."""
+    model = timm.create_model(MODEL, checkpoint_path=str(checkpoint)).eval()
+    cfg = model.pretrained_cfg
+    transform = create_transform((3, 32, 32), **{key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation")})
+    dataset = create_dataset("", root=str(folder), transform=transform)
+    found = defaultdict(list)
+    for name, layer in model.named_modules():
+        if isinstance(layer, timm_dynamic.layers.KernelAttention):
+            name = name.removesuffix(".attention")
+            layer.register_forward_hook(lambda _, __, p, name=name: found[name].append(-(p * p.log()).sum().item()))
+    with torch.no_grad():
+        for image, _ in dataset:
+            model(image[None])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def test_entropies_are_those_of_a_plain_loop(tmp_path, capsys, small_digits, checkpoint):
+    out = tmp_path / "new" / "out"
+    status, text, err = run(capsys, small_digits, *FLAGS, "--checkpoint", checkpoint, "--out", out, "-b", 7)
+    assert (status, err) == (0, "")
+    report = json.loads((out / "entropy.json").read_text())
+    assert (report["model"], report["images"], report["img_size"]) == (MODEL, 20, [32, 32])
+    layers = {row["layer"]: row for row in report["layers"]}
+    expected = entropies(checkpoint, small_digits / "val")
+    assert {name: row["entropy"] for name, row in layers.items()} == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) < 0.9 * math.log(4)
+    for row in layers.values():
+        assert (row["kind"], row["values"], row["inputs"]) == ("attention", 4, 20)
+        assert row["normalised"] == pytest.approx(row["entropy"] / math.log(4))
+    assert [row["resolution"] for row in report["resolutions"]] == RESOLUTIONS
+    for group in report["resolutions"]:
+        own = [row for row in layers.values() if row["resolution"] == group["resolution"]]
+        assert group["layers"] == len(own)
+        for key in ("entropy", "normalised"):
+            assert group[key] == pytest.approx(sum(row[key] for row in own) / len(own))
+            assert f"{group[key]:.4f}" in text
+    assert all(name in text for name in layers)
+    assert sorted(path.name for path in out.iterdir()) == ["entropy.json", "entropy.png"]
+    assert Image.open(out / "entropy.png").width > 300
+
+
+def test_images_without_classes_and_a_single_one(tmp_path, capsys, small_digits, checkpoint):
+    flags = [*FLAGS, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    shutil.copytree(small_digits / "val" / "3", tmp_path / "data" / "3")
+    expected = entropies(checkpoint, tmp_path / "data")
+    image = next((tmp_path / "data" / "3").iterdir())
+    for data, images in ((tmp_path / "data" / "3", 2), (image, 1)):
+        if images == 1:
+            for other in set(image.parent.iterdir()) - {image}:
+                other.unlink()
+            expected = entropies(checkpoint, tmp_path / "data")
+        assert run(capsys, data, *flags)[0] == 0
+        report = json.loads((tmp_path / "out" / "entropy.json").read_text())
+        assert report["images"] == images
+        found = {row["layer"]: row["entropy"] for row in report["layers"]}
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_dcd_resnet", "test_ped_resnet"])
+def test_gates(tmp_path, capsys, small_digits, name):
+    torch.save(timm.create_model(name, num_classes=10).state_dict(), tmp_path / "b.pth")
+    flags = ["--model", name, *FLAGS[2:], "--checkpoint", tmp_path / "b.pth", "--out", tmp_path]
+    status, text, err = run(capsys, small_digits, *flags)
+    assert status == 0, err
+    assert "entropy of its gates" in text
+    for row in json.loads((tmp_path / "entropy.json").read_text())["layers"]:
+        assert row["kind"] == "gates" and 0.5 < row["normalised"] <= 1
+
+
+def test_default_folder_and_dynamize(tmp_path, capsys, small_digits, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm_dynamic.dynamize(timm.create_model("test_resnet"), "dy").state_dict(), "c.pth")
+    flags = ["--model", "test_resnet", *FLAGS[2:], "--dynamize", "dy", "--checkpoint", "c.pth"]
+    assert run(capsys, small_digits, *flags)[0] == 0
+    assert json.loads((tmp_path / "output/inspect/test_resnet/entropy.json").read_text())["images"] == 20
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ("--model test_resnet", "no layer with attention or gates in this ResNet"),
+        ("--model test_ddf_resnet", "no layer with attention or gates in this ResNet"),
+        ("--model=", "name a model with --model"),
+        ("--use-ema", "--use-ema needs --checkpoint"),
+        ("--checkpoint huge.pth", "the attention of conv1.3 is not finite"),
+        ("--checkpoint a.pth --out a.pth", "File exists: 'a.pth'"),
+        ("--checkpoint a.pth --data-dir nowhere", "no such data folder: nowhere"),
+        ("--checkpoint a.pth --data-dir a.pth", "cannot read image a.pth"),
+    ],
+)
+def test_errors(tmp_path, capsys, monkeypatch, small_digits, checkpoint, argv, expected):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load("a.pth")
+    state["conv1.0.weight"].fill_(3e38)
+    torch.save(state, "huge.pth")
+    data = [] if "--data-dir" in argv else [small_digits]
+    status, text, err = run(capsys, *data, *FLAGS, *argv.split())
+    assert (status, text) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("timm-dynamic inspect: error: ")
+    assert expected in err
+    assert not list(tmp_path.rglob("entropy.*"))

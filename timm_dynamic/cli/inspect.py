@@ -1,0 +1,178 @@
+"""`timm-dynamic inspect`: the entropy of a model's attention (or gates), by feature resolution."""
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import torch
+from timm.data.readers.reader import Reader
+from timm.models import safe_model_name
+from torch import nn
+from tqdm import tqdm
+
+from timm_dynamic.cli.common import Parser, add_model_arguments, create_model, replacing, resolve_device
+from timm_dynamic.cli.data import (
+    IMAGE_MODES,
+    Images,
+    add_data_arguments,
+    image_channels,
+    make_loader,
+    open_dataset,
+    resolve_data,
+)
+from timm_dynamic.inspect import record, routing_entropy, routing_layers
+
+
+class _OneImage(Reader):
+    """A timm reader of a single file."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        return open(self.path, "rb"), 0
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return str(self.path)
+
+
+def make_parser() -> Parser:
+    parser = Parser("inspect", "Entropy of a model's attention or gates on a folder of images, or on one image.")
+    add_data_arguments(parser, batch_size=64)
+    parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    add_model_arguments(parser)
+    parser.set_defaults(model=None)
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors'")
+    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
+    parser.add_argument("--out", metavar="DIR", help="for entropy.json and entropy.png (default: output/inspect/NAME)")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not args.model:
+        parser.error("name a model with --model")
+    if args.use_ema and not args.checkpoint:
+        parser.error("--use-ema needs --checkpoint")
+    from timm_dynamic.cli.plot import save_entropy  # before the work, so that a missing matplotlib costs no time
+
+    device = resolve_device(args.device)
+    options = {
+        "checkpoint": args.checkpoint,
+        "use_ema": args.use_ema,
+        "dynamize": args.dynamize,
+        "num_classes": args.num_classes,
+        "in_chans": image_channels(args),
+        **args.model_kwargs,
+    }
+    model = create_model(args.model, **options)
+    routing_layers(model)  # an error for a model without them, before its weights are downloaded
+    if args.pretrained or not args.checkpoint:
+        model = create_model(args.model, pretrained=True, **options)
+    config = resolve_data(args, model, use_test_size=True)
+    path = Path(args.data or args.data_dir or "")
+    if path.is_file() and path.suffix != ".tar":
+        dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
+    else:
+        dataset = open_dataset(args, args.split, config)
+    loader = make_loader(dataset, args, config, device)
+    out = Path(args.out or f"output/inspect/{safe_model_name(args.model)}")
+    out.mkdir(parents=True, exist_ok=True)
+
+    layers = measure(model.to(device).eval(), loader)
+    report = {
+        "model": args.model,
+        "checkpoint": args.checkpoint or None,
+        "images": len(dataset),
+        "img_size": list(config["input_size"][1:]),
+        "resolutions": by_resolution(layers),
+        "layers": layers,
+    }
+    print(format_report(report))
+    with replacing(out / "entropy.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    with replacing(out / "entropy.png") as temporary:
+        save_entropy(report, temporary)
+    print(f"\nsaved {out / 'entropy.json'} and {out / 'entropy.png'}")
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, loader) -> list[dict]:
+    """Mean entropy of every layer over the images of a loader, in the order in which the layers run.
+
+    Args:
+        model: In eval mode.
+        loader: timm's loader, of batches on the model's device.
+
+    Raises:
+        ValueError: If a layer's attention is not finite.
+    """
+    rows: dict[str, dict] = {}
+    layers = routing_layers(model)
+    with tqdm(total=len(loader.dataset), desc="inspect", unit="img", leave=False, disable=None) as bar:
+        for images, _ in loader:
+            with record(model) as seen:
+                model(images)
+            for name, routing in seen.items():
+                entropy, highest = routing_entropy(layers[name], routing.double())
+                if not entropy.isfinite().all():
+                    raise ValueError(f"the attention of {name} is not finite: are these weights of this model?")
+                height, width = seen.resolutions[name]
+                row = {
+                    "layer": name,
+                    "resolution": f"{height}x{width}",
+                    "kind": "attention" if layers[name].routing_limit is None else "gates",
+                    "values": routing.shape[1],
+                    "highest": highest,
+                }
+                row = rows.setdefault(name, {**row, "inputs": 0, "entropy": 0.0})
+                row["inputs"] += len(entropy)
+                row["entropy"] += entropy.sum().item()
+            bar.update(len(images))
+    for row in rows.values():
+        row["entropy"] /= row["inputs"]
+        row["normalised"] = row["entropy"] / row["highest"] if row["highest"] else 0.0  # attention over one kernel
+    return list(rows.values())
+
+
+def by_resolution(layers: list[dict]) -> list[dict]:
+    """Means over the layers of every feature resolution, in the order in which they come."""
+    groups: dict[str, list[dict]] = {}
+    for row in layers:
+        groups.setdefault(row["resolution"], []).append(row)
+    return [
+        {
+            "resolution": resolution,
+            "layers": len(rows),
+            **{key: mean(row[key] for row in rows) for key in ("entropy", "normalised")},
+        }
+        for resolution, rows in groups.items()
+    ]
+
+
+def format_report(report: dict) -> str:
+    """A table of resolutions, and one of layers."""
+    kinds = " and ".join(dict.fromkeys(row["kind"] for row in report["layers"]))
+    lines = [
+        f"{report['model']}: mean entropy of its {kinds} (images: {report['images']})",
+        "nats, and as a share of the highest entropy: log(values) of attention, log(2) of a gate",
+        "",
+        f"{'resolution':<12}{'layers':>8}{'nats':>10}{'share':>9}",
+    ]
+    for row in report["resolutions"]:
+        lines.append(f"{row['resolution']:<12}{row['layers']:>8}{row['entropy']:>10.4f}{row['normalised']:>9.4f}")
+    width = 2 + max(len(row["layer"]) for row in report["layers"])
+    lines += ["", f"{'layer':<{width}}{'resolution':<12}{'kind':<11}{'values':>6}{'nats':>10}{'share':>9}"]
+    for row in report["layers"]:
+        lines.append(
+            f"{row['layer']:<{width}}{row['resolution']:<12}{row['kind']:<11}{row['values']:>6}"
+            f"{row['entropy']:>10.4f}{row['normalised']:>9.4f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Putting a dynamic layer into any timm model."""
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from timm_dynamic.layers import DCDConv2d, DDFConv2d, DynamicConv2d, PEDConv2d
+from timm_dynamic.layers.base import DropInConv2d
+
+LAYERS = {"dcd": DCDConv2d, "ped": PEDConv2d, "dy": DynamicConv2d, "ddf": DDFConv2d}
+
+# How timm's models name the modules on a shortcut, and a module that looks at the whole map to weigh it.
+_SHORTCUTS = {"downsample", "shortcut", "skip", "project", "c1x1_w_s1", "c1x1_w_s2"}
+_ATTENTION = {"attn", "self_attn", "se"}
+_ATTENTION_CLASS = re.compile("Attn|Attention|SEModule|EseModule|Excite|LiteMLA|SHMA|SHSA")
+_SHOWN = 3  # convolutions named in an error
+
+
+def dynamize(
+    model: nn.Module,
+    layer: str | type[DropInConv2d],
+    where: Callable[[str, nn.Conv2d], bool] | str | Iterable[str] | None = None,
+    **layer_kwargs,
+) -> nn.Module:
+    """Replace convolutions of a model by dynamic ones, each made from what it replaces (`layer.from_conv`).
+
+    DCD and PED leave the output in eval mode as it was, up to rounding, and DY within 0.05 of the logits' standard
+    deviation, so that a pretrained network still classifies. DDF keeps biases only. Parameters that come from a frozen
+    convolution stay frozen.
+
+    By default all `nn.Conv2d` are replaced but the stem (cfg `first_conv`), 1x1 shortcuts, those inside attention and
+    squeeze-and-excitation modules or at or after the global pool, the classifier, and those that the layer cannot stand
+    in for: of another kind than `nn.Conv2d` (`Conv2dSame`, `StdConv2d`, ...), with hooks, or with other arguments than
+    its class supports.
+
+    Args:
+        model: Any timm CNN; changed in place. Load static weights before, and dynamic ones after.
+        layer: `"dcd"`, `"ped"`, `"dy"`, `"ddf"`, or a layer class with `from_conv`.
+        where: Which convolutions to replace, instead of the default: a predicate of name and convolution, or glob
+            patterns of names (`"layer3.*.conv2"`; `*` also matches dots). Those inside of dynamic layers never count.
+        **layer_kwargs: The layer's own keyword arguments.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: If the layer is unknown, a pattern matches nothing, a convolution that `where` names cannot be
+            replaced, or none can. The model is as it was.
+    """
+    cls = LAYERS.get(layer) if isinstance(layer, str) else layer
+    if not (isinstance(cls, type) and issubclass(cls, DropInConv2d)):
+        raise ValueError(
+            f"layer must be one of {', '.join(map(repr, LAYERS))} or a dynamic layer's class, got {layer!r}"
+        )
+    convs = _convolutions(model)
+    if where is None:
+        names = _default_names(model, convs)
+    elif callable(where):
+        names = [name for name, conv in convs.items() if where(name, conv)]
+    else:
+        names = _matching_names([where] if isinstance(where, str) else list(where), convs)
+    if not names:
+        choice = "by default, none" if where is None else "where chooses none"
+        hint = ": name some with where" if where is None else ""
+        raise ValueError(f"{choice} of the {len(convs)} convolutions of {_kind(model)} is replaced{hint}")
+
+    layers, reasons = {}, {}
+    for name in names:
+        conv = convs[name]
+        try:
+            layers[conv] = layers.get(conv) or _replacement(conv, cls, layer_kwargs)
+        except ValueError as error:
+            reasons.setdefault(str(error), []).append(name)
+    if reasons and (where is not None or not layers):
+        shown = [f"{_some(refused)}: {reason}" for reason, refused in list(reasons.items())[:_SHOWN]]
+        more = f"; and {len(reasons) - _SHOWN} more reasons" if len(reasons) > _SHOWN else ""
+        raise ValueError(f"{cls.__name__} cannot replace {'; '.join(shown)}{more}")
+    for name in names:
+        if convs[name] in layers:
+            # In the mode of the module around it: a static convolution's own can be anything.
+            parent = model.get_submodule(name.rpartition(".")[0])
+            model.set_submodule(name, layers[convs[name]].train(parent.training))
+            _forbid_merging(model, name)
+    return model
+
+
+def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The static ones, by name; one that is used in several places has several names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    dynamic = tuple(f"{name}." for name, module in modules.items() if isinstance(module, DropInConv2d))
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Conv2d) and not name.startswith(dynamic)
+    }
+
+
+def _replacement(conv: nn.Conv2d, cls: type[DropInConv2d], layer_kwargs: dict) -> DropInConv2d:
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        raise ValueError("it has hooks, which would be lost")
+    return cls.from_conv(conv, **layer_kwargs)
+
+
+def _forbid_merging(model: nn.Module, name: str) -> None:
+    """Stop timm's `reparameterize_model` from merging blocks around a layer, as if `weight` were all there is."""
+    while name := name.rpartition(".")[0]:
+        block = model.get_submodule(name)
+        for method in ("fuse", "reparameterize", "switch_to_deploy"):
+            if hasattr(block, method):
+                setattr(block, method, _refuse_to_merge)
+
+
+def _refuse_to_merge() -> None:
+    raise ValueError("a block with a dynamic convolution cannot be merged: reparameterize the model before `dynamize`")
+
+
+def _matching_names(patterns: list[str], convs: dict[str, nn.Conv2d]) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in convs):
+            raise ValueError(f"where={pattern!r} matches no convolution of {_some(list(convs))}")
+    return [name for name in convs if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _default_names(model: nn.Module, convs: dict[str, nn.Conv2d]) -> list[str]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    # A feature extractor has underscores for the dots.
+    stem = {name.replace(".", "_") for name in _names(cfg.get("first_conv"))}
+    stem = {name for name in convs if name.replace(".", "_") in stem} or set(list(convs)[:1])
+    head = tuple(f"{name}." for name in ("pre_logits", *_names(cfg.get("classifier"))))
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attention = tuple(
+        f"{name}."
+        for name, module in modules.items()
+        if name.rpartition(".")[2] in _ATTENTION
+        or (name and _ATTENTION_CLASS.search(type(module).__name__) and "Block" not in type(module).__name__)
+    )
+    # Modules are registered in the order in which they run.
+    order = {name: i for i, name in enumerate(modules)}
+    pools = [(name.removesuffix("global_pool"), order[name]) for name in order if name.split(".")[-1] == "global_pool"]
+
+    def is_shortcut(name: str) -> bool:
+        return convs[name].kernel_size == (1, 1) and not _SHORTCUTS.isdisjoint(name.split("."))
+
+    def is_pooled(name: str) -> bool:
+        return any(name.startswith(parent) and order[name] >= pool for parent, pool in pools)
+
+    return [
+        name
+        for name in convs
+        if not (name in stem or f"{name}.".startswith(head + attention) or is_shortcut(name) or is_pooled(name))
+    ]
+
+
+def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else "")
+
+
+def _kind(model: nn.Module) -> str:
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__

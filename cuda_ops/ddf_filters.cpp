@@ -11,12 +11,11 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu_pointwise_args.h"
 #include "ddf_args.h"
 #include "ddf_cpu.h"
 
 namespace timm_dynamic {
-
-constexpr int64_t kFilterBlock = 64;  // filters standardised at a time
 
 template <typename T>
 struct FilterNorm {
@@ -29,18 +28,15 @@ struct FilterNorm {
   bool adjacent;
   int64_t row;
 
-  int64_t blocks() const { return (row + kFilterBlock - 1) / kFilterBlock; }
+  int64_t blocks() const { return (row + kBlock - 1) / kBlock; }
 };
 
 struct DdfFilters {
-  int64_t B, C, H, W, Ho, Wo, rows, hidden_size, taps, stride;
+  Pointwise spatial;
+  int64_t B, hidden_size, taps;
   double scale;
-  const float *x, *spatial_weight, *spatial_bias, *hidden_weight, *hidden_bias, *channel_weight,
-      *channel_bias, *channel_scale;
+  const float *x, *hidden_weight, *hidden_bias, *channel_weight, *channel_bias, *channel_scale;
   float *pooled, *hidden, *channel_filter, *spatial_filter;
-
-  int64_t outputs() const { return Ho * Wo; }
-  int64_t blocks() const { return (outputs() + kFilterBlock - 1) / kFilterBlock; }
 };
 
 struct DdfFiltersKernels {
@@ -76,7 +72,7 @@ Tensor filter_norm(const Tensor& x, int64_t taps, double scale) {
                            adjacent,
                            adjacent ? filters : positions};
     const auto kernel = CHOOSE_KERNELS(filter_norm<T>);
-    parallel(filters / op.row * op.blocks(), 4 * kFilterBlock * taps,
+    parallel(filters / op.row * op.blocks(), 4 * kBlock * taps,
              [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   });
   return out;
@@ -91,28 +87,30 @@ std::tuple<Tensor, Tensor> ddf_filters(const Tensor& x, const Tensor& spatial_we
       x.dim() == 4 && x.numel() > 0 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
       "x must be [B, C, H, W], float32, contiguous and not empty, got ", shape_text(x));
   DdfFilters op;
-  op.B = x.size(0), op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
-  op.rows = spatial_bias.numel(), op.hidden_size = hidden_bias.numel();
+  Pointwise& conv = op.spatial;
+  op.B = x.size(0), conv.C = x.size(1), conv.H = x.size(2), conv.W = x.size(3);
+  conv.rows = spatial_bias.numel(), op.hidden_size = hidden_bias.numel();
   STD_TORCH_CHECK(
-      stride >= 1 && taps >= 2 && op.rows >= taps && op.rows % taps == 0 && op.hidden_size > 0,
+      stride >= 1 && taps >= 2 && conv.rows >= taps && conv.rows % taps == 0 && op.hidden_size > 0,
       "stride must be positive, and spatial_bias hold filters of at least 2 taps");
-  op.Ho = output_size(op.H, stride), op.Wo = output_size(op.W, stride);
-  op.taps = taps, op.stride = stride, op.scale = scale;
-  const int64_t size = op.C * taps;
+  conv.Ho = output_size(conv.H, stride), conv.Wo = output_size(conv.W, stride);
+  conv.stride_y = conv.stride_x = stride;
+  op.taps = taps, op.scale = scale;
+  const int64_t size = conv.C * taps;
   op.x = static_cast<const float*>(x.const_data_ptr());
-  op.spatial_weight = parameter("spatial_weight", spatial_weight, op.rows * op.C, x);
-  op.spatial_bias = parameter("spatial_bias", spatial_bias, op.rows, x);
-  op.hidden_weight = parameter("hidden_weight", hidden_weight, op.hidden_size * op.C, x);
+  conv.weight = parameter("spatial_weight", spatial_weight, conv.rows * conv.C, x);
+  conv.bias = parameter("spatial_bias", spatial_bias, conv.rows, x);
+  op.hidden_weight = parameter("hidden_weight", hidden_weight, op.hidden_size * conv.C, x);
   op.hidden_bias = parameter("hidden_bias", hidden_bias, op.hidden_size, x);
   op.channel_weight = parameter("channel_weight", channel_weight, size * op.hidden_size, x);
   op.channel_bias = parameter("channel_bias", channel_bias, size, x);
   op.channel_scale = parameter("channel_scale", channel_scale, size, x);
 
-  const Tensor scratch = empty(x, {op.B * (op.C + op.hidden_size)});
+  const Tensor scratch = empty(x, {op.B * (conv.C + op.hidden_size)});
   op.pooled = static_cast<float*>(scratch.mutable_data_ptr());
-  op.hidden = op.pooled + op.B * op.C;
+  op.hidden = op.pooled + op.B * conv.C;
   const Tensor channel = empty(x, {op.B, size, 1, 1}),
-               spatial = empty(x, {op.B, op.rows, op.Ho, op.Wo});
+               spatial = empty(x, {op.B, conv.rows, conv.Ho, conv.Wo});
   op.channel_filter = static_cast<float*>(channel.mutable_data_ptr());
   op.spatial_filter = static_cast<float*>(spatial.mutable_data_ptr());
 
@@ -120,10 +118,10 @@ std::tuple<Tensor, Tensor> ddf_filters(const Tensor& x, const Tensor& spatial_we
   const auto run = [&](int64_t units, int64_t work, DdfFiltersKernels::Kernel kernel) {
     parallel(units, work, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   };
-  run(op.B * op.C, op.H * op.W, kernels.pool);
-  run(op.B * op.blocks(), op.rows * op.C * kFilterBlock, kernels.spatial_filters);
-  run(op.hidden_size, op.B * op.C, kernels.hidden_layer);
-  run(op.C, op.B * taps * op.hidden_size, kernels.channel_filters);
+  run(op.B * conv.C, conv.H * conv.W, kernels.pool);
+  run(op.B * conv.blocks(), conv.rows * conv.C * kBlock, kernels.spatial_filters);
+  run(op.hidden_size, op.B * conv.C, kernels.hidden_layer);
+  run(conv.C, op.B * taps * op.hidden_size, kernels.channel_filters);
   return {channel, spatial};
 }
 

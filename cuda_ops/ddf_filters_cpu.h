@@ -1,16 +1,16 @@
 // How DDF's filters are made, for one instruction set; see cpu_vectors.h for what the includer
 // defines, and ddf_filters.cpp for the operators.
 
-#include "cpu_vectors.h"
+#include "cpu_pointwise.h"
 
 namespace timm_dynamic::ISA {
 
-// Standardises `count` <= kFilterBlock filters: tap k of filter i is at from[k*stride + i*step].
+// Standardises `count` <= kBlock filters: tap k of filter i is at from[k*stride + i*step].
 template <typename T>
 INLINE void normalise(const T* from, T* to, int64_t count, int64_t taps, int64_t stride,
                       int64_t step, double scale) {
   using A = Accumulator<T>;
-  A mean[kFilterBlock] = {}, factor[kFilterBlock] = {};
+  A mean[kBlock] = {}, factor[kBlock] = {};
   for (int64_t k = 0; k < taps; ++k)
     for (int64_t i = 0; i < count; ++i) mean[i] += static_cast<A>(from[k * stride + i * step]);
   for (int64_t i = 0; i < count; ++i) mean[i] /= static_cast<A>(taps);
@@ -32,8 +32,8 @@ INLINE void normalise(const T* from, T* to, int64_t count, int64_t taps, int64_t
 template <typename T>
 void filter_norm(const FilterNorm<T>& op, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = i % op.blocks() * kFilterBlock;
-    const int64_t count = std::min(kFilterBlock, op.row - first);
+    const int64_t first = i % op.blocks() * kBlock;
+    const int64_t count = std::min(kBlock, op.row - first);
     const int64_t at = i / op.blocks() * op.row * op.taps + first * (op.adjacent ? op.taps : 1);
     if (op.adjacent)
       normalise(op.from + at, op.to + at, count, op.taps, 1, op.taps, op.scale);
@@ -45,64 +45,22 @@ void filter_norm(const FilterNorm<T>& op, int64_t begin, int64_t end) {
 // The mean of every map; units are maps.
 inline void pool(const DdfFilters& op, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
-    op.pooled[i] = sum_of(op.x + i * op.H * op.W, op.H * op.W) / (op.H * op.W);
-}
-
-#if ISA_LEVEL == 4
-constexpr int kVectors = 2;  // accumulators: 9 of each, within the registers
-#else
-constexpr int kVectors = 1;
-#endif
-constexpr int64_t kRows = 9;
-constexpr int64_t kStep = kVectors * kLanes<float>;
-
-// Rows [row, row + kRows) of the 1x1 convolution at the `count` outputs from `first` on.
-template <bool kWhole>
-INLINE void convolve(const DdfFilters& op, const float* x, float* out, int64_t row, int64_t first,
-                     int64_t count) {
-  const float* weights[kRows];
-  Vec<float> sums[kRows][kVectors];
-  for (int64_t r = 0; r < kRows; ++r) {
-    const int64_t at = std::min(row + r, op.rows - 1);
-    weights[r] = op.spatial_weight + at * op.C;
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = broadcast(op.spatial_bias[at]);
-  }
-  int64_t offsets[kStep] = {};
-  if (!kWhole)
-    for (int64_t i = 0; i < count; ++i)
-      offsets[i] = ((first + i) / op.Wo * op.W + (first + i) % op.Wo) * op.stride;
-  for (int64_t c = 0; c < op.C; ++c, x += op.H * op.W) {
-    float gathered[kStep];
-    if (!kWhole)
-      for (int64_t i = 0; i < kStep; ++i) gathered[i] = x[offsets[i]];
-    for (int v = 0; v < kVectors; ++v) {
-      const Vec<float> values = load<float>((kWhole ? x + first : gathered) + v * kLanes<float>);
-      for (int64_t r = 0; r < kRows; ++r) sums[r][v] += broadcast(weights[r][c]) * values;
-    }
-  }
-  for (int64_t r = 0; r < std::min(kRows, op.rows - row); ++r)
-    for (int v = 0; v < kVectors; ++v)
-      store<float>(out + (row + r) * op.outputs() + first + v * kLanes<float>, sums[r][v],
-                   count - v * kLanes<float>);
+    op.pooled[i] = sum_of(op.x + i * op.spatial.H * op.spatial.W, op.spatial.H * op.spatial.W) /
+                   (op.spatial.H * op.spatial.W);
 }
 
 // The filters of positions; units are (b, block of positions).
 inline void spatial_filters(const DdfFilters& op, int64_t begin, int64_t end) {
+  const Pointwise& conv = op.spatial;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / op.blocks(), first = i % op.blocks() * kFilterBlock;
-    const int64_t last = std::min(first + kFilterBlock, op.outputs());
-    const float* const x = op.x + b * op.C * op.H * op.W;
-    float* const out = op.spatial_filter + b * op.rows * op.outputs();
-    for (int64_t row = 0; row < op.rows; row += kRows)
-      for (int64_t at = first; at < last; at += kStep) {
-        if (op.stride == 1 && last - at >= kStep)
-          convolve<true>(op, x, out, row, at, kStep);
-        else
-          convolve<false>(op, x, out, row, at, std::min(kStep, last - at));
-      }
-    for (int64_t row = 0; row < op.rows; row += op.taps) {
-      float* const filters = out + row * op.outputs() + first;
-      normalise(filters, filters, last - first, op.taps, op.outputs(), 1, op.scale);
+    const int64_t b = i / conv.blocks(), first = i % conv.blocks() * kBlock;
+    const int64_t last = std::min(first + kBlock, conv.outputs());
+    float* const out = op.spatial_filter + b * conv.rows * conv.outputs() + first;
+    for (int64_t row = 0; row < conv.rows; row += kRows)
+      convolve(conv, op.x + b * conv.C * conv.H * conv.W, out, conv.outputs(), row, first, last);
+    for (int64_t row = 0; row < conv.rows; row += op.taps) {
+      float* const filters = out + row * conv.outputs();
+      normalise(filters, filters, last - first, op.taps, conv.outputs(), 1, op.scale);
     }
   }
 }
@@ -111,7 +69,8 @@ inline void spatial_filters(const DdfFilters& op, int64_t begin, int64_t end) {
 inline void hidden_layer(const DdfFilters& op, int64_t begin, int64_t end) {
   for (int64_t h = begin; h < end; ++h)
     for (int64_t b = 0; b < op.B; ++b) {
-      const float sum = dot(op.hidden_weight + h * op.C, op.pooled + b * op.C, op.C);
+      const float sum =
+          dot(op.hidden_weight + h * op.spatial.C, op.pooled + b * op.spatial.C, op.spatial.C);
       op.hidden[b * op.hidden_size + h] = std::max(sum + op.hidden_bias[h], 0.0f);
     }
 }
@@ -120,7 +79,7 @@ inline void hidden_layer(const DdfFilters& op, int64_t begin, int64_t end) {
 inline void channel_filters(const DdfFilters& op, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c)
     for (int64_t b = 0; b < op.B; ++b) {
-      float* const filter = op.channel_filter + (b * op.C + c) * op.taps;
+      float* const filter = op.channel_filter + (b * op.spatial.C + c) * op.taps;
       const float* const hidden = op.hidden + b * op.hidden_size;
       for (int64_t k = 0; k < op.taps; ++k) {
         const int64_t row = c * op.taps + k;

@@ -63,7 +63,7 @@ def calls_operators(model: nn.Module, x: Tensor) -> bool:
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
     """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by module and operator."""
     modes = {module: module.training for module in model.modules()}
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS | _LINEAR_FORMULAS)
     try:
         with torch.no_grad(), operators_only(), counter:
             model.eval()(x)
@@ -77,13 +77,12 @@ def _ddf_flops(features, channel_filter, spatial_filter, kernel_size, *options, 
     return 2 * kernel_size**2 * out_shape.numel()
 
 
-def _ddf_filters_flops(x, spatial, spatial_bias, hidden, hidden_bias, channel, *options, out_shape) -> int:
-    positions = out_shape[1][2:].numel()
-    return 2 * x[0] * (spatial.numel() * positions + hidden.numel() + channel.numel())
-
-
 def _factored_flops(x, weight, *options, out_shape) -> int:
     return 2 * weight[1:].numel() * out_shape[0].numel()
+
+
+def _kernel_attention_flops(x, hidden_weight, hidden_bias, score_weight, *options, out_shape) -> int:
+    return 2 * x[0] * (hidden_weight.numel() + score_weight.numel())
 
 
 def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
@@ -93,7 +92,7 @@ def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
 
 _FORMULAS = {
     torch.ops.timm_dynamic.ddf: _ddf_flops,
-    torch.ops.timm_dynamic.ddf_filters: _ddf_filters_flops,
     torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
     torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
 }
+_LINEAR_FORMULAS = {torch.ops.timm_dynamic.kernel_attention: _kernel_attention_flops}

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
+from timm_dynamic.ops.dcd_branch import dcd_branch_serves, dcd_sample_weights_reference
 
 
 class _Factors(nn.Module):
     """What both layers have: the branch from pooled features to Phi and scale."""
+
+    routing_limit = 2.0
 
     def _make_factors(self, pooled: int, outputs: int, latent_dim: int, hidden_dim: int, **dd) -> None:
         self.latent_dim = latent_dim
@@ -31,6 +34,21 @@ class _Factors(nn.Module):
         z = z * _hsig(F.linear(z, self.fc["1"]["fc"]["0"].weight))
         phi, scale = F.linear(z, self.fc_phi.weight), F.linear(z, self.fc_scale.weight)
         return phi.view(-1, self.latent_dim, self.latent_dim), _hsig(scale)
+
+    def _branch_arguments(self, pool_size: int) -> tuple:
+        """What the operators of `timm_dynamic.ops.dcd_branch` take between the input and their own arguments."""
+        fc, bn1, bn2 = self.fc, self.bn1, self.bn2
+        return (
+            [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight],
+            self.q.weight,
+            *([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2)),
+            *(bn1.eps, bn2.eps, pool_size, self.p.weight),
+        )
+
+    def routing(self, x: Tensor) -> Tensor:
+        """For `timm_dynamic.record`: the scale of the outputs, `[B, outputs]`."""
+        with no_autocast(x):
+            return self._factors(self._pool(x))[1]
 
 
 def _hsig(t: Tensor) -> Tensor:
@@ -127,7 +145,7 @@ class DCDConv2d(DropInConv2d, _Factors):
         """
         layer = super().from_conv(conv, **kwargs)
         with torch.no_grad():
-            layer.weight.copy_(conv.weight)
+            layer.weight.copy_(conv.weight).requires_grad_(conv.weight.requires_grad)
             layer.p.weight.zero_()
             layer.fc_scale.weight.zero_()
         return layer
@@ -146,9 +164,16 @@ class DCDConv2d(DropInConv2d, _Factors):
         if torch.jit.is_scripting():
             phi, scale = self._factors(self._pool(x))
             return self.conv(x) * scale[:, :, None, None] + self.p(self._fuse(self.q(x), phi))
-        large = self._has_large_maps(x)
-        if large and not (self.bn1.training or self.bn2.training):
-            return self._folded(x)
+        in_a_graph = _in_a_graph()
+        if not in_a_graph and _are_affine(self.bn1, self.bn2):
+            if dcd_branch_serves(x, self.weight):
+                return self._by_operators(x)
+            if self._makes_sample_weights(x):
+                with no_autocast(x):
+                    own = dcd_sample_weights_reference(
+                        x, *self._branch_arguments(self.pool_size), self.weight, self.bias
+                    )
+                return self._convolve_each(x, *own)
         uniform = x.dtype == autocast_dtype(x) == self.weight.dtype
         if uniform and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous() and not _in_a_graph():
             x, pooled, z = _PoolAndProject.apply(x, self.q.weight, self.pool_size, self.stride)
@@ -157,7 +182,7 @@ class DCDConv2d(DropInConv2d, _Factors):
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
             phi, scale = self._factors(pooled)
             v = self._fuse(z, phi)
-        if large and uniform and torch.is_grad_enabled():
+        if not in_a_graph and uniform and torch.is_grad_enabled() and self._makes_sample_weights(x):
             options = (self.stride, self._padding, self.dilation)
             return _ScaledConv.apply(self._pad(x), scale, self.weight, self.bias, self.p.weight, v, *options)
         y = self.conv(x)
@@ -188,32 +213,30 @@ class DCDConv2d(DropInConv2d, _Factors):
         return (self.bn2(torch.bmm(phi, u)) + u).view(B, L, H, W)
 
     def _has_large_maps(self, x: Tensor) -> bool:
-        """Whether to make a weight for every sample: maps are large beside it, and samples or their calls are few."""
-        B, C, H, W = x.shape
-        if _in_a_graph() or self.groups > 1 or B == 0 or (B > 1 and x.device.type != "cpu"):
-            return False
-        if autocast_dtype(x) == torch.float16 or not isinstance(self.bn1, nn.modules.batchnorm._BatchNorm):
-            return False
+        """Whether to make a weight for every sample: maps are large beside it."""
+        H, W = x.shape[2:]
         positions = (H // self.stride[0]) * (W // self.stride[1])
-        return 2 * self.weight.numel() <= positions * (C + self.out_channels)
+        return self.groups == 1 and 2 * self.weight.numel() <= positions * (self.in_channels + self.out_channels)
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """The eval form with a weight and a bias for every sample."""
-        B = x.shape[0]
-        with no_autocast(x):
-            phi, scale = self._factors(self._pool(x))
-            (s1, t1), (s2, t2) = _affine(self.bn1), _affine(self.bn2)
-            # The branch is affine, v = R Q x + r. Its columns, and r as one more: (S2 Phi + I) [S1 Q, t1] + [0, t2].
-            q = torch.cat([self.q.weight.flatten(1) * s1[:, None], t1[:, None]], 1).expand(B, -1, -1)
-            v = torch.baddbmm(q, phi * s2[:, None], q)
-            v[:, :, -1] += t2
-            v = torch.bmm(self.p.weight.flatten(1).expand(B, -1, -1), v)
-            weight = self.weight * scale[:, :, None, None, None]
-            weight[:, :, :, weight.shape[3] // 2, weight.shape[4] // 2].add_(v[:, :, :-1])
-            bias = v[:, :, -1] if self.bias is None else torch.addcmul(v[:, :, -1], scale, self.bias)
+    def _makes_sample_weights(self, x: Tensor) -> bool:
+        """Whether to do so without an operator for it: also, samples or their calls are few."""
+        few = x.shape[0] == 1 or (x.shape[0] > 1 and x.device.type == "cpu")
+        return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
+
+    def _by_operators(self, x: Tensor) -> Tensor:
+        arguments = (x, *self._branch_arguments(self.pool_size))
+        if self._has_large_maps(x):
+            own = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
+            return self._convolve_each(x, *own)
+        y = self.conv(x)
+        torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
+        return y
+
+    def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if len(x) == 1:
+            return self.conv._conv_forward(x, weight[0], bias[0])
         samples = zip(x.split(1), weight, bias, strict=True)
-        outputs = [self.conv._conv_forward(*sample) for sample in samples]
-        return outputs[0] if B == 1 else torch.cat(outputs)
+        return torch.cat([self.conv._conv_forward(*sample) for sample in samples])
 
 
 def _pool(x: Tensor, size: int) -> Tensor:
@@ -323,10 +346,10 @@ def _combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Te
     return y.permute(0, 3, 1, 2) if channels_last else y
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A batch norm in eval mode is `s * z + t`."""
-    s = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return s, norm.bias - norm.running_mean * s
+def _are_affine(bn1: nn.Module, bn2: nn.Module) -> bool:
+    """Whether these are batch norms, in eval mode."""
+    norms = nn.modules.batchnorm._BatchNorm
+    return not (bn1.training or bn2.training) and isinstance(bn1, norms) and isinstance(bn2, norms)
 
 
 def _finite(v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -414,9 +437,16 @@ class DCDLinear(_Factors):
             raise ValueError("DCD's classifier normalises over the batch: training needs more than one sample")
         if torch.jit.is_scripting():
             return self._classify(x)
+        if not _in_a_graph() and _are_affine(self.bn1, self.bn2) and dcd_branch_serves(x, self.weight):
+            maps, y = (t[:, :, None, None] for t in (x, self.linear(x)))  # a convolution of 1x1 maps
+            torch.ops.timm_dynamic.dcd_branch_(maps, *self._branch_arguments(1), 1, 1, y)
+            return y.flatten(1)
         dtype = autocast_dtype(x)
         with no_autocast(x):
             return self._classify(x.to(self.weight.dtype)).to(dtype)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x  # is pooled
 
     def _classify(self, x: Tensor) -> Tensor:
         phi, scale = self._factors(x)

@@ -47,6 +47,11 @@ def has_kernel(device_type: str) -> bool:
     return False
 
 
+def has_shortcuts() -> bool:
+    """Whether operators may serve that fuse a layer's small operations on the CPU: not for those who look at these."""
+    return _forced is None and _status.get("cpu") == "loaded"
+
+
 _warned: set[str] = set()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_kernel
+from timm_dynamic.ops._library import NAMESPACE, has_shortcuts
 from timm_dynamic.ops.filter_norm import filter_norm_reference
 
 _MAX_BATCH = 4  # measured: with more samples the branches' own matrix products are as fast
@@ -29,7 +29,8 @@ def ddf_filters_serves(x: Tensor, *parameters: Tensor) -> bool:
         and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
         and not torch.is_autocast_enabled("cpu")
-        and has_kernel("cpu")
+        and not torch.jit.is_tracing()
+        and has_shortcuts()
     )
 
 

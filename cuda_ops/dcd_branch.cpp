@@ -1,0 +1,171 @@
+// CPU kernels of timm_dynamic::dcd_branch_ and ::dcd_sample_weights;
+// timm_dynamic/ops/dcd_branch.py defines the operators.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu_pointwise_args.h"
+#include "ddf_args.h"
+#include "ddf_cpu.h"
+
+namespace timm_dynamic {
+
+// A batch norm in eval mode: slope * z + offset.
+struct AffineNorm {
+  const float *weight, *bias, *mean, *variance;
+  double eps;
+
+  float slope(int64_t l) const {
+    return weight[l] / std::sqrt(variance[l] + static_cast<float>(eps));
+  }
+  float offset(int64_t l) const { return bias[l] - mean[l] * slope(l); }
+};
+
+struct DcdBranch {
+  int64_t B, O, hidden, pool_size, pooled_size, taps;
+  Pointwise q, p;  // C to L, and L to O
+  const float *x, *fc_weight, *gate_weight, *phi_weight, *scale_weight;
+  AffineNorm norm1, norm2;
+  float *pooled, *z, *gated, *phi, *scale;
+  float *y, *u, *v;  // of dcd_branch_ alone; the rest of dcd_sample_weights
+  const float *weight, *bias;
+  float *base, *folded, *sample_weight, *sample_bias;
+};
+
+struct DcdBranchKernels {
+  using Kernel = void (*)(const DcdBranch&, int64_t begin, int64_t end);
+  Kernel pool, squeeze, gate, factors, project, fuse_channels, expand, fold_base, fold,
+      sample_weights;
+};
+
+}  // namespace timm_dynamic
+
+#define KERNELS_HEADER "dcd_branch_cpu.h"
+#include "cpu_dispatch.h"
+
+namespace timm_dynamic {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+void run(const DcdBranch& op, int64_t units, int64_t work, DcdBranchKernels::Kernel kernel) {
+  parallel(units, work, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+AffineNorm make_norm(const Tensors& t, double eps, int64_t L, const Tensor& x) {
+  STD_TORCH_CHECK(t.size() == 4, "a norm has weight, bias, mean and variance, got ", t.size());
+  return {parameter("norm weight", t[0], L, x), parameter("norm bias", t[1], L, x),
+          parameter("norm mean", t[2], L, x), parameter("norm variance", t[3], L, x), eps};
+}
+
+// Runs what both operators need, up to Phi and scale. `scratch` is to live as long as `op`.
+DcdBranch make_factors(const Tensor& x, const Tensors& fc, const Tensor& q, const Tensors& norm1,
+                       const Tensors& norm2, double eps1, double eps2, int64_t pool_size,
+                       int64_t stride_y, int64_t stride_x, const Tensor& p, Tensor& scratch) {
+  DcdBranch op = {};
+  Pointwise& conv = op.q;
+  op.B = x.size(0), conv.C = x.size(1), conv.H = x.size(2), conv.W = x.size(3);
+  conv.Ho = output_size(conv.H, stride_y), conv.Wo = output_size(conv.W, stride_x);
+  conv.stride_y = stride_y, conv.stride_x = stride_x, conv.rows = q.size(0);
+  op.hidden = fc[0].size(0), op.O = fc[3].size(0);
+  op.pool_size = pool_size, op.pooled_size = conv.C * pool_size * pool_size;
+  const int64_t L = conv.rows, squared = L * L, s = op.hidden;
+  op.x = static_cast<const float*>(x.const_data_ptr());
+  op.fc_weight = parameter("fc", fc[0], s * op.pooled_size, x);
+  op.gate_weight = parameter("gate", fc[1], s * s, x);
+  op.phi_weight = parameter("fc_phi", fc[2], squared * s, x);
+  op.scale_weight = parameter("fc_scale", fc[3], op.O * s, x);
+  conv.weight = parameter("q", q, L * conv.C, x);
+  op.p = {L,      conv.Ho, conv.Wo, conv.Ho, conv.Wo, 1, 1, op.O, parameter("p", p, op.O * L, x),
+          nullptr};
+  op.norm1 = make_norm(norm1, eps1, L, x), op.norm2 = make_norm(norm2, eps2, L, x);
+
+  const int64_t maps = op.B * L * conv.outputs(), folded = L * (conv.C + 1);
+  const int64_t sizes[] = {op.B * op.pooled_size, op.B * s, op.B * s, op.B * squared,
+                           op.B * op.O,           maps,     maps,     folded,
+                           op.B * folded};
+  float** const buffers[] = {&op.pooled, &op.z, &op.gated, &op.phi,   &op.scale,
+                             &op.u,      &op.v, &op.base,  &op.folded};
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  scratch = empty(x, {total});
+  float* at = static_cast<float*>(scratch.mutable_data_ptr());
+  for (int i = 0; i < 9; at += sizes[i++]) *buffers[i] = at;
+
+  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
+  run(op, op.B * conv.C, conv.H * conv.W, kernels.pool);
+  run(op, s, op.B * op.pooled_size, kernels.squeeze);
+  run(op, s, op.B * s, kernels.gate);
+  run(op, squared + op.O, op.B * s, kernels.factors);
+  return op;
+}
+
+void check(const Tensor& x, const Tensors& fc, const Tensor& q, int64_t pool_size, int64_t stride_y,
+           int64_t stride_x) {
+  STD_TORCH_CHECK(
+      x.dim() == 4 && x.numel() > 0 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
+      "x must be [B, C, H, W], float32, contiguous and not empty, got ", shape_text(x));
+  STD_TORCH_CHECK(fc.size() == 4 && fc[0].dim() == 2 && fc[3].dim() == 2 && q.dim() >= 2,
+                  "fc must be the weights of fc, gate, fc_phi and fc_scale, and q [L, C, 1, 1]");
+  STD_TORCH_CHECK(pool_size >= 1 && stride_y >= 1 && stride_x >= 1,
+                  "pool_size and stride must be positive");
+}
+
+void dcd_branch_(const Tensor& x, const Tensors& fc, const Tensor& q, const Tensors& norm1,
+                 const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
+                 int64_t stride_y, int64_t stride_x, Tensor y) {
+  check(x, fc, q, pool_size, stride_y, stride_x);
+  Tensor scratch = x;
+  DcdBranch op =
+      make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, stride_y, stride_x, p, scratch);
+  parameter("y", y, op.B * op.O * op.q.outputs(), x);
+  op.y = static_cast<float*>(y.mutable_data_ptr());
+  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
+  const int64_t L = op.q.rows, blocks = op.B * op.q.blocks();
+  run(op, blocks * op.q.row_groups(), kRows * op.q.C * kBlock, kernels.project);
+  run(op, op.B * L, L * op.q.outputs(), kernels.fuse_channels);
+  run(op, blocks * op.p.row_groups(), kRows * L * kBlock, kernels.expand);
+}
+
+std::tuple<Tensor, Tensor> dcd_sample_weights(const Tensor& x, const Tensors& fc, const Tensor& q,
+                                              const Tensors& norm1, const Tensors& norm2,
+                                              double eps1, double eps2, int64_t pool_size,
+                                              const Tensor& p, const Tensor& weight,
+                                              const std::optional<Tensor>& bias) {
+  check(x, fc, q, pool_size, 1, 1);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1),
+                  "weight must be [O, C, Kh, Kw], got ", shape_text(weight));
+  Tensor scratch = x;
+  DcdBranch op = make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
+  const int64_t L = op.q.rows, C = op.q.C;
+  op.taps = weight.size(2) * weight.size(3);
+  op.weight = parameter("weight", weight, op.O * C * op.taps, x);
+  op.bias = bias ? parameter("bias", *bias, op.O, x) : nullptr;
+  const Tensor weights = empty(x, {op.B, op.O, C, weight.size(2), weight.size(3)});
+  const Tensor biases = empty(x, {op.B, op.O});
+  op.sample_weight = static_cast<float*>(weights.mutable_data_ptr());
+  op.sample_bias = static_cast<float*>(biases.mutable_data_ptr());
+  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
+  run(op, L, C, kernels.fold_base);
+  run(op, op.B * L, L * C, kernels.fold);
+  run(op, op.B * op.O, (L + op.taps) * C, kernels.sample_weights);
+  return {weights, biases};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CPU, m) {
+  m.impl("dcd_branch_", TORCH_BOX(&dcd_branch_));
+  m.impl("dcd_sample_weights", TORCH_BOX(&dcd_sample_weights));
+}
+
+}  // namespace timm_dynamic

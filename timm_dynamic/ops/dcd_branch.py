@@ -1,0 +1,146 @@
+"""The dynamic branch of a DCD convolution in one call, for inference: what `timm_dynamic.layers.DCDConv2d` computes.
+
+    z = hsig(G F pool(x)) * F pool(x)        Phi = fc_phi z        scale = hsig(fc_scale z)
+    dcd_branch_:         scale * y + P (BN2(Phi BN1(Q x)) + BN1(Q x)) for y = conv(x), in the place of y
+    dcd_sample_weights:  scale * weight + P (S2 Phi + I) S1 Q, with the product at the central tap, and the bias
+
+(Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021; the norms are affine in eval mode: a
+slope S and an offset). The branch is some twenty small operations a layer, whose overhead is most of their time where
+there are few samples.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_dynamic.ops._library import NAMESPACE, has_shortcuts
+
+_MAX_BATCH = 4  # measured: with more samples the branch's own operations are as fast
+
+
+def dcd_branch_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether the operators are there for these tensors, and worth it: few samples, float32, NCHW, no gradient."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and 0 < x.shape[0] <= _MAX_BATCH
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and has_shortcuts()
+    )
+
+
+def _hsig(t: Tensor) -> Tensor:
+    return (t + 3).clamp(0, 6) / 3
+
+
+def _factors(x: Tensor, fc: list[Tensor], pool_size: int) -> tuple[Tensor, Tensor]:
+    z = F.linear(F.adaptive_avg_pool2d(x, pool_size).flatten(1).to(fc[0].dtype), fc[0])
+    z = z * _hsig(F.linear(z, fc[1]))
+    phi = F.linear(z, fc[2])
+    L = round(phi.shape[1] ** 0.5)
+    return phi.view(-1, L, L), _hsig(F.linear(z, fc[3]))
+
+
+def _affine(norm: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    weight, bias, mean, variance = norm
+    slope = weight * torch.rsqrt(variance + eps)
+    return slope, bias - mean * slope
+
+
+def dcd_branch_reference(
+    x: Tensor,
+    fc: list[Tensor],
+    q: Tensor,
+    norm1: list[Tensor],
+    norm2: list[Tensor],
+    eps1: float,
+    eps2: float,
+    pool_size: int,
+    p: Tensor,
+    stride_y: int,
+    stride_x: int,
+    y: Tensor,
+) -> None:
+    """Defines `torch.ops.timm_dynamic.dcd_branch_`.
+
+    Args:
+        x: `[B, C, H, W]`.
+        fc: Weights of the linear layers F `[s, C*pool_size**2]`, G `[s, s]`, fc_phi `[L*L, s]` and fc_scale `[O, s]`.
+        q: `[L, C, 1, 1]` or `[L, C]`.
+        norm1, norm2: Weight, bias, running mean and running variance, `[L]` each.
+        eps1, eps2: Those of the norms.
+        pool_size: Side of the pooled map.
+        p: `[O, L, 1, 1]` or `[O, L]`.
+        stride_y, stride_x: Of Q.
+        y: `[B, O, ceil(H/stride_y), ceil(W/stride_x)]`; becomes the layer's output.
+    """
+    phi, scale = _factors(x, fc, pool_size)
+    z = F.conv2d(x, q.flatten(1)[:, :, None, None], None, (stride_y, stride_x))
+    (s1, t1), (s2, t2) = _affine(norm1, eps1), _affine(norm2, eps2)
+    u = z.flatten(2) * s1[:, None] + t1[:, None]
+    v = torch.bmm(phi, u) * s2[:, None] + t2[:, None] + u
+    y.mul_(scale[:, :, None, None]).add_(F.conv2d(v.view(z.shape), p.flatten(1)[:, :, None, None]))
+
+
+def dcd_sample_weights_reference(
+    x: Tensor,
+    fc: list[Tensor],
+    q: Tensor,
+    norm1: list[Tensor],
+    norm2: list[Tensor],
+    eps1: float,
+    eps2: float,
+    pool_size: int,
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Defines `torch.ops.timm_dynamic.dcd_sample_weights`.
+
+    Args:
+        x, fc, q, norm1, norm2, eps1, eps2, pool_size, p: As for `dcd_branch_reference`.
+        weight, bias: `[O, C, Kh, Kw]` and `[O]`.
+
+    Returns:
+        Weights `[B, O, C, Kh, Kw]` and biases `[B, O]`.
+    """
+    phi, scale = _factors(x, fc, pool_size)
+    (s1, t1), (s2, t2) = _affine(norm1, eps1), _affine(norm2, eps2)
+    # The branch is affine, v = R Q x + r. Its columns, and r as one more: (S2 Phi + I) [S1 Q, t1] + [0, t2].
+    base = torch.cat([q.flatten(1) * s1[:, None], t1[:, None]], 1).expand(x.shape[0], -1, -1)
+    v = torch.baddbmm(base, phi * s2[:, None], base)
+    v[:, :, -1] += t2
+    v = torch.bmm(p.flatten(1).expand(x.shape[0], -1, -1), v)
+    weights = weight * scale[:, :, None, None, None]
+    weights[:, :, :, weight.shape[2] // 2, weight.shape[3] // 2].add_(v[:, :, :-1])
+    biases = v[:, :, -1] if bias is None else torch.addcmul(v[:, :, -1], scale, bias)
+    return weights, biases.contiguous()
+
+
+_COMMON = (
+    "Tensor x, Tensor[] fc, Tensor q, Tensor[] norm1, Tensor[] norm2, float eps1, float eps2, int pool_size, Tensor p"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+torch.library.define(
+    f"{NAMESPACE}::dcd_branch_", f"({_COMMON}, int stride_y, int stride_x, Tensor(a!) y) -> ()", tags=_TAGS
+)
+torch.library.define(
+    f"{NAMESPACE}::dcd_sample_weights", f"({_COMMON}, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", tags=_TAGS
+)
+torch.library.impl(f"{NAMESPACE}::dcd_branch_", "CompositeExplicitAutograd")(dcd_branch_reference)
+torch.library.impl(f"{NAMESPACE}::dcd_sample_weights", "CompositeExplicitAutograd")(dcd_sample_weights_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dcd_branch_")
+def _dcd_branch_fake(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, stride_y, stride_x, y):
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dcd_sample_weights")
+def _dcd_sample_weights_fake(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, weight, bias):
+    return x.new_empty(x.shape[0], *weight.shape), x.new_empty(x.shape[0], weight.shape[0])

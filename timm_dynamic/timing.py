@@ -40,10 +40,11 @@ def measure(
         Milliseconds of each timed call, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    orders = random.Random(0)
     once = _cuda_once if device.type == "cuda" else _cpu_once
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for i in range(warmup + iterations):
-            for name in random.sample(list(candidates), len(candidates)):
+            for name in orders.sample(list(candidates), len(candidates)):
                 elapsed = once(candidates[name])
                 if i >= warmup:
                     samples[name].append(elapsed)

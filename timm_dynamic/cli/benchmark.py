@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -59,7 +58,7 @@ def make_parser() -> common.Parser:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=common.KeyValues,
         metavar="K=V",
         help="for --models, not for the baseline",
     )
@@ -145,12 +144,13 @@ def _baseline(wanted: str, model: str) -> str | None:
     return None if wanted == "none" else wanted
 
 
-def _create(name: str, args: argparse.Namespace, img_size: int | None, **kwargs) -> tuple[nn.Module, int]:
+def _create(name: str, args: argparse.Namespace, img_size: int | None, /, **kwargs) -> tuple[nn.Module, int]:
     """The model, ready to run, and the side of its images."""
-    model = common.create_model(name, num_classes=args.num_classes, **kwargs)
+    kwargs = {"num_classes": args.num_classes, **kwargs}
+    model = common.create_model(name, **kwargs)
     own = model.pretrained_cfg["input_size"][-1]
     if img_size not in (None, own) and model.pretrained_cfg.get("fixed_input_size"):
-        model = common.create_model(name, num_classes=args.num_classes, **kwargs, img_size=img_size)
+        model = common.create_model(name, **kwargs, img_size=img_size)
     return model.to(args.device, memory_format=_memory_format(args)).train(args.mode == "train"), img_size or own
 
 

@@ -67,11 +67,26 @@ def positive_int(text: str) -> int:
     return value
 
 
+class KeyValues(ParseKwargs):
+    """`K=V ...` for a function's arguments, but for those that flags give."""
+
+    _FLAGS = ("model_name", "name", "pretrained", "checkpoint", "checkpoint_path", "use_ema", "dynamize")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            key, equals, _ = value.partition("=")
+            if not (equals and key.isidentifier()):
+                parser.error(f"argument {option_string}: expected K=V, got {value!r}")
+            if key in self._FLAGS:
+                parser.error(f"argument {option_string}: {key} is not for here, see --help for its flag")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def compile_backend(name: str) -> str:
     """An argparse type: a backend of `torch.compile`."""
-    backends = torch.compiler.list_backends(exclude_tags=())
-    if name not in backends:
-        raise argparse.ArgumentTypeError(f"unknown backend {name!r}; choose from {', '.join(backends)}")
+    if name not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise argparse.ArgumentTypeError(f"unknown backend {name!r}; the usual ones are {usual}")
     return name
 
 
@@ -88,7 +103,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(LAYERS),
         help="put this dynamic layer into the model, after its pretrained weights are loaded and before any checkpoint",
     )
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +124,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def create_model(
-    name: str, checkpoint: str = "", use_ema: bool = False, dynamize: str | None = None, **kwargs
+    name: str, /, checkpoint: str = "", use_ema: bool = False, dynamize: str | None = None, **kwargs
 ) -> nn.Module:
     """`timm.create_model`, with a one-line `ValueError` for what a user can get wrong.
 

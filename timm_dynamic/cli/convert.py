@@ -2,9 +2,7 @@
 
 import os
 
-from timm.utils import ParseKwargs
-
-from timm_dynamic.cli.common import Parser, create_model
+from timm_dynamic.cli.common import KeyValues, Parser, create_model
 from timm_dynamic.convert import convert
 
 
@@ -14,7 +12,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("dst", metavar="DST", help="file to write, *.safetensors")
     parser.add_argument("-m", "--model", metavar="NAME", required=True, help="the model whose weights these are")
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     args = parser.parse_args(argv)
 

@@ -1,8 +1,6 @@
 """The flags of `timm-dynamic train`: names, meanings and defaults of timm's train.py, whose YAML configs load here."""
 
-from timm.utils import ParseKwargs
-
-from timm_dynamic.cli.common import Parser, add_device_arguments, add_model_arguments, positive_int
+from timm_dynamic.cli.common import KeyValues, Parser, add_device_arguments, add_model_arguments, positive_int
 from timm_dynamic.cli.data import INTERPOLATIONS, add_data_arguments
 
 # timm's `plateau` is left out: what it has seen is in no checkpoint, so a resumed run would take another course.
@@ -64,7 +62,7 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="default: norm")
     group.add_argument("--layer-decay", type=float, metavar="X", help="factor on the learning rate from layer to layer")
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
 
 
 def _add_schedule_arguments(parser: Parser) -> None:

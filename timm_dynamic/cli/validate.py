@@ -51,9 +51,7 @@ def main(argv: list[str]) -> None:
         use_ema=args.use_ema,
         dynamize=args.dynamize,
         pretrained=args.pretrained or not args.checkpoint,
-        num_classes=args.num_classes,
-        in_chans=image_channels(args),
-        **args.model_kwargs,
+        **{"num_classes": args.num_classes, "in_chans": image_channels(args), **args.model_kwargs},
     )
     config = resolve_data(args, model, use_test_size=True)
     dataset = open_dataset(args, args.split, config, model.num_classes)

@@ -59,7 +59,8 @@ def extensions() -> list[Extension]:
     if shutil.which(compiler) is None:
         say(f"no C++ compiler ({compiler}): installing without kernels; the slower pure-PyTorch code serves instead")
         return []
-    found = [extension("_cpu", ["cuda_ops/ddf.cpp", "cuda_ops/ddf_filters.cpp"], "cpu", [], cxx=CXX_FLAGS)]
+    sources = sorted(str(p) for p in Path("cuda_ops").glob("*.cpp") if "cuda" not in p.name)
+    found = [extension("_cpu", sources, "cpu", [], cxx=CXX_FLAGS)]
     problem = cuda_problem()
     if problem is None:
         say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")

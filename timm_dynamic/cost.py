@@ -63,7 +63,7 @@ def calls_operators(model: nn.Module, x: Tensor) -> bool:
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
     """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by module and operator."""
     modes = {module: module.training for module in model.modules()}
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS | _LINEAR_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
         with torch.no_grad(), operators_only(), counter:
             model.eval()(x)
@@ -81,10 +81,6 @@ def _factored_flops(x, weight, *options, out_shape) -> int:
     return 2 * weight[1:].numel() * out_shape[0].numel()
 
 
-def _kernel_attention_flops(x, hidden_weight, hidden_bias, score_weight, *options, out_shape) -> int:
-    return 2 * x[0] * (hidden_weight.numel() + score_weight.numel())
-
-
 def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
     mixing = attention.numel() * kernels[1:].numel()
     return 2 * (kernels[2:].numel() * out_shape.numel() + mixing)
@@ -95,4 +91,3 @@ _FORMULAS = {
     torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
     torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
 }
-_LINEAR_FORMULAS = {torch.ops.timm_dynamic.kernel_attention: _kernel_attention_flops}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_dynamic.ops import mixed_conv, mixed_conv2d, mixed_conv2d_reference
+from timm_dynamic.ops import backend_info, mixed_conv, mixed_conv2d, mixed_conv2d_reference, reference_only
 
 # (B, C, Co, kernel, H, W, groups, stride, padding, dilation)
 CASES = {
@@ -149,3 +149,78 @@ def test_bad_shapes(change, message):
     shapes = {"x": (2, 4, 7, 7), "attention": (2, 3), "kernels": (3, 6, 4, 3, 3)} | change
     with pytest.raises(ValueError, match=message):
         mixed_conv2d(*(torch.randn(shape) for shape in shapes.values()))
+
+
+needs_kernel = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "shape",  # B, C, Co, H, W, N
+    [
+        *[
+            (1, 1, 1, 1, 1, 1),
+            (3, 5, 7, 5, 9, 3),
+            (16, 33, 65, 14, 13, 4),
+            (1, 600, 130, 7, 7, 4),
+            (5, 700, 3, 3, 3, 2),
+        ],
+        *[(2, 40, 16, 33, 31, 5), (1, 3, 40, 57, 60, 2)],
+    ],
+    ids=str,
+)
+def test_pointwise_kernel(shape):
+    B, C, Co, H, W, N = shape
+    x, _, kernels = (t.detach() for t in tensors(B, C, Co, (1, 1), H, W, 1, torch.float32, N))
+    attention = torch.rand(B, N).softmax(1)
+    wide = (t.double() for t in (x, attention, kernels))
+    expected = mixed_conv2d_reference(*wide).float()
+    torch.testing.assert_close(
+        torch.ops.timm_dynamic.mixed_pointwise(x, attention, kernels), expected, rtol=0, atol=1e-6 * C + 1e-5
+    )
+
+
+def test_pointwise_registration():
+    arguments = [t.detach() for t in tensors(2, 4, 6, (1, 1), 7, 5, 1, torch.float32)]
+    torch.library.opcheck(torch.ops.timm_dynamic.mixed_pointwise.default, tuple(arguments))
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "serves"),
+    [
+        (lambda *t: t, True),
+        (lambda x, a, k: (x.requires_grad_(), a, k), True),
+        (lambda x, a, k: (x[:, :, ::2], a, k), True),
+        (lambda x, a, k: (x, a.t().contiguous().t(), k), True),
+        (lambda x, a, k: (x.to(memory_format=torch.channels_last), a, k), False),
+        (lambda x, a, k: (x, a, k.transpose(3, 4).transpose(1, 2).contiguous().transpose(1, 2)), False),
+        (lambda x, a, k: (x[:0], a[:0], k), False),
+        (lambda *tensors: tuple(t.double() for t in tensors), False),
+        (lambda x, a, k: (x.bfloat16(), a, k), False),
+    ],
+    ids=["plain", "gradient", "strided", "attention", "channels_last", "kernels", "empty", "double", "bfloat16"],
+)
+def test_pointwise_kernel_runs_where_it_serves(monkeypatch, change, serves):
+    calls = []
+    operator = torch.ops.timm_dynamic.mixed_pointwise
+    monkeypatch.setattr(
+        torch.ops.timm_dynamic, "mixed_pointwise", lambda *args: calls.append(args) or operator(*args), raising=False
+    )
+    arguments = change(*(t.detach() for t in tensors(2, 4, 6, (1, 1), 8, 6, 1, torch.float32)))
+    out = mixed_conv2d(*arguments)
+    with reference_only():
+        torch.testing.assert_close(out, mixed_conv2d(*arguments))
+    assert bool(calls) == serves
+
+
+@needs_kernel
+def test_pointwise_kernel_refuses_bad_arguments():
+    x, attention, kernels = (t.detach() for t in tensors(2, 4, 6, (1, 1), 7, 5, 1, torch.float32))
+    operator = torch.ops.timm_dynamic.mixed_pointwise
+    with pytest.raises(RuntimeError, match=r"kernels must be \[N, Co, 5, 1, 1\]"):
+        operator(torch.randn(2, 5, 7, 5), attention, kernels)
+    with pytest.raises(RuntimeError, match="attention must be 6 contiguous float32"):
+        operator(x, attention[:1], kernels)
+    with pytest.raises(RuntimeError, match="x must be"):
+        operator(x.double(), attention, kernels)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
+from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.dcd_branch import dcd_branch_serves, dcd_sample_weights_reference
 
 
@@ -228,15 +229,18 @@ class DCDConv2d(DropInConv2d, _Factors):
         if self._has_large_maps(x):
             own = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
             return self._convolve_each(x, *own)
-        y = self.conv(x)
+        if len(x) == self.groups == 1:
+            y = _conv_sample(self._pad(x), self.weight, self.bias, self.stride, self._padding, self.dilation)
+        else:
+            y = self.conv(x)
         torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
         return y
 
     def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if len(x) == 1:
-            return self.conv._conv_forward(x, weight[0], bias[0])
+        x, options = self._pad(x), (self.stride, self._padding, self.dilation)
         samples = zip(x.split(1), weight, bias, strict=True)
-        return torch.cat([self.conv._conv_forward(*sample) for sample in samples])
+        outputs = [_conv_sample(*sample, *options) for sample in samples]
+        return outputs[0] if len(x) == 1 else torch.cat(outputs)
 
 
 def _pool(x: Tensor, size: int) -> Tensor:
@@ -293,8 +297,8 @@ class _ScaledConv(torch.autograd.Function):
     def forward(x, scale, weight, bias, p, v, stride, padding, dilation):
         samples = []
         for b in range(len(x)):
-            scaled_bias = None if bias is None else bias * scale[b]
-            y = F.conv2d(x[b : b + 1], weight * scale[b, :, None, None, None], scaled_bias, stride, padding, dilation)
+            own_bias = None if bias is None else bias * scale[b]
+            y = _conv_sample(x[b : b + 1], weight * scale[b, :, None, None, None], own_bias, stride, padding, dilation)
             samples.append(_combine(y, p, v[b : b + 1]))
         return torch.cat(samples)
 
@@ -313,8 +317,7 @@ class _ScaledConv(torch.autograd.Function):
         dbias = None if bias is None else torch.zeros_like(bias)
         for b in range(len(x)):
             g, s = grad[b : b + 1], scale[b, :, None, None, None]
-            options = (*ctx.options, False, (0, 0), 1, (needs_x, True, False))
-            dx_b, dw, _ = torch.ops.aten.convolution_backward(g, x[b : b + 1], weight * s, None, *options)
+            dx_b, dw = _conv_sample_backward(g, x[b : b + 1], weight * s, needs_x, *ctx.options)
             if needs_x:
                 dx[b] = dx_b[0]
             dweight.addcmul_(dw, s)
@@ -327,6 +330,30 @@ class _ScaledConv(torch.autograd.Function):
             dp.flatten(1).addmm_(g, v[b].flatten(1).t())
             dv[b] = torch.mm(p.flatten(1).t(), g).view_as(dv[b])
         return dx, dscale, dweight, dbias, dp, dv, None, None, None
+
+
+def _conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
+    """`conv2d` of one sample, without groups; a 1x1 one is a product, and half the time."""
+    if not _is_product(x, weight, stride):
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+    y = linear(weight.flatten(1), x[0].flatten(1).t()).view(1, -1, *x.shape[2:])
+    return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _conv_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, stride, padding, dilation):
+    """The gradients of the sample, if needed, and of the weight."""
+    if not _is_product(x, weight, stride):
+        options = (None, stride, padding, dilation, False, (0, 0), 1, (needs_x, True, False))
+        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
+    grad_map, matrix = grad[0].flatten(1), weight.flatten(1)
+    grad_x = linear(matrix.t(), grad_map.t()).view_as(x) if needs_x else None
+    return grad_x, linear(grad_map, x[0].flatten(1)).view_as(weight)
+
+
+def _is_product(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> bool:
+    pointwise = weight.shape[2:] == (1, 1) == tuple(stride) and x.is_contiguous()
+    # `linear` knows neither autograd nor autocast.
+    return pointwise and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
 
 
 def _combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.per_sample_conv import Pair, columns_of, memory_format, output_size, tap_views
 
 _CHUNK = 2**21  # elements of the columns that are there at a time
@@ -110,7 +111,7 @@ def _forward(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups):
         if rows.ndim == 3 and (len(x) > 1 or _weight_order(rows)):
             matrix = _matrix(weight, rows).to(x.dtype)
             for chunk, columns in _columns(x, weight, pairs, rows, *options):
-                rows[chunk] = _linear(columns, matrix).view(rows[chunk].shape)
+                rows[chunk] = linear(columns, matrix).view(rows[chunk].shape)
             out = _empty_output(x, weight, *options)
             torch.mul(rows.mT.view(out.shape), a_out[..., None].to(x.dtype), out=out)
         elif len(x) == 1 and a_in.shape[2] == 1:
@@ -174,10 +175,10 @@ def _backward_by_columns(grad, x, weight, pairs, a_out, rows, stride, padding, d
     for chunk, columns in _columns(x, weight, pairs, rows, stride, padding, dilation):
         grad_chunk = grad_rows[chunk].flatten(0, 1)
         if needs[1]:
-            grad_matrix += _linear(grad_chunk.t(), columns.t())
+            grad_matrix += linear(grad_chunk.t(), columns.t())
         padded = _padded(x[chunk], padding)
         grad_padded = torch.zeros_like(padded)
-        grad_columns = _by_tap(_linear(grad_chunk, matrix.t()).view(len(padded), *grad.shape[2:], -1), weight, rows)
+        grad_columns = _by_tap(linear(grad_chunk, matrix.t()).view(len(padded), *grad.shape[2:], -1), weight, rows)
         views = (tap_views(t, kernel_size, stride, dilation) for t in (padded, grad_padded))
         for k, (tap, grad_tap) in enumerate(zip(*views, strict=True)):
             grad_scale[chunk, k] = (grad_columns[k] * tap).sum((2, 3), dtype=pairs.dtype)
@@ -265,18 +266,6 @@ def _padded(x: Tensor, padding: Pair) -> Tensor:
     """Zero-padded, with the channels innermost in memory."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     return x.contiguous(memory_format=torch.channels_last)
-
-
-# MKL multiplies matrices at half of oneDNN's speed on AMD's processors, and no faster on Intel's. `F.linear` uses MKL
-# for float32.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _linear(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows @ matrix.T`; either may be transposed in memory."""
-    if _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
-    return F.linear(rows, matrix)
 
 
 # Registration: the schema, and what torch.compile and autograd need to know.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
-from timm_dynamic.ops._library import NAMESPACE
-from timm_dynamic.ops.factored_conv import _ONEDNN, _linear
+from timm_dynamic.ops._library import NAMESPACE, has_kernel
+from timm_dynamic.ops._linear import by_onednn, linear
 from timm_dynamic.ops.per_sample_conv import (
     _GROUPED_WEIGHTS,
     Pair,
@@ -107,9 +107,13 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
     options = (stride, padding, dilation, groups)
     if x.shape[0] == 0:
         return _empty_output(x, attention, kernels, *options)
-    by = _pointwise if _is_pointwise(kernels, padding, groups) else per_sample_conv2d
+    pointwise = _is_pointwise(kernels, padding, groups)
+    if pointwise and _has_mixed_pointwise(x, attention, kernels):
+        strided = x[:, :, :: stride[0], :: stride[1]].contiguous()
+        return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels)
+    by = _pointwise if pointwise else per_sample_conv2d
     with no_autocast(x):
-        if x.shape[0] == 1 and not (by is _pointwise and _by_onednn(x)):
+        if x.shape[0] == 1 and not (by is _pointwise and by_onednn(x)):
             weight = _mix(attention, kernels, x.dtype)[0]
             return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, (0, 0), groups)
         return _joined([by(x[part], _mix(attention[part], kernels, x.dtype), *options) for part in _parts(x, kernels)])
@@ -141,11 +145,11 @@ def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, ne
 def _pointwise(x, weight, stride, padding, dilation, groups):
     x = x[:, :, :: stride[0], :: stride[1]]
     B, Co, (H, W) = x.shape[0], weight.shape[1], x.shape[2:]
-    if B == 1 and _by_onednn(x):  # without a copy
+    if B == 1 and by_onednn(x):  # without a copy
         columns, matrix = x[0].flatten(1), weight[0].flatten(1)
         if memory_format(x) == torch.channels_last:
-            return _linear(columns.t(), matrix).view(1, H, W, Co).permute(0, 3, 1, 2)
-        return _linear(matrix, columns.t()).view(1, Co, H, W)
+            return linear(columns.t(), matrix).view(1, H, W, Co).permute(0, 3, 1, 2)
+        return linear(matrix, columns.t()).view(1, Co, H, W)
     out = torch.empty((B, Co, H, W), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     _matmul(weight.flatten(2), x.flatten(2), out.flatten(2))
     return out
@@ -188,6 +192,17 @@ def _is_pointwise(kernels: Tensor, padding: Pair, groups: int) -> bool:
     return (*kernels.shape[3:], *padding, groups) == (1, 1, 0, 0, 1)
 
 
+def _has_mixed_pointwise(x: Tensor, attention: Tensor, kernels: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == attention.dtype == kernels.dtype == torch.float32
+        and x.numel() > 0
+        and memory_format(x) == torch.contiguous_format
+        and kernels.is_contiguous()
+        and has_kernel("cpu")
+    )
+
+
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -196,21 +211,33 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out[i] = a[i] @ b[i]`; any of them may be transposed in memory."""
     if out.stride(1) == 1 and out.stride(2) > 1:
         a, b, out = b.mT, a.mT, out.mT
-    if _by_onednn(a):  # which takes one pair at a time
+    if by_onednn(a):  # which takes one pair at a time
         for own_a, own_b, own_out in zip(a, b, out, strict=True):
-            own_out.copy_(_linear(own_a, own_b.t()))
+            own_out.copy_(linear(own_a, own_b.t()))
     else:
         torch.bmm(a, b, out=out)
-
-
-def _by_onednn(t: Tensor) -> bool:
-    return _ONEDNN and t.device.type == "cpu" and t.dtype == torch.float32
 
 
 def _parts(x: Tensor, kernels: Tensor) -> Iterator[slice]:
     n = max(4, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // kernels[0].numel())
     for first in range(0, len(x), n):
         yield slice(first, first + n)
+
+
+def mixed_pointwise_reference(x: Tensor, attention: Tensor, kernels: Tensor) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.mixed_pointwise`, the 1x1 convolution of `mixed_conv2d`.
+
+    Its compiled kernel mixes the weights of four samples at a time and multiplies while they are in the cache.
+
+    Args:
+        x: `[B, C, H, W]`.
+        attention: `[B, N]`.
+        kernels: `[N, Co, C, 1, 1]`.
+
+    Returns:
+        `[B, Co, H, W]`.
+    """
+    return mixed_conv2d_reference(x, attention, kernels)
 
 
 # Registration: the schema, and what torch.compile and autograd need to know.
@@ -226,6 +253,17 @@ torch.library.define(
 )
 torch.library.impl(f"{NAMESPACE}::mixed_conv2d", "CompositeExplicitAutograd")(_forward)
 torch.library.impl(f"{NAMESPACE}::mixed_conv2d_backward", "CompositeExplicitAutograd")(_backward)
+
+
+torch.library.define(
+    f"{NAMESPACE}::mixed_pointwise", "(Tensor x, Tensor attention, Tensor kernels) -> Tensor", tags=_TAGS
+)
+torch.library.impl(f"{NAMESPACE}::mixed_pointwise", "CompositeExplicitAutograd")(mixed_pointwise_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mixed_pointwise")
+def _mixed_pointwise_fake(x, attention, kernels):
+    return x.new_empty(x.shape[0], kernels.shape[1], *x.shape[2:])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::mixed_conv2d")

@@ -120,3 +120,10 @@ def test_calls_operators():
     with reference_only():
         assert calls_operators(DDFPack(8), X)
     assert not calls_operators(nn.Conv2d(8, 6, 3), X)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_convolutions_of_dcd_are_those_of_its_twin(batch):
+    x = torch.zeros(batch, 3, 64, 64)
+    dynamic, static = (count_macs(timm.create_model(name), x) for name in ("dcd_mobilenetv2_035", "mobilenetv2_035"))
+    assert dynamic.static == static.static and dynamic.linear > static.linear

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dynamic.ops._library import operators_only
+from timm_dynamic.ops._linear import ONEDNN
 
 
 class Macs(NamedTuple):
@@ -86,8 +87,14 @@ def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
     return 2 * (kernels[2:].numel() * out_shape.numel() + mixing)
 
 
+def _product_flops(rows, matrix, *options, out_shape) -> int:
+    return 2 * matrix[1] * out_shape.numel()
+
+
 _FORMULAS = {
     torch.ops.timm_dynamic.ddf: _ddf_flops,
     torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
     torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
 }
+if ONEDNN:  # its product serves 1x1 convolutions
+    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product_flops

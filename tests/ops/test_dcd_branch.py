@@ -73,7 +73,7 @@ def count_calls(monkeypatch) -> list[str]:
         (lambda x: x, True),
         (lambda x: x.to(memory_format=torch.channels_last), False),
         (lambda x: x[:0], False),
-        (lambda x: x.repeat(8, 1, 1, 1), False),
+        (lambda x: x.repeat(20, 1, 1, 1), False),
         (lambda x: x.double(), False),
     ],
     ids=["plain", "channels_last", "empty", "many", "double"],

@@ -238,6 +238,12 @@ class DCDConv2d(DropInConv2d, _Factors):
 
     def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x, options = self._pad(x), (self.stride, self._padding, self.dilation)
+        if len(x) > 1 and _is_product(x, weight[0], self.stride):
+            out = x.new_empty(len(x), self.out_channels, *x.shape[2:])
+            for own_x, own_weight, own_bias, own_out in zip(x, weight, bias, out, strict=True):
+                product = linear(own_weight.flatten(1), own_x.flatten(1).t())
+                torch.add(product, own_bias[:, None], out=own_out.flatten(1))
+            return out
         samples = zip(x.split(1), weight, bias, strict=True)
         outputs = [_conv_sample(*sample, *options) for sample in samples]
         return outputs[0] if len(x) == 1 else torch.cat(outputs)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 # MKL multiplies matrices at half of oneDNN's speed on AMD's processors, and no faster on Intel's. `F.linear` uses MKL
 # for float32, and oneDNN's own convolution is slower than its product for 1x1 kernels in NCHW.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def by_onednn(t: Tensor) -> bool:
     """Whether `linear` takes oneDNN for tensors like this."""
-    return _ONEDNN and t.device.type == "cpu" and t.dtype == torch.float32
+    return ONEDNN and t.device.type == "cpu" and t.dtype == torch.float32
 
 
 def linear(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.dcd_branch import dcd_branch_serves, dcd_sample_weights_reference
+from timm_dynamic.ops.scaled_conv import combine, conv_sample, is_product, scaled_conv2d
 
 
 class _Factors(nn.Module):
@@ -185,12 +186,12 @@ class DCDConv2d(DropInConv2d, _Factors):
             v = self._fuse(z, phi)
         if not in_a_graph and uniform and torch.is_grad_enabled() and self._makes_sample_weights(x):
             options = (self.stride, self._padding, self.dilation)
-            return _ScaledConv.apply(self._pad(x), scale, self.weight, self.bias, self.p.weight, v, *options)
+            return scaled_conv2d(self._pad(x), scale, self.weight, self.bias, self.p.weight, v, *options)
         y = self.conv(x)
         scale, v = scale.to(y.dtype), _finite(v, y.dtype)
         if _in_a_graph():
             return y * scale[:, :, None, None] + self.p(v)
-        return _combine(y, self.p.weight.to(y.dtype), v, scale)
+        return combine(y, self.p.weight.to(y.dtype), v, scale)
 
     def _pool(self, x: Tensor) -> Tensor:
         return _pool(x, self.pool_size)
@@ -230,7 +231,7 @@ class DCDConv2d(DropInConv2d, _Factors):
             own = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
             return self._convolve_each(x, *own)
         if len(x) == self.groups == 1:
-            y = _conv_sample(self._pad(x), self.weight, self.bias, self.stride, self._padding, self.dilation)
+            y = conv_sample(self._pad(x), self.weight, self.bias, self.stride, self._padding, self.dilation)
         else:
             y = self.conv(x)
         torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
@@ -238,14 +239,14 @@ class DCDConv2d(DropInConv2d, _Factors):
 
     def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x, options = self._pad(x), (self.stride, self._padding, self.dilation)
-        if len(x) > 1 and _is_product(x, weight[0], self.stride):
+        if len(x) > 1 and is_product(x, weight[0], self.stride):
             out = x.new_empty(len(x), self.out_channels, *x.shape[2:])
             for own_x, own_weight, own_bias, own_out in zip(x, weight, bias, out, strict=True):
                 product = linear(own_weight.flatten(1), own_x.flatten(1).t())
                 torch.add(product, own_bias[:, None], out=own_out.flatten(1))
             return out
         samples = zip(x.split(1), weight, bias, strict=True)
-        outputs = [_conv_sample(*sample, *options) for sample in samples]
+        outputs = [conv_sample(*sample, *options) for sample in samples]
         return outputs[0] if len(x) == 1 else torch.cat(outputs)
 
 
@@ -290,93 +291,6 @@ class _PoolAndProject(torch.autograd.Function):
         else:
             gx += torch.ops.aten._adaptive_avg_pool2d_backward(gpooled.view(*x.shape[:2], pool_size, -1), x)
         return gx, gq, None, None
-
-
-class _ScaledConv(torch.autograd.Function):
-    """`scale * conv(x) + P v`, sample by sample.
-
-    As long as a sample's map is in the cache, nothing of its size is read from memory twice; and scaling weights, not
-    maps, leaves no map to keep for the backward pass but `x`.
-    """
-
-    @staticmethod
-    def forward(x, scale, weight, bias, p, v, stride, padding, dilation):
-        samples = []
-        for b in range(len(x)):
-            own_bias = None if bias is None else bias * scale[b]
-            y = _conv_sample(x[b : b + 1], weight * scale[b, :, None, None, None], own_bias, stride, padding, dilation)
-            samples.append(_combine(y, p, v[b : b + 1]))
-        return torch.cat(samples)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, scale, weight, bias, p, v, *ctx.options = inputs
-        ctx.save_for_backward(x, scale, weight, bias, p, v)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, scale, weight, bias, p, v = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        dx, dv, dscale = torch.empty_like(x) if needs_x else None, torch.empty_like(v), torch.empty_like(scale)
-        dweight, dp = torch.zeros_like(weight), torch.zeros_like(p)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for b in range(len(x)):
-            g, s = grad[b : b + 1], scale[b, :, None, None, None]
-            dx_b, dw = _conv_sample_backward(g, x[b : b + 1], weight * s, needs_x, *ctx.options)
-            if needs_x:
-                dx[b] = dx_b[0]
-            dweight.addcmul_(dw, s)
-            dscale[b] = (dw * weight).sum((1, 2, 3))
-            g = g[0].flatten(1)
-            if bias is not None:
-                db = g.sum(1)
-                dbias.addcmul_(db, scale[b])
-                dscale[b].addcmul_(db, bias)
-            dp.flatten(1).addmm_(g, v[b].flatten(1).t())
-            dv[b] = torch.mm(p.flatten(1).t(), g).view_as(dv[b])
-        return dx, dscale, dweight, dbias, dp, dv, None, None, None
-
-
-def _conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
-    """`conv2d` of one sample, without groups; a 1x1 one is a product, and half the time."""
-    if not _is_product(x, weight, stride):
-        return F.conv2d(x, weight, bias, stride, padding, dilation)
-    y = linear(weight.flatten(1), x[0].flatten(1).t()).view(1, -1, *x.shape[2:])
-    return y if bias is None else y.add_(bias[:, None, None])
-
-
-def _conv_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, stride, padding, dilation):
-    """The gradients of the sample, if needed, and of the weight."""
-    if not _is_product(x, weight, stride):
-        options = (None, stride, padding, dilation, False, (0, 0), 1, (needs_x, True, False))
-        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
-    grad_map, matrix = grad[0].flatten(1), weight.flatten(1)
-    grad_x = linear(matrix.t(), grad_map.t()).view_as(x) if needs_x else None
-    return grad_x, linear(grad_map, x[0].flatten(1)).view_as(weight)
-
-
-def _is_product(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> bool:
-    pointwise = weight.shape[2:] == (1, 1) == tuple(stride) and x.is_contiguous()
-    # `linear` knows neither autograd nor autocast.
-    return pointwise and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
-
-
-def _combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`scale * y + P v` for y, `[B, O, H, W]`, and v, `[B, L, H, W]`; y is overwritten where autograd allows it."""
-    channels_last = not y.is_contiguous()
-    if channels_last:
-        y = y.permute(0, 2, 3, 1)
-    shape = y.shape
-    # Never a view of the sum's own result: autograd would copy the whole gradient for an operation on part of a tensor.
-    y = y.flatten(1, 2) if channels_last else y.flatten(2)
-    if scale is not None:
-        scale = scale[:, None, :] if channels_last else scale[:, :, None]
-        y = y * scale if torch.is_grad_enabled() else y.mul_(scale)
-    p, v = p.flatten(1).expand(len(y), -1, -1), v.flatten(2)
-    y = y.baddbmm_(v.mT, p.mT) if channels_last else y.baddbmm_(p, v)
-    y = y.view(shape)
-    return y.permute(0, 3, 1, 2) if channels_last else y
 
 
 def _are_affine(bn1: nn.Module, bn2: nn.Module) -> bool:

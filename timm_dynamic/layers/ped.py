@@ -1,7 +1,7 @@
 """Parameter-efficient dynamic convolution: a weight that every sample scales by output, by input and by tap.
 
-Ye et al., "PEDConv", BMVC 2021. The convolution itself is `timm_dynamic.ops.factored_conv2d`. Parameters are named as
-the authors' are, so that their weights load as they are.
+Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021. The convolution itself is
+`timm_dynamic.ops.factored_conv2d`. Parameters are named as the authors' are, so that their weights load as they are.
 """
 
 import functools

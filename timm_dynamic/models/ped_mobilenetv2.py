@@ -1,4 +1,4 @@
-"""MobileNetV2 with parameter-efficient dynamic convolution (Ye et al., PEDConv, BMVC 2021).
+"""MobileNetV2 with parameter-efficient dynamic convolution (Hou and Kung, PEDConv, BMVC 2021).
 
 timm's EfficientNet, with the three convolutions of every inverted residual that expands its input a `PEDConv2d`.
 """

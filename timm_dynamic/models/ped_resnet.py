@@ -1,4 +1,4 @@
-"""ResNets with parameter-efficient dynamic convolution (Ye et al., PEDConv, BMVC 2021).
+"""ResNets with parameter-efficient dynamic convolution (Hou and Kung, PEDConv, BMVC 2021).
 
 timm's ResNet, with every convolution of the residual branches a `PEDConv2d`; stem, shortcuts and classifier are static.
 """

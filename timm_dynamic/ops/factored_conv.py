@@ -2,7 +2,7 @@
 
     out[b,o] = sum_r a_out[b,o,r] * sum_{i,k} weight[o,i,k] * a_in[b,i,r] * a_tap[b,k,r] * x[b,i] shifted by tap k
 
-(Ye et al., PEDConv, BMVC 2021). The `[B, Co, Ci, K, K]` weights that this means are never all there. Whichever has
+(Hou and Kung, PEDConv, BMVC 2021). The `[B, Co, Ci, K, K]` weights that this means are never all there. Whichever has
 fewer elements is scaled: the shared weight, for one sample at a time, or the taps of every output position ("columns"),
 a few samples at a time, which then meet the shared weight in one matrix product.
 """

@@ -78,8 +78,9 @@ models() {
   for mode in eval train; do
     run "models, $mode" 260 "$PYTHON" benchmark_latency.py --device cuda --mode "$mode" --amp --amp-dtype bfloat16 \
       --channels-last --models ddf_mul_resnet50 --baseline static --batch-size 1 32 128 \
-      --json "$RESULTS/models_cuda_$mode.json"
+      --json "$RESULTS/ddf_resnet50_cuda_$mode.json"
   done
+  run "weight-dynamic models" 500 "$PYTHON" benchmarks/models.py --device cuda --output "$RESULTS/models_cuda.json"
 }
 
 parts=("$@")

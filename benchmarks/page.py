@@ -1,0 +1,124 @@
+"""Writes benchmarks/README.md from benchmarks/results/*.json: `python benchmarks/page.py`."""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+HEAD = """# Measurements
+
+Written by `benchmarks/page.py` from the files under `results/`, which name machine, versions and commit. Times are
+medians of interleaved rounds in one process. The CPU is a shared, noisy virtual machine: a ratio differs by some 5 %,
+at batch 16 by up to 20 %, from run to run.
+"""
+OPERATOR = """
+## The ddf operator on a CPU
+
+`python benchmarks/op_ddf.py --threads 2`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
+`conv2d` of that size in the same layout; "compiled" is the pure-PyTorch reference under `torch.compile`.
+
+| shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+DDF = """
+A forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
+
+## DDF-ResNet-50 on a CPU
+
+`results/{file}` (its command is in it): at batch 1, 224 px, `ddf_mul_resnet50` takes {time:.2f}x the time of `resnet50`
+({ours:.1f} against {twin:.1f} ms) for {macs:.2f}x the MACs.
+"""
+MODELS = """
+## Weight-dynamic models on {where}
+
+`{command}`, `results/{file}`, {machine}. Time and peak memory as ratios to the static twin, 224 px.
+
+| model / twin | mode | batch | execution | time | p10-p90 | ms | memory | MACs |
+|---|---|---|---|---|---|---|---|---|
+"""
+MALLOC = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=100000000"
+FILES = {
+    "models_cpu.json": ("a CPU", "python benchmarks/models.py"),
+    "models_cpu_warm_heap.json": (
+        "a CPU, with memory kept by the allocator",
+        f"{MALLOC} python benchmarks/models.py --output benchmarks/results/models_cpu_warm_heap.json",
+    ),
+    "models_cuda.json": ("a GPU", "python benchmarks/models.py --device cuda"),
+}
+WARM_HEAP = """
+glibc gives large blocks back to the system, which hands out new ones page by page: much of a batch-16 step of
+MobileNetV2 goes into page faults then, and hides what the layers cost. In the second table the memory is kept.
+"""
+GPU = """
+## GPU
+
+Unverified on GPU: the CUDA kernels compile for sm_75 to sm_120 and PTX, and have not run on a device.
+`benchmarks/gpu.sh` builds, tests and measures them on one.
+"""
+
+
+def load(name: str) -> dict:
+    return json.loads((HERE / "results" / name).read_text())
+
+
+def machine(report: dict) -> str:
+    return f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}"
+
+
+def operator_table(name: str) -> str:
+    report = load(name)
+    table = OPERATOR.format(file=name, machine=machine(report))
+    found: dict[tuple, dict] = {}
+    for row in report["rows"]:
+        case = (tuple(row["shape"]), row["kernel_size"], row["stride"], row["dtype"], row["layout"])
+        found.setdefault(case, {})[row["candidate"], row["mode"]] = row
+    for (shape, kernel_size, stride, dtype, layout), rows in found.items():
+        forward, both = rows["kernel", "forward"], rows["kernel", "forward+backward"]
+        compiled = [rows.get(("compiled reference", mode)) for mode in ("forward", "forward+backward")]
+        others = ", ".join(f"{row['ratio_to_depthwise']:.2f}" for row in compiled if row)
+        table += (
+            f"| {list(shape)} | {kernel_size} | {stride} | {dtype} | {layout} | {forward['median_ms']:.2f} ms | "
+            f"{forward['ratio_to_depthwise']:.2f} | {both['median_ms']:.2f} ms | {both['ratio_to_depthwise']:.2f} | "
+            f"{others} |\n"
+        )
+    return table
+
+
+def ddf_text(name: str, operator: str) -> str:
+    rows = {row["model"]: row for row in load(name)["rows"]}
+    ours, twin = rows["ddf_mul_resnet50"], rows["resnet50"]
+    kernel = next(row for row in load(operator)["rows"] if row["candidate"] == "kernel" and row["peak_bytes"])
+    return DDF.format(
+        file=name,
+        time=ours["time_ratio"],
+        ours=ours["median_ms"],
+        twin=twin["median_ms"],
+        macs=ours["macs_ratio"],
+        extra=100 * (kernel["peak_bytes"] / kernel["output_bytes"] - 1),
+    )
+
+
+def models_table(name: str, where: str, command: str) -> str:
+    report = load(name)
+    table = MODELS.format(file=name, where=where, command=command, machine=machine(report))
+    for row in report["rows"]:
+        if row["model"] == row["baseline"]:
+            continue
+        table += (
+            f"| `{row['model']}` / `{row['baseline']}` | {row['mode']} | {row['batch_size']} | {row['execution']} | "
+            f"{row['time_ratio']:.2f} | {row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {row['median_ms']:.1f} | "
+            f"{row['memory_ratio']:.2f} | {row['macs_ratio']:.2f} |\n"
+        )
+    return table
+
+
+def main() -> None:
+    page = HEAD + operator_table("op_ddf_cpu.json") + ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
+    for name, (where, command) in FILES.items():
+        if (HERE / "results" / name).exists():
+            page += models_table(name, where, command)
+            page += WARM_HEAP if name == "models_cpu.json" else ""
+    (HERE / "README.md").write_text(page + GPU)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,9 +20,9 @@ class DynamicClassifier:
         super().__init__(*args, **kwargs)
         self._make_classifier_dynamic()
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
         """As timm's, with a dynamic classifier."""
-        super().reset_classifier(num_classes, global_pool)
+        super().reset_classifier(num_classes, *args, **kwargs)
         self._make_classifier_dynamic()
 
     def _make_classifier_dynamic(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._linear import linear
-from timm_dynamic.ops.per_sample_conv import Pair
+from timm_dynamic.ops.per_sample_conv import Pair, memory_format
 
 # Up to so many multiplications a sample and positions of its map, all samples are one batched product; above, their
 # maps leave the cache between its steps.
@@ -88,12 +88,16 @@ class _ScaledConv(torch.autograd.Function):
 
     @staticmethod
     def forward(x, scale, weight, bias, p, v, stride, padding, dilation):
-        samples = []
+        out = None
         for b in range(len(x)):
             own_bias = None if bias is None else bias * scale[b]
             y = conv_sample(x[b : b + 1], weight * scale[b, :, None, None, None], own_bias, stride, padding, dilation)
-            samples.append(combine(y, p, v[b : b + 1]))
-        return torch.cat(samples)
+            y = combine(y, p, v[b : b + 1])
+            if out is None:  # filled at once, not joined at the end: the samples' own memory is used again and again
+                shape = (len(x), *y.shape[1:])
+                out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format(y))
+            out[b] = y[0]
+        return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -63,7 +63,7 @@ def dynamize(
         names = _matching_names([where] if isinstance(where, str) else list(where), convs)
     if not names:
         choice = "by default, none" if where is None else "where chooses none"
-        hint = ": name some with where" if where is None else ""
+        hint = ": name some with `where=` in Python" if where is None else ""
         raise ValueError(f"{choice} of the {len(convs)} convolutions of {_kind(model)} is replaced{hint}")
 
     layers, reasons = {}, {}

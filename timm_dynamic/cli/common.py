@@ -41,6 +41,8 @@ class Parser(argparse.ArgumentParser):
     def _read_config(self, path: str) -> dict:
         try:
             values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {path} is not YAML: {error}") from None
         if not isinstance(values, dict):

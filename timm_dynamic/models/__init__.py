@@ -37,5 +37,5 @@ def static_twin(name: str) -> str:
     twins = {dynamic: static for family in _FAMILIES for dynamic, static in family.STATIC_TWINS.items()}
     name = split_model_name_tag(name)[0]
     if name not in twins:
-        raise ValueError(f"{name} has no static twin; these have one: {', '.join(twins)}")
+        raise ValueError(f"{name} has no static twin: name a model to compare it with (--baseline NAME)")
     return twins[name]

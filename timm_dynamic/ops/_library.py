@@ -27,7 +27,7 @@ def load_kernels() -> None:
         elif device_type == "cuda" and torch.version.cuda is None:
             _status[device_type] = "not loaded: this torch has no CUDA support"
         elif not path.exists():
-            _status[device_type] = "not built: installed without a compiler for it (see README, Install)"
+            _status[device_type] = "not built when this was installed (see README, Install)"
         else:
             try:
                 torch.ops.load_library(path)

@@ -5,7 +5,7 @@ import torch
 
 from timm_dynamic.layers import DCDConv2d, DCDLinear
 from timm_dynamic.ops import backend_info, reference_only
-from timm_dynamic.ops.dcd_branch import dcd_branch_serves
+from timm_dynamic.ops._library import shortcut_serves
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 
@@ -82,12 +82,12 @@ def test_serves(change, serves):
     layer, x = layer_and_input("3x3, small maps")
     x = change(x)
     with torch.no_grad():
-        assert dcd_branch_serves(x, layer.weight) == serves
+        assert shortcut_serves(x, layer.weight) == serves
         with reference_only():
-            assert not dcd_branch_serves(x, layer.weight)
+            assert not shortcut_serves(x, layer.weight)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not dcd_branch_serves(x, layer.weight)
-    assert not dcd_branch_serves(x, layer.weight)
+            assert not shortcut_serves(x, layer.weight)
+    assert not shortcut_serves(x, layer.weight)
 
 
 @pytest.mark.parametrize("case", ["3x3, small maps", "grouped"])

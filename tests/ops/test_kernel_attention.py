@@ -6,7 +6,7 @@ import torch
 import timm_dynamic
 from timm_dynamic.layers import DynamicConv2d
 from timm_dynamic.ops import backend_info, reference_only
-from timm_dynamic.ops.kernel_attention import kernel_attention_serves
+from timm_dynamic.ops._library import shortcut_serves
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 
@@ -32,17 +32,19 @@ def arguments(layer, x, temperature=1.0):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
 def test_equals_the_module(case):
     *shape, temperature = case
     layer, x = layer_and_input(*shape)
     layer.attention.to_scores[2].weight.mul_(100)
     args = arguments(layer, x, temperature)
-    assert kernel_attention_serves(*args[:-1])
+    assert shortcut_serves(*args[:-1])
     actual = torch.ops.timm_dynamic.kernel_attention(*args)
     expected = layer.attention.double()(x.double(), torch.tensor(temperature))
     torch.testing.assert_close(actual, expected.float(), rtol=0, atol=2e-5)
 
 
+@torch.no_grad()
 def test_large_scores():
     layer, x = layer_and_input(2, 8, 3, 3)
     layer.attention.to_scores[2].weight.mul_(1e6)
@@ -50,6 +52,7 @@ def test_large_scores():
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
+@torch.no_grad()
 def test_the_layers_temperature(epoch):
     layer, x = layer_and_input(3, 8, 5, 5)
     layer.attention.to_scores[2].weight.mul_(100)
@@ -83,9 +86,10 @@ def test_the_layer_uses_it_where_it_serves(monkeypatch, change, serves):
         torch.ops.timm_dynamic, "kernel_attention", lambda *args: calls.append(args) or operator(*args), raising=False
     )
     layer, x = change(*layer_and_input(2, 8, 6, 6))
-    out = layer(x)
-    with reference_only():
-        torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-5)
+    with torch.set_grad_enabled(x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        out = layer(x)
+        with reference_only():
+            torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-5)
     assert bool(calls) == serves
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
+from timm_dynamic.ops._library import shortcut_serves
 from timm_dynamic.ops._linear import linear
-from timm_dynamic.ops.dcd_branch import dcd_branch_serves, dcd_sample_weights_reference
+from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference
+from timm_dynamic.ops.pool_and_project import pool, pool_and_project, project
 from timm_dynamic.ops.scaled_conv import combine, conv_sample, is_product, scaled_conv2d
 
 
@@ -168,7 +170,7 @@ class DCDConv2d(DropInConv2d, _Factors):
             return self.conv(x) * scale[:, :, None, None] + self.p(self._fuse(self.q(x), phi))
         in_a_graph = _in_a_graph()
         if not in_a_graph and _are_affine(self.bn1, self.bn2):
-            if dcd_branch_serves(x, self.weight):
+            if shortcut_serves(x, self.weight):
                 return self._by_operators(x)
             if self._makes_sample_weights(x):
                 with no_autocast(x):
@@ -178,7 +180,7 @@ class DCDConv2d(DropInConv2d, _Factors):
                 return self._convolve_each(x, *own)
         uniform = x.dtype == autocast_dtype(x) == self.weight.dtype
         if uniform and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous() and not _in_a_graph():
-            x, pooled, z = _PoolAndProject.apply(x, self.q.weight, self.pool_size, self.stride)
+            x, pooled, z = pool_and_project(x, self.q.weight, self.pool_size, self.stride)
         else:
             pooled, z = self._pool(x), self._project(x)
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
@@ -194,7 +196,7 @@ class DCDConv2d(DropInConv2d, _Factors):
         return combine(y, self.p.weight.to(y.dtype), v, scale)
 
     def _pool(self, x: Tensor) -> Tensor:
-        return _pool(x, self.pool_size)
+        return pool(x, self.pool_size)
 
     def _project(self, x: Tensor) -> Tensor:
         """`Q x`, in the parameters' dtype."""
@@ -203,7 +205,7 @@ class DCDConv2d(DropInConv2d, _Factors):
             # Q can amplify x beyond what float16 holds, and BN1 would make NaN of it: normalise its rows meanwhile.
             norm = weight.detach().abs().sum(1, keepdim=True).clamp_min(1e-30)
             return self.q._conv_forward(x, weight / norm, None).to(weight.dtype) * norm.view(-1, 1, 1)
-        z = self.q(x) if _in_a_graph() or not x.is_contiguous() else _project(x, weight, self.stride)
+        z = self.q(x) if _in_a_graph() or not x.is_contiguous() else project(x, weight, self.stride)
         return z.to(weight.dtype)
 
     def _fuse(self, z: Tensor, phi: Tensor) -> Tensor:
@@ -248,49 +250,6 @@ class DCDConv2d(DropInConv2d, _Factors):
         samples = zip(x.split(1), weight, bias, strict=True)
         outputs = [conv_sample(*sample, *options) for sample in samples]
         return outputs[0] if len(x) == 1 else torch.cat(outputs)
-
-
-def _pool(x: Tensor, size: int) -> Tensor:
-    return x.mean((2, 3)) if size == 1 else F.adaptive_avg_pool2d(x, size).flatten(1)
-
-
-def _project(x: Tensor, q: Tensor, stride: tuple[int, int]) -> Tensor:
-    """A 1x1 convolution as a product for every sample: without the copies to other layouts that oneDNN makes."""
-    x = x[:, :, :: stride[0], :: stride[1]]
-    B, _, H, W = x.shape
-    return torch.bmm(q.flatten(1).expand(B, -1, -1), x.flatten(2)).view(B, len(q), H, W)
-
-
-class _PoolAndProject(torch.autograd.Function):
-    """`x`, pooled x and `Q x`. Backward adds the gradients of the two small ones to that of `x` in its place."""
-
-    @staticmethod
-    def forward(x, q, pool_size, stride):
-        return x.view_as(x), _pool(x, pool_size), _project(x, q, stride)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, q, *ctx.options = inputs
-        ctx.save_for_backward(x, q)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gx, gpooled, gz):
-        x, q = ctx.saved_tensors
-        pool_size, (sy, sx) = ctx.options
-        gx, gz = gx.contiguous(), gz.flatten(2)
-        read = x[:, :, ::sy, ::sx]
-        gq = torch.bmm(gz, read.flatten(2).mT).sum(0).view_as(q)
-        qt = q.flatten(1).t().expand(len(x), -1, -1)
-        if read.shape == x.shape:
-            gx.flatten(2).baddbmm_(qt, gz)
-        else:
-            gx[:, :, ::sy, ::sx].add_(torch.bmm(qt, gz).view(read.shape))
-        if pool_size == 1:
-            gx += (gpooled / x[0, 0].numel())[:, :, None, None]
-        else:
-            gx += torch.ops.aten._adaptive_avg_pool2d_backward(gpooled.view(*x.shape[:2], pool_size, -1), x)
-        return gx, gq, None, None
 
 
 def _are_affine(bn1: nn.Module, bn2: nn.Module) -> bool:
@@ -384,7 +343,7 @@ class DCDLinear(_Factors):
             raise ValueError("DCD's classifier normalises over the batch: training needs more than one sample")
         if torch.jit.is_scripting():
             return self._classify(x)
-        if not _in_a_graph() and _are_affine(self.bn1, self.bn2) and dcd_branch_serves(x, self.weight):
+        if not _in_a_graph() and _are_affine(self.bn1, self.bn2) and shortcut_serves(x, self.weight):
             maps, y = (t[:, :, None, None] for t in (x, self.linear(x)))  # a convolution of 1x1 maps
             torch.ops.timm_dynamic.dcd_branch_(maps, *self._branch_arguments(1), 1, 1, y)
             return y.flatten(1)

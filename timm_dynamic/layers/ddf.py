@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import ddf, filter_norm
-from timm_dynamic.ops.ddf_filters import ddf_filters_serves
+from timm_dynamic.ops._library import shortcut_serves
 
 
 class MatrixConv2d(nn.Conv2d):
@@ -146,13 +146,13 @@ class DDFPack(DropInConv2d):
         return x if self.bias is None else x + self.bias[:, None, None].to(x.dtype)
 
     def _filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        if not torch.jit.is_scripting():
             (spatial, norm), (_, hidden, _, channel, channel_norm) = self.spatial_branch, self.channel_branch
             parameters = (
                 *(spatial.weight, spatial.bias, hidden.weight, hidden.bias, channel.weight, channel.bias),
                 channel_norm.std,
             )
-            if ddf_filters_serves(x, *parameters):
+            if shortcut_serves(x, *parameters):
                 return torch.ops.timm_dynamic.ddf_filters(x, *parameters, norm.taps, self.stride[0], norm.scale)
         return self.channel_branch(x), self.spatial_branch(x)
 

@@ -2,8 +2,10 @@
 
 from timm_dynamic.ops._library import backend_info, load_kernels, reference_only
 from timm_dynamic.ops.ddf import ddf, ddf_reference
+from timm_dynamic.ops.ddf_filters import ddf_filters_reference
 from timm_dynamic.ops.factored_conv import factored_conv2d, factored_conv2d_reference
 from timm_dynamic.ops.filter_norm import filter_norm, filter_norm_reference
+from timm_dynamic.ops.kernel_attention import kernel_attention_reference
 from timm_dynamic.ops.mixed_conv import mixed_conv2d, mixed_conv2d_reference
 from timm_dynamic.ops.per_sample_conv import per_sample_conv2d, per_sample_conv2d_reference
 
@@ -12,11 +14,13 @@ load_kernels()
 __all__ = [
     "backend_info",
     "ddf",
+    "ddf_filters_reference",
     "ddf_reference",
     "factored_conv2d",
     "factored_conv2d_reference",
     "filter_norm",
     "filter_norm_reference",
+    "kernel_attention_reference",
     "mixed_conv2d",
     "mixed_conv2d_reference",
     "per_sample_conv2d",

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "timm_dynamic"
 _BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
@@ -47,9 +48,27 @@ def has_kernel(device_type: str) -> bool:
     return False
 
 
-def has_shortcuts() -> bool:
-    """Whether operators may serve that fuse a layer's small operations on the CPU: not for those who look at these."""
-    return _forced is None and _status.get("cpu") == "loaded"
+_MAX_SHORTCUT_BATCH = 32  # still faster there; more was not measured
+
+
+def shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether an operator may serve that fuses a layer's small operations, for inference on the CPU.
+
+    It is there for float32, NCHW and not too many samples; not for gradients, autocast or graphs, and not for those
+    who chose between kernels and references, or count operations: they look at the small ones.
+    """
+    return (
+        not torch.compiler.is_compiling()  # first: what follows would make a graph's shapes constant
+        and not torch.jit.is_tracing()
+        and _forced is None
+        and _status.get("cpu") == "loaded"
+        and x.device.type == "cpu"
+        and 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH
+        and x.numel() > 0
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *parameters))
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 _warned: set[str] = set()

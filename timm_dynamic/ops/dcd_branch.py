@@ -13,25 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_shortcuts
-
-_MAX_BATCH = 32  # beyond, the branch's own operations are as fast
-
-
-def dcd_branch_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the operators are there for these tensors, and worth it: few samples, float32, NCHW, no gradient."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and 0 < x.shape[0] <= _MAX_BATCH
-        and x.is_contiguous()
-        and weight.is_contiguous()
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and has_shortcuts()
-    )
+from timm_dynamic.ops._library import NAMESPACE
 
 
 def _hsig(t: Tensor) -> Tensor:

@@ -12,26 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_shortcuts
+from timm_dynamic.ops._library import NAMESPACE
 from timm_dynamic.ops.filter_norm import filter_norm_reference
-
-_MAX_BATCH = 4  # measured: with more samples the branches' own matrix products are as fast
-
-
-def ddf_filters_serves(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether `ddf_filters` is there for these tensors, and worth it: few samples, float32, NCHW, no gradient."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and 0 < x.shape[0] <= _MAX_BATCH
-        and x.is_contiguous()
-        and x.numel() > 0
-        and all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and has_shortcuts()
-    )
 
 
 def ddf_filters_reference(

@@ -10,24 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_shortcuts
-
-_MAX_BATCH = 32  # beyond, a small part of the layer's time
-
-
-def kernel_attention_serves(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether `kernel_attention` is there for these tensors, and worth it: float32, NCHW, no gradient."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == parameters[0].dtype == torch.float32
-        and 0 < x.shape[0] <= _MAX_BATCH
-        and x.is_contiguous()
-        and x.numel() > 0
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and has_shortcuts()
-    )
+from timm_dynamic.ops._library import NAMESPACE
 
 
 def kernel_attention_reference(

@@ -1,10 +1,41 @@
 """Training: the auxiliary losses that models carry."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from timm_dynamic.layers.auxiliary import attach_loss
+from timm_dynamic.layers.sparse_branch import Cost
 
-__all__ = ["attach_loss", "auxiliary_loss"]
+__all__ = ["attach_loss", "auxiliary_loss", "budget_loss", "set_progress"]
+
+BUDGET_WEIGHT = 10.0
+_ANNEALED = 0.33  # share of the training in which the blocks' bounds open
+
+
+def budget_loss(costs: Sequence[Cost], budget: float, progress: Tensor) -> tuple[Tensor, Tensor]:
+    """DynConv's loss for executing a given share of the masked computations (arXiv 1912.03203, section 3.3).
+
+    With p the share that a block executes, over the batch, and P that of all blocks together: the network's term is
+    `(P - budget)^2`, that of the blocks the mean of `max(0, p - upper)^2 + max(0, lower - p)^2`. The bounds open from
+    the budget to 0 and 1 in the first third of the training.
+
+    Args:
+        costs: Of every masked block.
+        budget: Between 0 and 1.
+        progress: Share of the training that is done.
+
+    Returns:
+        The term of the network and that of the blocks, without the weight `BUDGET_WEIGHT`.
+    """
+    executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
+    q = torch.cos((progress / _ANNEALED).clamp(max=1) * (math.pi / 2)) ** 2
+    upper, lower = 1 - q * (1 - budget), q * budget
+    share = executed / total
+    network = (executed.sum() / total.sum() - budget) ** 2
+    return network, ((share - upper).clamp(min=0) ** 2 + (lower - share).clamp(min=0) ** 2).mean()
 
 
 def auxiliary_loss(model: nn.Module) -> dict[str, Tensor]:

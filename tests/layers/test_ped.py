@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from timm_dynamic.layers.auxiliary import warn_about_float16
 from timm_dynamic.layers import PEDConv2d, load_reference, ped
 from timm_dynamic.training import auxiliary_loss
 
@@ -246,7 +247,7 @@ class TestReconstructionLoss:
         assert auxiliary_loss(layer)["reconstruction"] == 0
 
     def test_one_float16_warning(self):
-        ped._warn_about_float16.cache_clear()
+        warn_about_float16.cache_clear()
         layer = PEDConv2d(8, 8, 3)
         with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="GradScaler"):
             layer(X.float())

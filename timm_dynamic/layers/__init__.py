@@ -6,7 +6,9 @@ from timm_dynamic.layers.counting_conv import CountingConv2d
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack, FilterNorm
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d, KernelAttention
+from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.ped import PEDConv2d
+from timm_dynamic.layers.sparse_branch import SparseBranch, SparseStage
 
 __all__ = [
     "CountingConv2d",
@@ -18,7 +20,10 @@ __all__ = [
     "DynamicConv2d",
     "FilterNorm",
     "KernelAttention",
+    "MaskUnit",
     "PEDConv2d",
+    "SparseBranch",
+    "SparseStage",
     "attach_loss",
     "load_reference",
 ]

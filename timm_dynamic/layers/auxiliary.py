@@ -1,5 +1,8 @@
 """Losses that a layer carries itself."""
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -30,3 +33,17 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float) -> Tensor:
         weight: Of the loss.
     """
     return _AttachLoss.apply(x, loss, weight)
+
+
+@functools.cache
+def warn_about_float16(loss: str) -> None:
+    """Warn, once, that an attached loss is lost under loss scaling.
+
+    Args:
+        loss: Whose.
+    """
+    warnings.warn(
+        f"timm_dynamic: in float16, a GradScaler scales the task loss but not {loss}, whose gradient is all but lost. "
+        "Train in bfloat16 (--amp-dtype bfloat16) or float32.",
+        stacklevel=3,
+    )

@@ -4,16 +4,14 @@ Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition"
 `timm_dynamic.ops.factored_conv2d`. Parameters are named as the authors' are, so that their weights load as they are.
 """
 
-import functools
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.auxiliary import attach_loss
+from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import factored_conv2d
 from timm_dynamic.ops._autocast import no_autocast
@@ -170,7 +168,7 @@ class PEDConv2d(DropInConv2d):
                 logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
         y = self._convolve(x, logits)
         if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
-            _warn_about_float16()
+            warn_about_float16("PED's reconstruction loss")
         return y
 
     def _convolve(self, x: Tensor, logits: list[Tensor]) -> Tensor:
@@ -186,12 +184,3 @@ class PEDConv2d(DropInConv2d):
 def _pool(x: Tensor) -> Tensor:
     """`[B, C]`, in float32 or wider: large activations do not fit into float16, nor do the heads' sums of them."""
     return x.mean((2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-@functools.cache
-def _warn_about_float16() -> None:
-    warnings.warn(
-        "timm_dynamic: in float16, a GradScaler scales the task loss but not PED's reconstruction loss, whose gradient "
-        "is all but lost. Train in bfloat16 (--amp-dtype bfloat16) or float32.",
-        stacklevel=3,
-    )

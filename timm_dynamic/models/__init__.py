@@ -9,6 +9,8 @@ from timm_dynamic.models import (
     dy_mobilenetv2,
     dy_mobilenetv3,
     dy_resnet,
+    dynconv_mobilenetv2,
+    dynconv_resnet,
     ped_mobilenetv2,
     ped_resnet,
 )
@@ -20,6 +22,8 @@ _FAMILIES = (
     dy_mobilenetv2,
     dy_mobilenetv3,
     dy_resnet,
+    dynconv_mobilenetv2,
+    dynconv_resnet,
     ped_mobilenetv2,
     ped_resnet,
 )

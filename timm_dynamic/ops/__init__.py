@@ -6,6 +6,7 @@ from timm_dynamic.ops.ddf_filters import ddf_filters_reference
 from timm_dynamic.ops.factored_conv import factored_conv2d, factored_conv2d_reference
 from timm_dynamic.ops.filter_norm import filter_norm, filter_norm_reference
 from timm_dynamic.ops.kernel_attention import kernel_attention_reference
+from timm_dynamic.ops.mask_logits import mask_logits, mask_logits_reference
 from timm_dynamic.ops.mixed_conv import mixed_conv2d, mixed_conv2d_reference
 from timm_dynamic.ops.per_sample_conv import per_sample_conv2d, per_sample_conv2d_reference
 
@@ -21,6 +22,8 @@ __all__ = [
     "filter_norm",
     "filter_norm_reference",
     "kernel_attention_reference",
+    "mask_logits",
+    "mask_logits_reference",
     "mixed_conv2d",
     "mixed_conv2d_reference",
     "per_sample_conv2d",

@@ -51,11 +51,10 @@ def has_kernel(device_type: str) -> bool:
 _MAX_SHORTCUT_BATCH = 32  # still faster there; more was not measured
 
 
-def shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether an operator may serve that fuses a layer's small operations, for inference on the CPU.
+def inference_kernel_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the CPU kernel of an operator without gradient may serve: float32, no gradient, no autocast, no graph.
 
-    It is there for float32, NCHW and not too many samples; not for gradients, autocast or graphs, and not for those
-    who chose between kernels and references, or count operations: they look at the small ones.
+    Nor is it for those who chose between kernels and references, or count operations: they look at the small ones.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows would make a graph's shapes constant
@@ -63,11 +62,19 @@ def shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
         and _forced is None
         and _status.get("cpu") == "loaded"
         and x.device.type == "cpu"
-        and 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH
         and x.numel() > 0
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, *parameters))
+        and all(t.dtype == torch.float32 for t in (x, *parameters))
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether an operator may serve that fuses a layer's small operations: it is there for NCHW and few samples."""
+    return (
+        inference_kernel_serves(x, *parameters)
+        and 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH
+        and all(t.is_contiguous() for t in (x, *parameters))
     )
 
 
@@ -82,6 +89,11 @@ def _warn_once(device_type: str) -> None:
             "slower. `timm-dynamic env` shows the details.",
             stacklevel=3,
         )
+
+
+def counting_operations() -> bool:
+    """Whether this runs within `operators_only`."""
+    return _forced is True
 
 
 def reference_only() -> AbstractContextManager[None]:

@@ -1,0 +1,141 @@
+"""Times spatially sparse networks against the share of active positions, with masks of a given shape.
+
+    python benchmarks/sparse.py [--device cpu|cuda] [--threads N] [--models NAME ...] [--quick] [--output FILE.json]
+
+The mask units run, but their masks are replaced: one blob, or scattered positions. Beside the sparse executor run, in
+turn: the same network dense, with its batch norms folded, in channels_last ("folded dense"), and the static twin,
+likewise. Saves one row per model, batch size, pattern and share.
+"""
+
+import argparse
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+import timm_dynamic
+from timm_dynamic.layers import SparseBranch
+from timm_dynamic.models import static_twin
+from timm_dynamic.ops import backend_info
+from timm_dynamic.timing import environment, measure, peak_memory, summarise
+
+MODELS = ("dynconv_resnet101", "dynconv_resnet50", "dynconv_mobilenetv2")
+SHARES = tuple(round(0.1 * i, 1) for i in range(1, 11))
+
+
+def active_positions(size: tuple[int, int], share: float, pattern: str) -> Tensor:
+    """A mask `[1, 1, H, W]` with that share of ones: those nearest to the centre, or drawn at random."""
+    H, W = size
+    y, x = torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2
+    if pattern == "blob":
+        order = (y[:, None].square() + x.square()).flatten().argsort(stable=True)
+    else:
+        order = torch.randperm(H * W, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(H * W)
+    mask[order[: round(share * H * W)]] = 1
+    return mask.view(1, 1, H, W)
+
+
+@contextmanager
+def masks(model: nn.Module, share: float, pattern: str) -> Iterator[None]:
+    """Within this context the mask units of a model, which run, give other masks."""
+    made: dict[torch.Size, Tensor] = {}
+
+    def replace(unit: nn.Module, inputs: tuple, mask: Tensor) -> Tensor:
+        if mask.shape not in made:
+            own = active_positions(mask.shape[2:], share, pattern).to(mask)
+            made[mask.shape] = own.expand_as(mask).contiguous()
+        return made[mask.shape]
+
+    blocks = [module for module in model.modules() if isinstance(module, SparseBranch)]
+    handles = [block.masker.register_forward_hook(replace) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy without batch norms, in channels_last."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        children = list(module.named_children())
+        for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                act = getattr(norm, "act", None)  # timm's batch norms with an activation
+                setattr(module, norm_name, act or nn.Identity())
+    return model.to(memory_format=torch.channels_last)
+
+
+def measure_model(name: str, batch_size: int, device: torch.device, quick: bool, bar: tqdm) -> Iterator[dict]:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval().to(device)
+    dense, twin = folded(model), folded(timm.create_model(static_twin(name)).eval().to(device))
+    if hasattr(dense, "execution"):
+        dense.execution = "dense"
+    x = torch.randn(batch_size, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
+    candidates = {"sparse": lambda: model(x), "folded dense": lambda: dense(x), "static twin": lambda: twin(x)}
+    for pattern in ("blob",) if quick else ("blob", "scattered"):
+        for share in (0.3, 1.0) if quick else SHARES:
+            with masks(model, share, pattern), masks(dense, share, pattern):
+                macs = timm_dynamic.count_macs(model, x)
+                iterations = {1: 30}.get(batch_size, 10)
+                samples = measure(candidates, iterations, 3, device)
+                times = {candidate: summarise(values) for candidate, values in samples.items()}
+                memory = {key: peak_memory(candidates[key], device)[0] for key in ("sparse", "folded dense")}
+            own = times["sparse"]["median_ms"]
+            yield {
+                "model": name,
+                "batch_size": batch_size,
+                "pattern": pattern,
+                "share": share,
+                "macs": macs._asdict(),
+                "times": times,
+                "speedup_over_folded_dense": times["folded dense"]["median_ms"] / own,
+                "speedup_over_static_twin": times["static twin"]["median_ms"] / own,
+                "peak_memory": memory,
+            }
+            bar.update()
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--quick", action="store_true", help="a blob at 0.3 and 1.0 only")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    output = args.output or Path(__file__).parent / "results" / f"sparse_{args.device}.json"
+    report = {**environment(device), "kernels": backend_info()[args.device], "rows": []}
+    batches = (1, 8) if args.device == "cpu" else (1, 32, 128)
+    with tqdm(total=len(args.models) * len(batches) * (2 if args.quick else 20), disable=None) as bar:
+        for name in args.models:
+            for batch_size in batches:
+                for row in measure_model(name, batch_size, device, args.quick, bar):
+                    tqdm.write(
+                        f"{name}, batch {batch_size}, {row['pattern']} {row['share']}: "
+                        f"{row['times']['sparse']['median_ms']:.1f} ms, {row['speedup_over_folded_dense']:.2f}x faster "
+                        f"than dense, {row['speedup_over_static_twin']:.2f}x than the static twin"
+                    )
+                    report["rows"].append(row)
+                    temporary = output.with_suffix(".tmp")
+                    temporary.write_text(json.dumps(report, indent=1) + "\n")
+                    os.replace(temporary, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+// CPU kernels of the operators of timm_dynamic/ops/sparse.py: convolutions of listed positions.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "ddf_args.h"
+#include "ddf_cpu.h"
+
+namespace timm_dynamic {
+
+constexpr int64_t kRowBlock = 240;      // rows of a unit, whose sums stay in the cache
+constexpr int64_t kDepthwiseRows = 16;  // rows of a unit
+constexpr int64_t kDots = 10;           // nine taps and the linear layer of a mask unit
+
+// Which inputs the outputs of a convolution read.
+struct Window {
+  int64_t H, W, Ho, Wo, Ky, Kx, stride_y, stride_x, dilation_y, dilation_x, padding_y, padding_x;
+
+  int64_t taps() const { return Ky * Kx; }
+  // Calls f(tap, position within the input's map or -1 outside) for the taps of output (y, x).
+  template <typename F>
+  void each_tap(int64_t y, int64_t x, const F& f) const {
+    const int64_t top = y * stride_y - padding_y, left = x * stride_x - padding_x;
+    int64_t tap = 0;
+    for (int64_t ky = 0; ky < Ky; ++ky) {
+      const int64_t row = top + ky * dilation_y;
+      for (int64_t kx = 0; kx < Kx; ++kx, ++tap) {
+        const int64_t column = left + kx * dilation_x;
+        const bool inside = row >= 0 && row < H && column >= 0 && column < W;
+        f(tap, inside ? row * W + column : -1);
+      }
+    }
+  }
+};
+
+// out[m] = clamp(bias + sum_t source[table[m, t]] . matrix[t]), or with positions
+// out[positions[m]] = clamp(out[positions[m]] + bias + ...). Without a table it reads source[m].
+struct GatherConv {
+  int64_t M, T, C, N, width, blocks;
+  float low, high;
+  const float *source, *zeros, *matrix, *bias;
+  const int32_t *table, *positions;
+  float* out;
+};
+
+struct GatherDepthwise {
+  int64_t M, T, C;
+  float low, high;
+  const float *source, *weight, *bias;
+  const int32_t* table;
+  float* out;
+};
+
+// out = bias + the mean of the last dot product of every position + those of the window's taps.
+struct MaskLogits {
+  Window window;
+  float bias;
+  const float* dots;
+  float* out;
+};
+
+struct SparseKernels {
+  void (*gather_conv)(const GatherConv&, int64_t begin, int64_t end);
+  void (*gather_depthwise)(const GatherDepthwise&, int64_t begin, int64_t end);
+  void (*mask_logits)(const MaskLogits&, int64_t begin, int64_t end);
+};
+
+}  // namespace timm_dynamic
+
+#define KERNELS_HEADER "sparse_cpu.h"
+#include "cpu_dispatch.h"
+
+namespace timm_dynamic {
+namespace {
+
+using Sizes = const std::vector<int64_t>&;
+
+Window make_window(Sizes input_size, Sizes output_size, Sizes kernel_size, Sizes stride,
+                   Sizes dilation, Sizes padding) {
+  for (const auto* sizes : {&input_size, &output_size, &kernel_size, &stride, &dilation, &padding})
+    STD_TORCH_CHECK(sizes->size() == 2, "sizes must be pairs, got ", sizes->size(), " numbers");
+  return {input_size[0],  input_size[1],  output_size[0], output_size[1],
+          kernel_size[0], kernel_size[1], stride[0],      stride[1],
+          dilation[0],    dilation[1],    padding[0],     padding[1]};
+}
+
+Tensor empty_indices(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::empty(sizes, ScalarType::Int, std::nullopt, like.device());
+}
+
+const int32_t* indices(const char* name, const Tensor& t, int64_t dim) {
+  STD_TORCH_CHECK(t.dim() == dim && t.is_contiguous() && t.scalar_type() == ScalarType::Int, name,
+                  " must be contiguous int32 of ", dim, " dimensions, got ", shape_text(t));
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+
+const float* rows(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
+                  " must be contiguous float32 of 2 dimensions, got ", shape_text(t));
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+void run(GatherConv& op) {
+  if (op.M == 0) return;
+  op.blocks = (op.M + kRowBlock - 1) / kRowBlock;
+  const int64_t panels = (op.N + op.width - 1) / op.width;
+  const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
+  parallel(panels * op.blocks, op.M / op.blocks * op.T * op.C * op.width / 16,
+           [&](int64_t begin, int64_t end) { kernels.gather_conv(op, begin, end); });
+}
+
+void run_gather_conv(GatherConv& op, const Tensor& source, const std::optional<Tensor>& table,
+                     const Tensor& matrix, const Tensor& bias, double low, double high) {
+  op.source = rows("source", source), op.C = source.size(1);
+  op.table = table ? indices("table", *table, 2) : nullptr;
+  op.T = table ? table->size(1) : 1, op.N = bias.numel(), op.width = matrix.size(2);
+  STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(1) == op.T * op.C && op.width % 16 == 0 &&
+                      matrix.size(0) == (op.N + op.width - 1) / op.width,
+                  "matrix must be [panels, ", op.T * op.C, ", width] with a multiple of 16, got ",
+                  shape_text(matrix));
+  op.matrix = parameter("matrix", matrix, matrix.numel(), source);
+  op.bias = parameter("bias", bias, op.N, source);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  const std::vector<float> zeros(op.C);
+  op.zeros = zeros.data();
+  run(op);
+}
+
+Tensor gather_conv(const Tensor& source, const std::optional<Tensor>& table, const Tensor& matrix,
+                   const Tensor& bias, double low, double high) {
+  GatherConv op{};
+  op.M = table ? table->size(0) : source.size(0);
+  const Tensor out = empty(source, {op.M, bias.numel()});
+  op.out = static_cast<float*>(out.mutable_data_ptr());
+  run_gather_conv(op, source, table, matrix, bias, low, high);
+  return out;
+}
+
+void scatter_conv_(Tensor& out, const Tensor& positions, const Tensor& source,
+                   const std::optional<Tensor>& table, const Tensor& matrix, const Tensor& bias,
+                   double low, double high) {
+  GatherConv op{};
+  op.M = positions.numel();
+  op.positions = indices("positions", positions, 1);
+  rows("out", out);
+  op.out = static_cast<float*>(out.mutable_data_ptr());
+  STD_TORCH_CHECK(out.size(1) == bias.numel(), "out must be [P, ", bias.numel(), "], got ",
+                  shape_text(out));
+  STD_TORCH_CHECK((table ? table->size(0) : source.size(0)) == op.M, "positions must be ",
+                  table ? table->size(0) : source.size(0), " numbers, got ", op.M);
+  run_gather_conv(op, source, table, matrix, bias, low, high);
+}
+
+Tensor gather_depthwise(const Tensor& source, const Tensor& table, const Tensor& weight,
+                        const Tensor& bias, double low, double high) {
+  GatherDepthwise op;
+  op.source = rows("source", source), op.C = source.size(1);
+  op.table = indices("table", table, 2), op.M = table.size(0), op.T = table.size(1);
+  op.weight = parameter("weight", weight, op.T * op.C, source);
+  op.bias = parameter("bias", bias, op.C, source);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  const Tensor out = empty(source, {op.M, op.C});
+  op.out = static_cast<float*>(out.mutable_data_ptr());
+  const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
+  parallel((op.M + kDepthwiseRows - 1) / kDepthwiseRows, kDepthwiseRows * op.T * op.C / 8,
+           [&](int64_t begin, int64_t end) { kernels.gather_depthwise(op, begin, end); });
+  return out;
+}
+
+// The products of every position with the ten weight vectors first, then their sums.
+Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias,
+                   const Tensor& fc_weight, const Tensor& fc_bias, int64_t stride) {
+  STD_TORCH_CHECK(
+      x.dim() == 4 && x.numel() > 0 && x.scalar_type() == ScalarType::Float && x.stride(1) == 1 &&
+          x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
+          x.stride(0) == x.size(1) * x.size(2) * x.size(3),
+      "x must be [B, C, H, W], float32, channels_last and not empty, got ", shape_text(x));
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(0) == 1 && conv_weight.size(1) == C &&
+                      conv_weight.size(2) == 3 && conv_weight.size(3) == 3 &&
+                      conv_weight.scalar_type() == ScalarType::Float,
+                  "conv_weight must be [1, ", C, ", 3, 3] in float32, got ",
+                  shape_text(conv_weight));
+  const float* const taps = static_cast<const float*>(conv_weight.const_data_ptr());
+  const float* const fc = parameter("fc_weight", fc_weight, C, x);
+  constexpr int64_t width = 16;
+  std::vector<float> matrix(C * width);
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t t = 0; t < 9; ++t)  // in any memory format
+      matrix[c * width + t] = taps[c * conv_weight.stride(1) + t / 3 * conv_weight.stride(2) +
+                                   t % 3 * conv_weight.stride(3)];
+    matrix[c * width + 9] = fc[c];
+  }
+  const float zeros[kDots] = {};
+  const Tensor dots = empty(x, {B * H * W, kDots});
+  GatherConv products{};
+  products.M = B * H * W, products.T = 1, products.C = C, products.N = kDots;
+  products.width = width, products.low = -INFINITY, products.high = INFINITY;
+  products.source = static_cast<const float*>(x.const_data_ptr());
+  products.matrix = matrix.data(), products.bias = zeros;
+  products.out = static_cast<float*>(dots.mutable_data_ptr());
+  run(products);
+
+  MaskLogits op;
+  op.window = {H, W, (H - 1) / stride + 1, (W - 1) / stride + 1, 3, 3, stride, stride, 1, 1, 1, 1};
+  op.dots = products.out;
+  op.bias = *parameter("conv_bias", conv_bias, 1, x) + *parameter("fc_bias", fc_bias, 1, x);
+  const Tensor out = empty(x, {B, 1, op.window.Ho, op.window.Wo});
+  op.out = static_cast<float*>(out.mutable_data_ptr());
+  const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
+  parallel(B, H * W * kDots,
+           [&](int64_t begin, int64_t end) { kernels.mask_logits(op, begin, end); });
+  return out;
+}
+
+Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size, Sizes kernel_size,
+                    Sizes stride, Sizes dilation, Sizes padding) {
+  const Window w = make_window(input_size, output_size, kernel_size, stride, dilation, padding);
+  const int64_t M = positions.numel(), T = w.taps(), outputs = w.Ho * w.Wo;
+  const int32_t* const at = indices("positions", positions, 1);
+  const Tensor table = empty_indices(positions, {M, T});
+  const auto out = static_cast<int32_t*>(table.mutable_data_ptr());
+  parallel(M, T * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const int64_t first = at[m] / outputs * w.H * w.W;
+      w.each_tap(at[m] % outputs / w.Wo, at[m] % w.Wo, [&](int64_t tap, int64_t input) {
+        out[m * T + tap] = static_cast<int32_t>(input < 0 ? -1 : first + input);
+      });
+    }
+  });
+  return table;
+}
+
+// Samples are independent but for where their rows start.
+std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
+                                                   Sizes kernel_size, Sizes stride, Sizes dilation,
+                                                   Sizes padding) {
+  STD_TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
+                      mask.scalar_type() == ScalarType::Bool,
+                  "mask must be [B, 1, H, W], boolean and contiguous, got ", shape_text(mask));
+  const int64_t B = mask.size(0);
+  const Window w =
+      make_window(input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding);
+  const int64_t T = w.taps(), outputs = w.Ho * w.Wo, inputs = w.H * w.W, work = outputs * T;
+  STD_TORCH_CHECK(B * std::max(outputs, inputs) <= INT32_MAX,
+                  "too many positions for int32: ", B * std::max(outputs, inputs));
+  const auto active = static_cast<const bool*>(mask.const_data_ptr());
+  std::vector<int32_t> rows(B * inputs, -1);  // the row of every input position that is needed
+  std::vector<int64_t> first_active(B + 1), first_needed(B + 1);
+  parallel(B, work, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      int64_t actives = 0, needed = 0;
+      for (int64_t i = 0; i < outputs; ++i) {
+        if (!active[b * outputs + i]) continue;
+        ++actives;
+        w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t, int64_t at) {
+          if (at >= 0) rows[b * inputs + at] = 0;
+        });
+      }
+      for (int64_t i = 0; i < inputs; ++i) needed += rows[b * inputs + i] == 0;
+      first_active[b + 1] = actives, first_needed[b + 1] = needed;
+    }
+  });
+  for (int64_t b = 0; b < B; ++b) {
+    first_active[b + 1] += first_active[b];
+    first_needed[b + 1] += first_needed[b];
+  }
+  const Tensor positions = empty_indices(mask, {first_active[B]}),
+               needed = empty_indices(mask, {first_needed[B]}),
+               table = empty_indices(mask, {first_active[B], T});
+  const auto position = static_cast<int32_t*>(positions.mutable_data_ptr());
+  const auto need = static_cast<int32_t*>(needed.mutable_data_ptr());
+  const auto entry = static_cast<int32_t*>(table.mutable_data_ptr());
+  parallel(B, work, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      int64_t row = first_needed[b], m = first_active[b];
+      for (int64_t i = b * inputs; i < (b + 1) * inputs; ++i) {
+        if (rows[i] < 0) continue;
+        need[row] = static_cast<int32_t>(i);
+        rows[i] = static_cast<int32_t>(row++);
+      }
+      for (int64_t i = 0; i < outputs; ++i) {
+        if (!active[b * outputs + i]) continue;
+        position[m] = static_cast<int32_t>(b * outputs + i);
+        w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t tap, int64_t at) {
+          entry[m * T + tap] = at < 0 ? -1 : rows[b * inputs + at];
+        });
+        ++m;
+      }
+    }
+  });
+  return {positions, needed, table};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CPU, m) {
+  m.impl("gather_conv", TORCH_BOX(&gather_conv));
+  m.impl("scatter_conv_", TORCH_BOX(&scatter_conv_));
+  m.impl("gather_depthwise", TORCH_BOX(&gather_depthwise));
+  m.impl("mask_logits", TORCH_BOX(&mask_logits));
+  m.impl("window_table", TORCH_BOX(&window_table));
+  m.impl("neighbour_table", TORCH_BOX(&neighbour_table));
+}
+
+}  // namespace timm_dynamic

@@ -1,0 +1,142 @@
+// Convolutions of listed positions, for one instruction set; see cpu_vectors.h for what the
+// includer defines, and sparse.cpp for the operators.
+
+#include "cpu_vectors.h"
+
+namespace timm_dynamic::ISA {
+
+// A tile of the result, in registers: rows by vectors of columns.
+constexpr int kTileRows = ISA_LEVEL == 4 ? 6 : 4;
+constexpr int kTileVectors = ISA_LEVEL == 4 ? 4 : 2;
+constexpr int64_t kDepth = 256;  // inputs of a tile between two visits, to stay in the cache
+
+template <int R, int V>
+struct Tile {
+  Vec<float> sums[R][V];
+
+  // Adds `depth` columns of R rows times as many rows of a panel, `width` apart.
+  INLINE void multiply(const float* const* rows, const float* panel, int64_t width, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, panel += width) {
+      Vec<float> values[V];
+      for (int v = 0; v < V; ++v) values[v] = load<float>(panel + v * kLanes<float>);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] += broadcast(rows[r][k]) * values[v];
+    }
+  }
+};
+
+INLINE Vec<float> clamp(Vec<float> v, float low, float high) {
+  v = v < low ? broadcast(low) : v;  // NaN stays
+  return v > high ? broadcast(high) : v;
+}
+
+// R rows from `row` on and V vectors of columns from `column` on, of a panel and a part of the
+// inputs. `partial` holds the sums between two parts.
+template <int R, int V>
+INLINE void gather_tile(const GatherConv& op, int64_t row, int64_t panel, int64_t column,
+                        int64_t tap, int64_t first, int64_t depth, float* partial) {
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = op.table ? op.table[(row + r) * op.T + tap] : row + r;
+    rows[r] = at < 0 ? op.zeros : op.source + at * op.C + first;
+  }
+  constexpr int64_t n = kLanes<float>;
+  const int64_t begin = panel * op.width + column, inputs = op.T * op.C, done = tap * op.C + first;
+  Tile<R, V> tile;
+  for (int v = 0; v < V; ++v) {
+    const Vec<float> bias = load<float>(op.bias + begin + v * n, op.N - begin - v * n);
+    for (int r = 0; r < R; ++r)
+      tile.sums[r][v] = done ? load<float>(partial + r * op.width + column + v * n) : bias;
+  }
+  tile.multiply(rows, op.matrix + (panel * inputs + done) * op.width + column, op.width, depth);
+  if (done + depth < inputs) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        store<float>(partial + r * op.width + column + v * n, tile.sums[r][v]);
+    return;
+  }
+  for (int r = 0; r < R; ++r) {
+    const int64_t to = (op.positions ? op.positions[row + r] : row + r) * op.N + begin;
+    for (int v = 0; v < V; ++v) {
+      const int64_t count = op.N - begin - v * n;
+      Vec<float> sum = tile.sums[r][v];
+      if (op.positions) sum += load<float>(op.out + to + v * n, count);
+      store<float>(op.out + to + v * n, clamp(sum, op.low, op.high), count);
+    }
+  }
+}
+
+template <int R>
+inline void gather_rows(const GatherConv& op, int64_t row, int64_t panel, int64_t tap,
+                        int64_t first, int64_t depth, float* partial) {
+  constexpr int64_t n = kLanes<float>;
+  int64_t column = 0;
+  for (; column + kTileVectors * n <= op.width; column += kTileVectors * n)
+    gather_tile<R, kTileVectors>(op, row, panel, column, tap, first, depth, partial);
+  const int64_t left = (op.width - column) / n;
+  if constexpr (kTileVectors == 4) {
+    if (left == 3) gather_tile<R, 3>(op, row, panel, column, tap, first, depth, partial);
+    if (left == 2) gather_tile<R, 2>(op, row, panel, column, tap, first, depth, partial);
+    if (left == 1) gather_tile<R, 1>(op, row, panel, column, tap, first, depth, partial);
+  }
+}
+
+// Units are (panel, block of rows).
+inline void gather_conv(const GatherConv& op, int64_t begin, int64_t end) {
+  constexpr decltype(&gather_rows<1>) kRuns[] = {gather_rows<1>, gather_rows<2>, gather_rows<3>,
+                                                 gather_rows<4>, gather_rows<5>, gather_rows<6>};
+  const auto scratch = std::make_unique_for_overwrite<float[]>((op.M / op.blocks + 1) * op.width);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t panel = unit / op.blocks, block = unit % op.blocks;
+    const int64_t first_row = block * op.M / op.blocks;
+    const int64_t count = (block + 1) * op.M / op.blocks - first_row;
+    // Tiles as equal as can be: one of few rows costs as much as a full one.
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int64_t tap = 0; tap < op.T; ++tap)
+      for (int64_t first = 0; first < op.C; first += kDepth)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t row = tile * count / tiles, rows = (tile + 1) * count / tiles - row;
+          kRuns[rows - 1](op, first_row + row, panel, tap, first, std::min(kDepth, op.C - first),
+                          scratch.get() + row * op.width);
+        }
+  }
+}
+
+// Units are blocks of rows.
+inline void gather_depthwise(const GatherDepthwise& op, int64_t begin, int64_t end) {
+  constexpr int64_t n = kLanes<float>;
+  for (int64_t m = begin * kDepthwiseRows; m < std::min(end * kDepthwiseRows, op.M); ++m) {
+    const int32_t* const table = op.table + m * op.T;
+    for (int64_t c = 0; c < op.C; c += n) {
+      Vec<float> sum = load<float>(op.bias + c, op.C - c);
+      for (int64_t t = 0; t < op.T; ++t)
+        if (table[t] >= 0)
+          sum += load<float>(op.source + table[t] * op.C + c, op.C - c) *
+                 load<float>(op.weight + t * op.C + c, op.C - c);
+      store<float>(op.out + m * op.C + c, clamp(sum, op.low, op.high), op.C - c);
+    }
+  }
+}
+
+// Units are samples.
+inline void mask_logits(const MaskLogits& op, int64_t begin, int64_t end) {
+  const Window& w = op.window;
+  for (int64_t b = begin; b < end; ++b) {
+    const float* const dots = op.dots + b * w.H * w.W * kDots;
+    float mean = 0;
+    for (int64_t i = 0; i < w.H * w.W; ++i) mean += dots[i * kDots + w.taps()];
+    mean /= w.H * w.W;
+    for (int64_t y = 0; y < w.Ho; ++y)
+      for (int64_t x = 0; x < w.Wo; ++x) {
+        float sum = op.bias + mean;
+        w.each_tap(y, x, [&](int64_t tap, int64_t at) {
+          if (at >= 0) sum += dots[at * kDots + tap];
+        });
+        op.out[(b * w.Ho + y) * w.Wo + x] = sum;
+      }
+  }
+}
+
+inline SparseKernels sparse_kernels() { return {gather_conv, gather_depthwise, mask_logits}; }
+
+}  // namespace timm_dynamic::ISA

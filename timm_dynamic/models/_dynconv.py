@@ -1,0 +1,127 @@
+"""What the networks with learned masks share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
+from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.progress import Progress
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost
+from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
+
+AUTHORS_URL = "https://github.com/thomasverelst/dynconv"
+PAPER = "arXiv:1912.03203"
+
+
+class MaskedModel(nn.Module):
+    """Mixin of timm models whose residual branches have masks; it goes before the timm model.
+
+    In training, the budget loss (see `timm_dynamic.training.budget_loss`) is attached at the model's output.
+
+    Attributes:
+        budget: The share of the branches' computations that training aims at; -1: there are no masks.
+    """
+
+    def setup_masks(self, first_conv: str, budget: float, total_steps: int | None, aux_scale: float) -> None:
+        """Finish the construction of a model whose masked blocks are in their places.
+
+        Args:
+            first_conv: Name of the convolution that counts steps.
+            budget, total_steps, aux_scale: As for the models.
+
+        Raises:
+            ValueError: If an argument has an unusable value.
+        """
+        check_budget(budget)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if not aux_scale >= 0:
+            raise ValueError(f"aux_scale must not be negative, got {aux_scale}")
+        self.budget, self.aux_scale = budget, aux_scale
+        self.auxiliary_terms = () if budget < 0 else ("network_budget", "block_budget")
+        self._costs: list[Cost] | None = None  # of the blocks, during a training forward
+        if budget < 0:
+            return
+        device = self.get_submodule(first_conv).weight.device
+        self.progress = Progress(device)
+        if total_steps is not None:
+            counter = CountingConv2d.from_conv(self.get_submodule(first_conv))
+            self.set_submodule(first_conv, counter)
+            self.progress.count(counter, total_steps)
+        for name in self.auxiliary_terms:  # of the last training forward, weighted
+            self.register_buffer(name, torch.zeros((), device=device), persistent=False)
+        for name, module in list(self.named_modules()):
+            if type(module) is nn.Sequential and any(isinstance(block, SparseBranch) for block in module):
+                self.set_submodule(name, SparseStage(*module))
+        for block in self.masked_blocks():
+            block.on_cost = self._take_cost
+            block.masker.progress = self.progress
+            block.masker.reset_parameters()  # timm has initialised its convolution like any other
+
+    @torch.jit.unused
+    def masked_blocks(self) -> list[SparseBranch]:
+        """In the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, SparseBranch)]
+
+    @property
+    def execution(self) -> str:
+        """How eval mode runs: `"auto"`, `"sparse"` or `"dense"`. The results are the same."""
+        return getattr(self, "_execution", "auto")
+
+    @execution.setter
+    def execution(self, value: str) -> None:
+        if value not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {value!r}")
+        self._execution = value
+        for block in self.masked_blocks():
+            block.execution = value
+
+    @torch.jit.unused
+    def _take_cost(self, cost: Cost) -> None:
+        if self._costs is not None:  # else a feature extractor runs the block
+            self._costs.append(cost)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.training and self.budget >= 0:
+                return self._forward_with_budget(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.unused
+    def _forward_with_budget(self, x: Tensor) -> Tensor:
+        self._costs = []
+        try:
+            y = self.forward_head(self.forward_features(x))
+            network, block = budget_loss(self._costs, self.budget, self.progress())
+        finally:
+            self._costs = None  # tensors with a graph: nobody could copy the model
+        self.network_budget.copy_(BUDGET_WEIGHT * network.detach())
+        self.block_budget.copy_(BUDGET_WEIGHT * block.detach())
+        if y.dtype == torch.float16 and not torch.compiler.is_compiling():
+            warn_about_float16("DynConv's budget loss")
+        return attach_loss(y, network + block, BUDGET_WEIGHT * self.aux_scale)
+
+
+def check_budget(budget: float) -> None:
+    if not (0 <= budget <= 1 or budget == -1):
+        raise ValueError(f"budget must be between 0 and 1, or -1 for a network without masks, got {budget}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoints, and static weights.
+
+    Their keys are ours, within a wrapper. A model without masks takes no mask units; one with masks keeps its own where
+    a static network's weights have none, and its own step counter.
+    """
+    own = model.state_dict()
+    if all(key in own for key in state_dict) and len(state_dict) == len(own):
+        return state_dict
+    state = extract_state_dict(state_dict)
+    if model.budget < 0:
+        return {key: value for key, value in state.items() if ".masker." not in key}
+    static = not any(".masker." in key for key in state)
+    kept = [key for key in own if key.endswith(".step") or (static and ".masker." in key)]
+    return {**{key: own[key] for key in kept}, **state}

@@ -1,0 +1,237 @@
+"""Convolutions of listed positions only: what spatially sparse execution is made of.
+
+Positions are rows: a map `[B, C, H, W]` in channels_last is a matrix `[B*H*W, C]`, and a position the number of its
+row, `(b*H + y)*W + x`. Tables hold row numbers, -1 outside the image, whose features are zero. All are int32.
+
+    gather_conv:      out[m] = clamp(bias + sum_t source[table[m, t]] @ matrix[t])
+    scatter_conv_:    out[p[m]] = clamp(out[p[m]] + bias + sum_t source[table[m, t]] @ matrix[t])
+    gather_depthwise: out[m] = clamp(bias + sum_t source[table[m, t]] * weight[t])
+
+The clamp is ReLU, ReLU6 or nothing. These serve inference: they have no gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_dynamic.ops._library import NAMESPACE, has_kernel
+
+Pair = tuple[int, int]
+_PANEL_WIDTHS = (64, 48, 32, 16)  # columns that a kernel does at once
+
+
+def pack_matrix(matrix: Tensor) -> Tensor:
+    """`[K, N]` as `gather_conv` takes it: in panels of columns, `[panels, K, width]`, the last one filled with zeros.
+
+    On a GPU it is one panel: the product is left to cuBLAS.
+    """
+    K, N = matrix.shape
+    width = N
+    if matrix.device.type == "cpu":
+        width = min(_PANEL_WIDTHS, key=lambda w: (-N % w, -w))
+    return F.pad(matrix, (0, -N % width)).view(K, -1, width).transpose(0, 1).contiguous()
+
+
+def _gathered(source: Tensor, table: Tensor | None) -> Tensor:
+    """`[M, T, C]`."""
+    if table is None:
+        return source[:, None]
+    return torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()]
+
+
+def gather_conv_reference(
+    source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor, low: float, high: float
+) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.gather_conv`.
+
+    Args:
+        source: `[P, C]`.
+        table: `[M, T]`, rows of `source`; None for all rows, one tap.
+        matrix: `[T*C, N]` as `pack_matrix` arranges it.
+        bias: `[N]`.
+        low, high: Limits of the result.
+
+    Returns:
+        `[M, N]`.
+    """
+    columns = matrix.transpose(0, 1).flatten(1)[:, : len(bias)]
+    return torch.addmm(bias, _gathered(source, table).flatten(1), columns).clamp(low, high)
+
+
+def scatter_conv_reference_(
+    out: Tensor,
+    positions: Tensor,
+    source: Tensor,
+    table: Tensor | None,
+    matrix: Tensor,
+    bias: Tensor,
+    low: float,
+    high: float,
+) -> None:
+    """Defines the operator `torch.ops.timm_dynamic.scatter_conv_`, which writes into `out`.
+
+    Args:
+        out: `[P, N]`; rows that are not in `positions` stay as they are.
+        positions: `[M]`, each once.
+        source, table, matrix, bias, low, high: As for `gather_conv`.
+    """
+    rows = positions.long()
+    limits = (-torch.inf, torch.inf)
+    out[rows] = (out[rows] + gather_conv_reference(source, table, matrix, bias, *limits)).clamp(low, high)
+
+
+def gather_depthwise_reference(
+    source: Tensor, table: Tensor, weight: Tensor, bias: Tensor, low: float, high: float
+) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.gather_depthwise`.
+
+    Args:
+        source: `[P, C]`.
+        table: `[M, T]`.
+        weight: `[T, C]`.
+        bias: `[C]`.
+        low, high: Limits of the result.
+
+    Returns:
+        `[M, C]`.
+    """
+    return ((_gathered(source, table) * weight).sum(1) + bias).clamp(low, high)
+
+
+def window_table_reference(
+    positions: Tensor,
+    input_size: Pair,
+    output_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.window_table`: what a convolution's outputs read.
+
+    Args:
+        positions: `[M]`, of the convolution's output map.
+        input_size, output_size: (H, W) of its maps.
+        kernel_size, stride, dilation, padding: Of the convolution.
+
+    Returns:
+        `[M, T]`, positions of its input map.
+    """
+    positions = positions.long()
+    (H, W), (Ho, Wo) = input_size, output_size
+    b, p = positions // (Ho * Wo), positions % (Ho * Wo)
+    taps = [torch.arange(k, device=positions.device) * d for k, d in zip(kernel_size, dilation, strict=True)]
+    y = (p // Wo * stride[0] - padding[0])[:, None, None] + taps[0][:, None]
+    x = (p % Wo * stride[1] - padding[1])[:, None, None] + taps[1]
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    return torch.where(inside, (b[:, None, None] * H + y) * W + x, -1).flatten(1).int()
+
+
+def neighbour_table_reference(
+    mask: Tensor, input_size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair, padding: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Defines the operator `torch.ops.timm_dynamic.neighbour_table`: a convolution at the active positions of a mask.
+
+    Args:
+        mask: `[B, 1, Ho, Wo]`, boolean, of the convolution's output map.
+        input_size: (H, W) of its input map.
+        kernel_size, stride, dilation, padding: Of the convolution.
+
+    Returns:
+        The active positions of the output map `[M]`; the positions of the input map that they read, `[P]`, ascending;
+        and for every active position and tap the number of the latter, `[M, T]`.
+    """
+    positions = mask.flatten().nonzero()[:, 0].int()
+    geometry = (input_size, mask.shape[2:], kernel_size, stride, dilation, padding)
+    table = window_table_reference(positions, *geometry).long()
+    is_needed = torch.zeros(mask.shape[0] * input_size[0] * input_size[1] + 1, dtype=torch.bool, device=mask.device)
+    is_needed[table] = True  # -1 is the last one, which is no position
+    is_needed[-1] = False
+    row_of = is_needed.cumsum(0) - 1
+    row_of[-1] = -1
+    return positions, is_needed.nonzero()[:, 0].int(), row_of[table].int()
+
+
+_CONV = "Tensor source, Tensor? table, Tensor matrix, Tensor bias, float low, float high"
+_WINDOW = "int[2] kernel_size, int[2] stride, int[2] dilation, int[2] padding"
+_OPERATORS = {
+    "gather_conv": (gather_conv_reference, f"({_CONV}) -> Tensor"),
+    "scatter_conv_": (
+        scatter_conv_reference_,
+        f"(Tensor(a!) out, Tensor positions, {_CONV}) -> ()",
+    ),
+    "gather_depthwise": (
+        gather_depthwise_reference,
+        "(Tensor source, Tensor table, Tensor weight, Tensor bias, float low, float high) -> Tensor",
+    ),
+    "window_table": (
+        window_table_reference,
+        f"(Tensor positions, int[2] input_size, int[2] output_size, {_WINDOW}) -> Tensor",
+    ),
+    "neighbour_table": (
+        neighbour_table_reference,
+        f"(Tensor mask, int[2] input_size, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
+    ),
+}
+for _name, (_reference, _schema) in _OPERATORS.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"{NAMESPACE}::{_name}", "CompositeExplicitAutograd")(_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_conv")
+def _gather_conv_fake(source, table, matrix, bias, low, high):
+    return source.new_empty((source if table is None else table).shape[0], bias.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scatter_conv_")
+def _scatter_conv_fake(*args):
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_depthwise")
+def _gather_depthwise_fake(source, table, *others):
+    return source.new_empty(table.shape[0], source.shape[1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::window_table")
+def _window_table_fake(positions, input_size, output_size, kernel_size, *others):
+    return positions.new_empty(positions.shape[0], kernel_size[0] * kernel_size[1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::neighbour_table")
+def _neighbour_table_fake(mask, input_size, kernel_size, *others):
+    context = torch.library.get_ctx()
+    active, needed = context.new_dynamic_size(), context.new_dynamic_size()
+    shapes = ((active,), (needed,), (active, kernel_size[0] * kernel_size[1]))
+    return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _choose(name: str, tensor: Tensor):
+    """The operator where a compiled kernel serves tensors like this, else its reference."""
+    fits = tensor.dtype in (torch.float32, torch.int32, torch.bool) and has_kernel(tensor.device.type)
+    return getattr(torch.ops.timm_dynamic, name) if fits else _OPERATORS[name][0]
+
+
+def gather_conv(source: Tensor, *args) -> Tensor:
+    """See `gather_conv_reference`."""
+    return _choose("gather_conv", source)(source, *args)
+
+
+def scatter_conv_(out: Tensor, *args) -> None:
+    """See `scatter_conv_reference_`."""
+    _choose("scatter_conv_", out)(out, *args)
+
+
+def gather_depthwise(source: Tensor, *args) -> Tensor:
+    """See `gather_depthwise_reference`."""
+    return _choose("gather_depthwise", source)(source, *args)
+
+
+def window_table(positions: Tensor, *args) -> Tensor:
+    """See `window_table_reference`."""
+    return _choose("window_table", positions)(positions, *args)
+
+
+def neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """See `neighbour_table_reference`."""
+    return _choose("neighbour_table", mask)(mask, *args)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from timm_dynamic.layers import PEDConv2d, load_reference
 from timm_dynamic.layers.auxiliary import warn_about_float16
-from timm_dynamic.layers import PEDConv2d, load_reference, ped
 from timm_dynamic.training import auxiliary_loss
 
 CONVS = {

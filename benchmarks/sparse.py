@@ -18,11 +18,11 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import timm_dynamic
 from timm_dynamic.layers import SparseBranch
+from timm_dynamic.layers.folding import folded_copy
 from timm_dynamic.models import static_twin
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
@@ -66,15 +66,7 @@ def masks(model: nn.Module, share: float, pattern: str) -> Iterator[None]:
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy without batch norms, in channels_last."""
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        children = list(module.named_children())
-        for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
-                act = getattr(norm, "act", None)  # timm's batch norms with an activation
-                setattr(module, norm_name, act or nn.Identity())
-    return model.to(memory_format=torch.channels_last)
+    return folded_copy(copy.deepcopy(model)).to(memory_format=torch.channels_last)
 
 
 def measure_model(name: str, batch_size: int, device: torch.device, quick: bool, bar: tqdm) -> Iterator[dict]:

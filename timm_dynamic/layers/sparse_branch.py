@@ -119,15 +119,9 @@ class SparseBranch(nn.Module):
 
     @torch.jit.unused
     def _runs_sparse(self, x: Tensor) -> bool:
-        if self.training or self.execution == "dense" or torch.is_grad_enabled():
+        if self.training or not may_run_sparse(x, self.execution):
             return False
-        compiling = torch.compiler.is_compiling()
-        if compiling and (self.execution == "auto" or torch.compiler.is_exporting()):
-            return False
-        if torch.jit.is_tracing() or counting_operations() or x.device.type not in ("cpu", "cuda") or not x.numel():
-            return False
-        steps = self.steps()
-        return type(self.final_activation()) in _LIMITS and all(_is_foldable(*step) for step in steps)
+        return type(self.final_activation()) in _LIMITS and all(_is_foldable(*step) for step in self.steps())
 
     def train(self, mode: bool = True):
         _PLANS.pop(self, None)  # what trains may change weights behind their version counters
@@ -136,6 +130,15 @@ class SparseBranch(nn.Module):
     def _apply(self, *args, **kwargs):
         _PLANS.pop(self, None)
         return super()._apply(*args, **kwargs)
+
+
+def may_run_sparse(x: Tensor, execution: str) -> bool:
+    """Whether this is inference of the kind that the sparse executor is for, of a model in eval mode."""
+    if execution == "dense" or torch.is_grad_enabled() or torch.jit.is_tracing() or counting_operations():
+        return False
+    if torch.compiler.is_compiling() and (execution == "auto" or torch.compiler.is_exporting()):
+        return False  # a graph of the dense form; "sparse" breaks it
+    return x.device.type in ("cpu", "cuda") and x.numel() > 0
 
 
 # What the executor made of a block's parameters, and of which: not in the block, whose copies must not share it.
@@ -159,11 +162,16 @@ def _plan(block: SparseBranch, dtype: torch.dtype) -> list[_Folded]:
     """The folded convolutions of the branch and of the shortcut, made anew when a parameter has changed."""
     steps = block.steps() + _shortcut_steps(block)
     tensors = [t for conv, norm, _ in steps for t in (conv.weight, conv.bias, *_statistics(norm)) if t is not None]
-    made_of = (dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+    made_of = (dtype, *state_of(tensors))
     cached = _PLANS.get(block)
     if cached is None or cached[0] != made_of:
         cached = _PLANS[block] = (made_of, [_fold(*step, dtype) for step in steps])
     return cached[1]
+
+
+def state_of(tensors: list[Tensor]) -> tuple:
+    """What changes when one of the tensors is changed, or its memory exchanged."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _shortcut_steps(block: SparseBranch) -> list[tuple[nn.Conv2d, nn.Module, None]]:
@@ -260,7 +268,7 @@ class SparseStage(nn.Sequential):
     def _in_place(self, x: Tensor) -> Tensor:
         before = None
         for block in self:
-            own = all(isinstance(one, SparseBranch) and not _has_hooks(one) for one in (before, block))
+            own = all(isinstance(one, SparseBranch) and not has_hooks(one) for one in (before, block))
             # What comes before has the same limits: a shortcut without convolution needs no clamping.
             own = own and type(before.final_activation()) is type(block.final_activation())
             x = block.forward(x, overwrite=True) if own else block(x)
@@ -268,7 +276,7 @@ class SparseStage(nn.Sequential):
         return x
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     hooks = nn.modules.module
     return bool(
         module._forward_hooks

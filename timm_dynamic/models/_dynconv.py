@@ -1,6 +1,7 @@
 """What the networks with learned masks share."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.folding import foldable_pairs, folded_copy, tensors_of
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, has_hooks, may_run_sparse, state_of
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
 AUTHORS_URL = "https://github.com/thomasverelst/dynconv"
@@ -42,7 +44,7 @@ class MaskedModel(nn.Module):
             raise ValueError(f"aux_scale must not be negative, got {aux_scale}")
         self.budget, self.aux_scale = budget, aux_scale
         self.auxiliary_terms = () if budget < 0 else ("network_budget", "block_budget")
-        self._costs: list[Cost] | None = None  # of the blocks, during a training forward
+        self._costs = _Costs()
         if budget < 0:
             return
         device = self.get_submodule(first_conv).weight.device
@@ -57,7 +59,7 @@ class MaskedModel(nn.Module):
             if type(module) is nn.Sequential and any(isinstance(block, SparseBranch) for block in module):
                 self.set_submodule(name, SparseStage(*module))
         for block in self.masked_blocks():
-            block.on_cost = self._take_cost
+            block.on_cost = self._costs.take
             block.masker.progress = self.progress
             block.masker.reset_parameters()  # timm has initialised its convolution like any other
 
@@ -79,30 +81,68 @@ class MaskedModel(nn.Module):
         for block in self.masked_blocks():
             block.execution = value
 
-    @torch.jit.unused
-    def _take_cost(self, cost: Cost) -> None:
-        if self._costs is not None:  # else a feature extractor runs the block
-            self._costs.append(cost)
-
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if self.training and self.budget >= 0:
                 return self._forward_with_budget(x)
+            if not self.training and may_run_sparse(x, self.execution) and not torch.compiler.is_compiling():
+                x, folded = x.contiguous(memory_format=torch.channels_last), self._folded()
+                return folded.forward_head(folded.forward_features(x))
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.unused
     def _forward_with_budget(self, x: Tensor) -> Tensor:
-        self._costs = []
-        try:
+        with self._costs as costs:
             y = self.forward_head(self.forward_features(x))
-            network, block = budget_loss(self._costs, self.budget, self.progress())
-        finally:
-            self._costs = None  # tensors with a graph: nobody could copy the model
+            network, block = budget_loss(costs, self.budget, self.progress())
         self.network_budget.copy_(BUDGET_WEIGHT * network.detach())
         self.block_budget.copy_(BUDGET_WEIGHT * block.detach())
         if y.dtype == torch.float16 and not torch.compiler.is_compiling():
             warn_about_float16("DynConv's budget loss")
         return attach_loss(y, network + block, BUDGET_WEIGHT * self.aux_scale)
+
+    @torch.jit.unused
+    def _folded(self) -> nn.Module:
+        """This model, its masked blocks being its own, with other batch norms folded; itself if that might be seen."""
+        blocks = self.masked_blocks()
+        pairs = foldable_pairs(self, blocks)
+        if any(has_hooks(getattr(parent, name)) for parent, *names in pairs for name in names):
+            return self
+        made_of = state_of(tensors_of(pairs))
+        cached = _FOLDED.get(self)
+        if cached is None or cached[0] != made_of:
+            cached = _FOLDED[self] = (made_of, folded_copy(self, blocks))
+        return cached[1]
+
+    def train(self, mode: bool = True):
+        _FOLDED.pop(self, None)  # what trains may change weights behind their version counters
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        _FOLDED.pop(self, None)
+        return super()._apply(*args, **kwargs)
+
+
+# Not in the model, whose copies must not share it.
+_FOLDED: "WeakKeyDictionary[MaskedModel, tuple[tuple, nn.Module]]" = WeakKeyDictionary()
+
+
+class _Costs:
+    """Of the masked blocks, during one training forward of the model: tensors with a graph, which nobody could copy."""
+
+    def __init__(self):
+        self.collected: list[Cost] | None = None
+
+    def take(self, cost: Cost) -> None:
+        if self.collected is not None:  # else a feature extractor runs the block
+            self.collected.append(cost)
+
+    def __enter__(self) -> list[Cost]:
+        self.collected = []
+        return self.collected
+
+    def __exit__(self, *error) -> None:
+        self.collected = None
 
 
 def check_budget(budget: float) -> None:

@@ -122,8 +122,9 @@ void run_gather_conv(GatherConv& op, const Tensor& source, const std::optional<T
                      const Tensor& matrix, const Tensor& bias, double low, double high) {
   op.source = rows("source", source), op.C = source.size(1);
   op.table = table ? indices("table", *table, 2) : nullptr;
-  op.T = table ? table->size(1) : 1, op.N = bias.numel(), op.width = matrix.size(2);
-  STD_TORCH_CHECK(matrix.dim() == 3 && matrix.size(1) == op.T * op.C && op.width % 16 == 0 &&
+  op.T = table ? table->size(1) : 1, op.N = bias.numel();
+  op.width = matrix.dim() == 3 ? matrix.size(2) : 0;
+  STD_TORCH_CHECK(op.width > 0 && op.width % 16 == 0 && matrix.size(1) == op.T * op.C &&
                       matrix.size(0) == (op.N + op.width - 1) / op.width,
                   "matrix must be [panels, ", op.T * op.C, ", width] with a multiple of 16, got ",
                   shape_text(matrix));
@@ -244,23 +245,27 @@ Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size
 std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
                                                    Sizes kernel_size, Sizes stride, Sizes dilation,
                                                    Sizes padding) {
-  STD_TORCH_CHECK(mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
-                      mask.scalar_type() == ScalarType::Bool,
-                  "mask must be [B, 1, H, W], boolean and contiguous, got ", shape_text(mask));
+  STD_TORCH_CHECK(
+      mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
+          (mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Float),
+      "mask must be [B, 1, H, W], boolean or float32, and contiguous, got ", shape_text(mask));
   const int64_t B = mask.size(0);
   const Window w =
       make_window(input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding);
   const int64_t T = w.taps(), outputs = w.Ho * w.Wo, inputs = w.H * w.W, work = outputs * T;
   STD_TORCH_CHECK(B * std::max(outputs, inputs) <= INT32_MAX,
                   "too many positions for int32: ", B * std::max(outputs, inputs));
-  const auto active = static_cast<const bool*>(mask.const_data_ptr());
+  const auto bools = static_cast<const bool*>(mask.const_data_ptr());
+  const auto floats = static_cast<const float*>(mask.const_data_ptr());
+  const bool is_bool = mask.scalar_type() == ScalarType::Bool;
+  const auto active = [&](int64_t i) { return is_bool ? bools[i] : floats[i] != 0; };
   std::vector<int32_t> rows(B * inputs, -1);  // the row of every input position that is needed
   std::vector<int64_t> first_active(B + 1), first_needed(B + 1);
   parallel(B, work, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       int64_t actives = 0, needed = 0;
       for (int64_t i = 0; i < outputs; ++i) {
-        if (!active[b * outputs + i]) continue;
+        if (!active(b * outputs + i)) continue;
         ++actives;
         w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t, int64_t at) {
           if (at >= 0) rows[b * inputs + at] = 0;
@@ -289,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes inp
         rows[i] = static_cast<int32_t>(row++);
       }
       for (int64_t i = 0; i < outputs; ++i) {
-        if (!active[b * outputs + i]) continue;
+        if (!active(b * outputs + i)) continue;
         position[m] = static_cast<int32_t>(b * outputs + i);
         w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t tap, int64_t at) {
           entry[m * T + tap] = at < 0 ? -1 : rows[b * inputs + at];

@@ -1,10 +1,135 @@
-"""Copies of networks for inference, without the batch norms that a convolution can take over."""
+"""Inference without batch norms: convolutions take over the norm, and where it is one the clamp, behind them."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from timm_dynamic.ops import sparse
+
+# The activations that are clamps.
+LIMITS = {
+    type(None): (-torch.inf, torch.inf),
+    nn.Identity: (-torch.inf, torch.inf),
+    nn.ReLU: (0.0, torch.inf),
+    nn.ReLU6: (0.0, 6.0),
+}
+
+
+class Watch:
+    """Notices what happens to modules: other parameters, buffers or submodules, or other values of them.
+
+    Not a change of values through `.data`, which leaves no trace.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        owners = [own for module in modules for own in (module._modules, module._parameters, module._buffers)]
+        self._owners = [(own, tuple(own.values())) for own in owners]
+        tensors = [t for own in owners for t in own.values() if isinstance(t, Tensor) and not t.is_inference()]
+        self._versions = [(t, t._version) for t in tensors]  # inference tensors count none
+
+    def sees_change(self) -> bool:
+        """Whether something has changed since it was made."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                return True
+        for own, before in self._owners:
+            if len(own) != len(before) or (before and not all(map(is_, own.values(), before))):
+                return True
+        return False
+
+
+# Not in the modules, whose copies must not share it: what it was made for, what could change it, and what was made.
+_KEPT: "WeakKeyDictionary[KeepsFolded, tuple[Any, Watch, Any]]" = WeakKeyDictionary()
+
+
+class KeepsFolded(nn.Module):
+    """Mixin of modules of which something folded is kept until they change."""
+
+    def _keep(self, key: Any, left_out: Callable[[], Iterable[nn.Module]], make: Callable[[], Any]) -> Any:
+        """What `make` gives, for this key; called again when the module has changed, but for the parts left out."""
+        kept = _KEPT.get(self)
+        if kept is None or kept[0] != key or kept[1].sees_change():
+            kept = _KEPT[self] = (key, Watch(modules_without(self, left_out())), make())
+        return kept[2]
+
+    # What follows may change weights behind their version counters.
+
+    def train(self, mode: bool = True):
+        _KEPT.pop(self, None)
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        _KEPT.pop(self, None)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        _KEPT.pop(self, None)
+        return super()._load_from_state_dict(*args, **kwargs)
+
+
+class Folded(NamedTuple):
+    """A convolution with the batch norm and the activation behind it, for the operators of `ops.sparse`."""
+
+    weight: Tensor
+    bias: Tensor
+    low: float
+    high: float
+
+
+def is_foldable(conv: nn.Module | None, norm: nn.Module | None, act: nn.Module | None) -> bool:
+    """Whether `fold` knows these."""
+    own = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
+    if not own or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+        return False
+    plain = conv.padding_mode == "zeros" and conv.groups in (1, conv.in_channels)
+    return plain and type(_activation(norm, act)) in LIMITS
+
+
+def _activation(norm: nn.Module, act: nn.Module | None) -> nn.Module | None:
+    return norm.act if isinstance(norm, BatchNormAct2d) else act
+
+
+def fold(conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None, dtype: torch.dtype) -> Folded:
+    """Fold a batch norm in eval mode and an activation into a convolution.
+
+    Args:
+        conv, norm, act: Such that `is_foldable`.
+        dtype: Of the result.
+    """
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+    kernel = conv.weight * scale[:, None, None, None]
+    if conv.groups == 1:
+        weight = sparse.pack_matrix(kernel.permute(2, 3, 1, 0).flatten(0, 2).to(dtype))
+    else:
+        weight = kernel.flatten(1).t().contiguous().to(dtype)
+    return Folded(weight, bias.to(dtype), *LIMITS[type(_activation(norm, act))])
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A channels_last map's positions, `[B*H*W, C]`, in the same memory."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+class _Pointwise(nn.Module):
+    """A folded 1x1 convolution of channels_last maps."""
+
+    def __init__(self, folded: Folded):
+        super().__init__()
+        self.folded = folded
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = sparse.gather_conv(rows_of(x.contiguous(memory_format=torch.channels_last)), None, *self.folded)
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[tuple[nn.Module, str, str]]:
@@ -17,14 +142,19 @@ def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[t
     Returns:
         The module they are in, and the names of both.
     """
-    left_out = {id(module) for part in shared for module in part.modules()}
     pairs = []
-    for parent in model.modules():
-        children = [] if id(parent) in left_out else list(parent.named_children())
+    for parent in modules_without(model, shared):
+        children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
                 pairs.append((parent, name, norm_name))
     return pairs
+
+
+def modules_without(model: nn.Module, left_out: Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules of a model but some with all that is in them."""
+    ignored = {id(module) for part in left_out for module in part.modules()}
+    return [module for module in model.modules() if id(module) not in ignored]
 
 
 def folded_copy(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Module:
@@ -39,13 +169,13 @@ def folded_copy(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Module
     memo = {id(item): item for item in (*shared, *model.parameters(), *model.buffers())}
     folded = copy.deepcopy(model, memo)
     for parent, name, norm_name in foldable_pairs(folded, shared):
-        norm = getattr(parent, norm_name)
-        setattr(parent, name, fuse_conv_bn_eval(getattr(parent, name), norm))
-        setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))  # timm's have their activation within
+        conv, norm = getattr(parent, name), getattr(parent, norm_name)
+        pointwise = is_foldable(conv, norm, None) and conv.groups == 1
+        pointwise = pointwise and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+        if pointwise and sparse.kernels_serve(conv.weight):
+            setattr(parent, name, _Pointwise(fold(conv, norm, None, conv.weight.dtype)))
+            setattr(parent, norm_name, nn.Identity())
+        else:
+            setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+            setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))  # timm's may have an activation within
     return folded
-
-
-def tensors_of(pairs: Iterable[tuple[nn.Module, str, str]]) -> list[Tensor]:
-    """The parameters and buffers of pairs."""
-    modules = [getattr(parent, name) for parent, *names in pairs for name in names]
-    return [tensor for module in modules for tensor in (*module.parameters(False), *module.buffers(False))]

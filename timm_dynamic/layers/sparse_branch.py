@@ -7,22 +7,18 @@ the active positions of the whole batch are gathered into rows, and only those a
 into the convolutions.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, is_foldable, rows_of
 from timm_dynamic.ops import sparse
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._library import counting_operations
 
 EXECUTIONS = ("auto", "sparse", "dense")
-_LIMITS = {type(None): (-torch.inf, torch.inf), nn.Identity: (-torch.inf, torch.inf), nn.ReLU: (0.0, torch.inf)}
-_LIMITS[nn.ReLU6] = (0.0, 6.0)
 
 
 class Cost(NamedTuple):
@@ -32,16 +28,7 @@ class Cost(NamedTuple):
     total: Tensor
 
 
-class _Folded(NamedTuple):
-    """A convolution with the batch norm and the activation behind it, for the operators of `ops.sparse`."""
-
-    weight: Tensor
-    bias: Tensor
-    low: float
-    high: float
-
-
-class SparseBranch(nn.Module):
+class SparseBranch(KeepsFolded):
     """Mixin of residual blocks with a mask.
 
     A block has the modules `masker`, a `MaskUnit` with the block's stride, and `downsample`, or None, on the shortcut;
@@ -53,7 +40,7 @@ class SparseBranch(nn.Module):
     """
 
     execution = "auto"
-    on_cost: Callable[[Cost], None] | None = None
+    on_cost = None  # no annotation: TorchScript would read it
 
     def branch(self, x: Tensor) -> Tensor:
         """The branch at every position."""
@@ -80,10 +67,12 @@ class SparseBranch(nn.Module):
         """The block's output; `overwrite`: it may take the place of x, which is the output of a block like this."""
         mask = self.masker(x)
         if not torch.jit.is_scripting():
-            if self.training and self.on_cost is not None:
-                self.on_cost(self.cost(mask, x))
-            if self._runs_sparse(x):
-                return _execute(self, x, mask, overwrite)
+            if isinstance(x, Tensor):  # not a proxy of torch.fx
+                if self.training and self.on_cost is not None:
+                    self.on_cost(self.cost(mask, x))
+                plan = self._plan(x)
+                if plan is not None:
+                    return _execute(self, plan, x, mask, overwrite)
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.branch(x)
         return self.finish(y * mask.to(y.dtype) + shortcut)
@@ -118,18 +107,12 @@ class SparseBranch(nn.Module):
         return Cost(executed, torch.full_like(executed, first * dilated.numel() + others * mask.numel()))
 
     @torch.jit.unused
-    def _runs_sparse(self, x: Tensor) -> bool:
+    def _plan(self, x: Tensor) -> "_Plan | None":
+        """How to run sparse, if the block is to and can."""
         if self.training or not may_run_sparse(x, self.execution):
-            return False
-        return type(self.final_activation()) in _LIMITS and all(_is_foldable(*step) for step in self.steps())
-
-    def train(self, mode: bool = True):
-        _PLANS.pop(self, None)  # what trains may change weights behind their version counters
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        _PLANS.pop(self, None)
-        return super()._apply(*args, **kwargs)
+            return None
+        dtype = autocast_dtype(x)
+        return self._keep(dtype, lambda: [self.masker], lambda: _make_plan(self, dtype))
 
 
 def may_run_sparse(x: Tensor, execution: str) -> bool:
@@ -141,113 +124,87 @@ def may_run_sparse(x: Tensor, execution: str) -> bool:
     return x.device.type in ("cpu", "cuda") and x.numel() > 0
 
 
-# What the executor made of a block's parameters, and of which: not in the block, whose copies must not share it.
-_PLANS: "WeakKeyDictionary[SparseBranch, tuple[tuple, list[_Folded]]]" = WeakKeyDictionary()
-
-
 def _same_padding(conv: nn.Conv2d) -> tuple[int, int]:
     return tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
 
 
-def _is_foldable(conv: nn.Module | None, norm: nn.Module | None, act: nn.Module | None) -> bool:
-    own = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
-    if not own or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
-        return False
-    if isinstance(norm, BatchNormAct2d):
-        act = norm.act
-    return type(act) in _LIMITS and conv.padding_mode == "zeros" and conv.groups in (1, conv.in_channels)
+def _window(conv: nn.Conv2d) -> tuple[tuple[int, int], ...]:
+    """As the operators take it: kernel size, stride, dilation, padding."""
+    return conv.kernel_size, conv.stride, conv.dilation, _same_padding(conv)
 
 
-def _plan(block: SparseBranch, dtype: torch.dtype) -> list[_Folded]:
-    """The folded convolutions of the branch and of the shortcut, made anew when a parameter has changed."""
-    steps = block.steps() + _shortcut_steps(block)
-    tensors = [t for conv, norm, _ in steps for t in (conv.weight, conv.bias, *_statistics(norm)) if t is not None]
-    made_of = (dtype, *state_of(tensors))
-    cached = _PLANS.get(block)
-    if cached is None or cached[0] != made_of:
-        cached = _PLANS[block] = (made_of, [_fold(*step, dtype) for step in steps])
-    return cached[1]
+class _Plan(NamedTuple):
+    """How the executor runs a block."""
+
+    convs: list[Folded]
+    shortcut: Folded | None  # a 1x1 convolution at the end of the shortcut
+    before_shortcut: list[nn.Module]
+    first_window: tuple | None  # None: the first convolution is pointwise
+    second_window: tuple
+    depthwise: bool
+    low: float
+    high: float
 
 
-def state_of(tensors: list[Tensor]) -> tuple:
-    """What changes when one of the tensors is changed, or its memory exchanged."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _shortcut_steps(block: SparseBranch) -> list[tuple[nn.Conv2d, nn.Module, None]]:
-    """The convolution at the end of a shortcut that ends in a plain 1x1 one and its norm."""
-    conv, norm = list(block.downsample)[-2:] if isinstance(block.downsample, nn.Sequential) else (None, None)
-    pointwise = _is_foldable(conv, norm, None) and conv.groups == 1 and conv.kernel_size == (1, 1)
-    return [(conv, norm, None)] if pointwise else []
-
-
-def _statistics(norm: nn.Module) -> tuple[Tensor | None, ...]:
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
-
-
-def _fold(conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None, dtype: torch.dtype) -> _Folded:
-    weight, bias, mean, variance = _statistics(norm)
-    scale = torch.rsqrt(variance + norm.eps)
-    scale = scale if weight is None else scale * weight
-    shift = -mean if conv.bias is None else conv.bias - mean
-    shift = shift * scale if bias is None else shift * scale + bias
-    kernel = conv.weight * scale[:, None, None, None]
-    if conv.groups == 1:
-        matrix = sparse.pack_matrix(kernel.permute(2, 3, 1, 0).flatten(0, 2).to(dtype))
-    else:
-        matrix = kernel.flatten(1).t().contiguous().to(dtype)
-    return _Folded(matrix, shift.to(dtype), *_LIMITS[type(norm.act if isinstance(norm, BatchNormAct2d) else act)])
+def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
+    steps, final = block.steps(), type(block.final_activation())
+    if final not in LIMITS or not all(is_foldable(*step) for step in steps):
+        return None
+    first, second = steps[0][0], steps[1][0]
+    shortcut, before = None, []
+    if isinstance(block.downsample, nn.Sequential) and len(block.downsample) >= 2:
+        *before, conv, norm = block.downsample
+        if is_foldable(conv, norm, None) and conv.groups == 1 and conv.kernel_size == (1, 1):
+            shortcut = fold(conv, norm, None, dtype)
+            before.append(nn.AvgPool2d(1, conv.stride))  # leaves out what the stride does
+    pointwise = (first.kernel_size, first.stride) == ((1, 1), (1, 1))
+    return _Plan(
+        [fold(*step, dtype) for step in steps],
+        shortcut,
+        before,
+        None if pointwise else _window(first),
+        _window(second),
+        second.groups > 1,
+        *LIMITS[final],
+    )
 
 
 @torch.compiler.disable
-def _execute(block: SparseBranch, x: Tensor, mask: Tensor, overwrite: bool) -> Tensor:
+def _execute(block: SparseBranch, plan: _Plan, x: Tensor, mask: Tensor, overwrite: bool) -> Tensor:
     """The block at the active positions, in channels_last."""
-    (first_conv, *_), (second_conv, *_), *others = block.steps()
-    dtype = autocast_dtype(x)
+    first, second, *others = plan.convs
+    dtype = first.bias.dtype
     x = x.contiguous(memory_format=torch.channels_last)
-    middle = x.shape[2:] if second_conv.stride != (1, 1) else mask.shape[2:]
-    positions, needed, table = sparse.neighbour_table(mask.bool(), middle, *_window(second_conv))
+    _, stride, *_ = plan.second_window
+    middle = x.shape[2:] if stride != (1, 1) else mask.shape[2:]
+    positions, needed, table = sparse.neighbour_table(mask, middle, *plan.second_window)
     first_table = needed[:, None]
-    if (first_conv.kernel_size, first_conv.stride) != ((1, 1), (1, 1)):
-        first_table = sparse.window_table(needed, x.shape[2:], middle, *_window(first_conv))
-
-    plan = _plan(block, dtype)
-    y, final = sparse.gather_conv(_rows(x).to(dtype), first_table, *plan[0]), plan[1]
+    if plan.first_window:
+        first_table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
+    y, final = sparse.gather_conv(rows_of(x).to(dtype), first_table, *first), second
     if others:
-        gather = sparse.gather_conv if second_conv.groups == 1 else sparse.gather_depthwise
-        y, table, final = gather(y, table, *plan[1]), None, plan[2]
-    low, high = _LIMITS[type(block.final_activation())]
+        gather = sparse.gather_depthwise if plan.depthwise else sparse.gather_conv
+        y, table, final = gather(y, table, *second), None, others[0]
+
     in_place = overwrite and block.downsample is None and x.dtype == dtype
-    out = x if in_place else _shortcut(block, x, plan[-1])
-    sparse.scatter_conv_(_rows(out), positions, y, table, final.weight, final.bias, low, high)
-    return out if in_place or low == -torch.inf else out.clamp_(low, high)
+    out = x if in_place else _shortcut(block, plan, x)
+    sparse.scatter_conv_(rows_of(out), positions, y, table, final.weight, final.bias, plan.low, plan.high)
+    return out if in_place or plan.low == -torch.inf else out.clamp_(plan.low, plan.high)
 
 
-def _shortcut(block: SparseBranch, x: Tensor, last: _Folded) -> Tensor:
-    """What the shortcut gives, in channels_last and memory of its own; `last` is its convolution if that is folded."""
-    dtype = last.bias.dtype
+def _shortcut(block: SparseBranch, plan: _Plan, x: Tensor) -> Tensor:
+    """What the shortcut gives, in channels_last and memory of its own."""
+    dtype = plan.convs[0].bias.dtype
     if block.downsample is None:
         return x.to(dtype, copy=True)
-    folded = _shortcut_steps(block)
-    if not folded:
+    if plan.shortcut is None:
         y = block.downsample(x)
         return y.to(dtype, memory_format=torch.channels_last, copy=y is x)
-    *before, conv, _ = block.downsample
-    for module in before:
+    for module in plan.before_shortcut:
         x = module(x)
-    x = x.contiguous(memory_format=torch.channels_last)[:, :, :: conv.stride[0], :: conv.stride[1]]
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).to(dtype)
-    y = sparse.gather_conv(rows, None, *last)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    y = sparse.gather_conv(rows_of(x), None, *plan.shortcut)
     return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A channels_last map's positions, `[B*H*W, C]`, in the same memory."""
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
-
-
-def _window(conv: nn.Conv2d) -> tuple:
-    return conv.kernel_size, conv.stride, conv.dilation, _same_padding(conv)
 
 
 class SparseStage(nn.Sequential):

@@ -1,7 +1,6 @@
 """What the networks with learned masks share."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +8,17 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
-from timm_dynamic.layers.folding import foldable_pairs, folded_copy, tensors_of
+from timm_dynamic.layers.folding import KeepsFolded, foldable_pairs, folded_copy
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, has_hooks, may_run_sparse, state_of
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, has_hooks, may_run_sparse
+from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
 AUTHORS_URL = "https://github.com/thomasverelst/dynconv"
 PAPER = "arXiv:1912.03203"
 
 
-class MaskedModel(nn.Module):
+class MaskedModel(KeepsFolded):
     """Mixin of timm models whose residual branches have masks; it goes before the timm model.
 
     In training, the budget loss (see `timm_dynamic.training.budget_loss`) is attached at the model's output.
@@ -26,6 +26,8 @@ class MaskedModel(nn.Module):
     Attributes:
         budget: The share of the branches' computations that training aims at; -1: there are no masks.
     """
+
+    __jit_unused_properties__ = ["execution"]
 
     def setup_masks(self, first_conv: str, budget: float, total_steps: int | None, aux_scale: float) -> None:
         """Finish the construction of a model whose masked blocks are in their places.
@@ -83,11 +85,11 @@ class MaskedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.training and self.budget >= 0:
-                return self._forward_with_budget(x)
-            if not self.training and may_run_sparse(x, self.execution) and not torch.compiler.is_compiling():
-                x, folded = x.contiguous(memory_format=torch.channels_last), self._folded()
-                return folded.forward_head(folded.forward_features(x))
+            if isinstance(x, Tensor):  # not a proxy of torch.fx
+                if self.training and self.budget >= 0:
+                    return self._forward_with_budget(x)
+                if not self.training and not torch.compiler.is_compiling() and may_run_sparse(x, self.execution):
+                    return self._forward_folded(x)
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.unused
@@ -102,29 +104,19 @@ class MaskedModel(nn.Module):
         return attach_loss(y, network + block, BUDGET_WEIGHT * self.aux_scale)
 
     @torch.jit.unused
-    def _folded(self) -> nn.Module:
-        """This model, its masked blocks being its own, with other batch norms folded; itself if that might be seen."""
+    def _forward_folded(self, x: Tensor) -> Tensor:
+        """With the batch norms between the masked blocks folded, unless a hook might see that."""
+        modules, folded = self._keep(None, self.masked_blocks, self._fold)
+        plain = x.dtype == autocast_dtype(x) == next(self.parameters()).dtype
+        if not plain or any(has_hooks(module) for module in modules):
+            folded = self
+        return self.forward_head(folded.forward_features(x.contiguous(memory_format=torch.channels_last)))
+
+    @torch.jit.unused
+    def _fold(self) -> tuple[list[nn.Module], nn.Module]:
         blocks = self.masked_blocks()
         pairs = foldable_pairs(self, blocks)
-        if any(has_hooks(getattr(parent, name)) for parent, *names in pairs for name in names):
-            return self
-        made_of = state_of(tensors_of(pairs))
-        cached = _FOLDED.get(self)
-        if cached is None or cached[0] != made_of:
-            cached = _FOLDED[self] = (made_of, folded_copy(self, blocks))
-        return cached[1]
-
-    def train(self, mode: bool = True):
-        _FOLDED.pop(self, None)  # what trains may change weights behind their version counters
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):
-        _FOLDED.pop(self, None)
-        return super()._apply(*args, **kwargs)
-
-
-# Not in the model, whose copies must not share it.
-_FOLDED: "WeakKeyDictionary[MaskedModel, tuple[tuple, nn.Module]]" = WeakKeyDictionary()
+        return [getattr(parent, name) for parent, *names in pairs for name in names], folded_copy(self, blocks)
 
 
 class _Costs:

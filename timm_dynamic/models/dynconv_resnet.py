@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from timm_dynamic.hub import build_model
+from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._dynconv import AUTHORS_URL, PAPER, MaskedModel, check_budget, checkpoint_filter_fn
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
@@ -214,13 +214,23 @@ def _cfg(**kwargs) -> dict[str, Any]:
 
 def _small_cfg(**kwargs) -> dict[str, Any]:
     return _cfg(
-        num_classes=10,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2023, 0.1994, 0.2010),
-        **kwargs,
+        **{
+            "num_classes": 10,
+            "input_size": (3, 32, 32),
+            "pool_size": (8, 8),
+            "crop_pct": 1.0,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2023, 0.1994, 0.2010),
+            **kwargs,
+        }
+    )
+
+
+def _digits_cfg(tag: str) -> dict[str, Any]:
+    """Weights that we trained."""
+    grey = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return _small_cfg(
+        file=str(PACKAGE_WEIGHTS / f"{tag}.safetensors"), origin_url=None, interpolation="bicubic", **grey
     )
 
 
@@ -232,7 +242,8 @@ def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any
 
 default_cfgs = generate_default_cfgs(
     {
-        "dynconv_resnet8.untrained": _small_cfg(),
+        "dynconv_resnet8.digits": _digits_cfg("dynconv_resnet8.digits"),
+        "dynconv_resnet8.budget30_digits": _digits_cfg("dynconv_resnet8.budget30_digits"),
         "dynconv_resnet14.untrained": _small_cfg(),
         "dynconv_resnet20.untrained": _small_cfg(),
         "dynconv_resnet26.untrained": _small_cfg(),

@@ -133,7 +133,7 @@ def neighbour_table_reference(
     """Defines the operator `torch.ops.timm_dynamic.neighbour_table`: a convolution at the active positions of a mask.
 
     Args:
-        mask: `[B, 1, Ho, Wo]`, boolean, of the convolution's output map.
+        mask: `[B, 1, Ho, Wo]`, of the convolution's output map: boolean, or numbers, active where they are not 0.
         input_size: (H, W) of its input map.
         kernel_size, stride, dilation, padding: Of the convolution.
 
@@ -206,10 +206,14 @@ def _neighbour_table_fake(mask, input_size, kernel_size, *others):
     return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
+def kernels_serve(tensor: Tensor) -> bool:
+    """Whether compiled kernels serve tensors like this."""
+    return tensor.dtype in (torch.float32, torch.int32, torch.bool) and has_kernel(tensor.device.type)
+
+
 def _choose(name: str, tensor: Tensor):
-    """The operator where a compiled kernel serves tensors like this, else its reference."""
-    fits = tensor.dtype in (torch.float32, torch.int32, torch.bool) and has_kernel(tensor.device.type)
-    return getattr(torch.ops.timm_dynamic, name) if fits else _OPERATORS[name][0]
+    """The operator where a compiled kernel serves, else its reference."""
+    return getattr(torch.ops.timm_dynamic, name) if kernels_serve(tensor) else _OPERATORS[name][0]
 
 
 def gather_conv(source: Tensor, *args) -> Tensor:

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -26,17 +27,16 @@ struct Window {
   int64_t H, W, Ho, Wo, Ky, Kx, stride_y, stride_x, dilation_y, dilation_x, padding_y, padding_x;
 
   int64_t taps() const { return Ky * Kx; }
-  // Calls f(tap, position within the input's map or -1 outside) for the taps of output (y, x).
+  // Calls f(tap, position within the input's map) for the taps of output (y, x) within the map.
   template <typename F>
   void each_tap(int64_t y, int64_t x, const F& f) const {
     const int64_t top = y * stride_y - padding_y, left = x * stride_x - padding_x;
-    int64_t tap = 0;
     for (int64_t ky = 0; ky < Ky; ++ky) {
       const int64_t row = top + ky * dilation_y;
-      for (int64_t kx = 0; kx < Kx; ++kx, ++tap) {
+      if (row < 0 || row >= H) continue;
+      for (int64_t kx = 0; kx < Kx; ++kx) {
         const int64_t column = left + kx * dilation_x;
-        const bool inside = row >= 0 && row < H && column >= 0 && column < W;
-        f(tap, inside ? row * W + column : -1);
+        if (column >= 0 && column < W) f(ky * Kx + kx, row * W + column);
       }
     }
   }
@@ -55,16 +55,15 @@ struct GatherConv {
 struct GatherDepthwise {
   int64_t M, T, C;
   float low, high;
-  const float *source, *weight, *bias;
+  const float *source, *zeros, *weight, *bias;
   const int32_t* table;
   float* out;
 };
 
-// out = bias + the mean of the last dot product of every position + those of the window's taps.
+// out = a sample's mean + the dot products of the window's taps.
 struct MaskLogits {
   Window window;
-  float bias;
-  const float* dots;
+  const float *dots, *means;
   float* out;
 };
 
@@ -169,6 +168,8 @@ Tensor gather_depthwise(const Tensor& source, const Tensor& table, const Tensor&
   op.weight = parameter("weight", weight, op.T * op.C, source);
   op.bias = parameter("bias", bias, op.C, source);
   op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  const std::vector<float> zeros(op.C);
+  op.zeros = zeros.data();
   const Tensor out = empty(source, {op.M, op.C});
   op.out = static_cast<float*>(out.mutable_data_ptr());
   const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
@@ -195,11 +196,13 @@ Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& con
   const float* const fc = parameter("fc_weight", fc_weight, C, x);
   constexpr int64_t width = 16;
   std::vector<float> matrix(C * width);
+  // In any memory format.
+  const int64_t strides[] = {conv_weight.stride(1), conv_weight.stride(2), conv_weight.stride(3)};
   for (int64_t c = 0; c < C; ++c) {
-    for (int64_t t = 0; t < 9; ++t)  // in any memory format
-      matrix[c * width + t] = taps[c * conv_weight.stride(1) + t / 3 * conv_weight.stride(2) +
-                                   t % 3 * conv_weight.stride(3)];
-    matrix[c * width + 9] = fc[c];
+    float* const row = matrix.data() + c * width;
+    for (int64_t t = 0; t < 9; ++t)
+      row[t] = taps[c * strides[0] + t / 3 * strides[1] + t % 3 * strides[2]];
+    row[9] = fc[c];
   }
   const float zeros[kDots] = {};
   const Tensor dots = empty(x, {B * H * W, kDots});
@@ -214,11 +217,19 @@ Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& con
   MaskLogits op;
   op.window = {H, W, (H - 1) / stride + 1, (W - 1) / stride + 1, 3, 3, stride, stride, 1, 1, 1, 1};
   op.dots = products.out;
-  op.bias = *parameter("conv_bias", conv_bias, 1, x) + *parameter("fc_bias", fc_bias, 1, x);
+  std::vector<float> means(B);  // of the linear layer, with the biases
+  const float bias =
+      *parameter("conv_bias", conv_bias, 1, x) + *parameter("fc_bias", fc_bias, 1, x);
+  for (int64_t b = 0; b < B; ++b) {
+    float sum = 0;
+    for (int64_t i = 0; i < H * W; ++i) sum += op.dots[(b * H * W + i) * kDots + 9];
+    means[b] = sum / (H * W) + bias;
+  }
+  op.means = means.data();
   const Tensor out = empty(x, {B, 1, op.window.Ho, op.window.Wo});
   op.out = static_cast<float*>(out.mutable_data_ptr());
   const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
-  parallel(B, H * W * kDots,
+  parallel(B * op.window.Ho, op.window.Wo * kDots * 4,
            [&](int64_t begin, int64_t end) { kernels.mask_logits(op, begin, end); });
   return out;
 }
@@ -231,17 +242,18 @@ Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size
   const Tensor table = empty_indices(positions, {M, T});
   const auto out = static_cast<int32_t*>(table.mutable_data_ptr());
   parallel(M, T * 4, [&](int64_t begin, int64_t end) {
+    std::fill(out + begin * T, out + end * T, -1);
     for (int64_t m = begin; m < end; ++m) {
       const int64_t first = at[m] / outputs * w.H * w.W;
       w.each_tap(at[m] % outputs / w.Wo, at[m] % w.Wo, [&](int64_t tap, int64_t input) {
-        out[m * T + tap] = static_cast<int32_t>(input < 0 ? -1 : first + input);
+        out[m * T + tap] = static_cast<int32_t>(first + input);
       });
     }
   });
   return table;
 }
 
-// Samples are independent but for where their rows start.
+// First what every row of the mask and every sample needs, then where that goes.
 std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
                                                    Sizes kernel_size, Sizes stride, Sizes dilation,
                                                    Sizes padding) {
@@ -252,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes inp
   const int64_t B = mask.size(0);
   const Window w =
       make_window(input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding);
-  const int64_t T = w.taps(), outputs = w.Ho * w.Wo, inputs = w.H * w.W, work = outputs * T;
+  const int64_t T = w.taps(), outputs = w.Ho * w.Wo, inputs = w.H * w.W;
   STD_TORCH_CHECK(B * std::max(outputs, inputs) <= INT32_MAX,
                   "too many positions for int32: ", B * std::max(outputs, inputs));
   const auto bools = static_cast<const bool*>(mask.const_data_ptr());
@@ -260,45 +272,46 @@ std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes inp
   const bool is_bool = mask.scalar_type() == ScalarType::Bool;
   const auto active = [&](int64_t i) { return is_bool ? bools[i] : floats[i] != 0; };
   std::vector<int32_t> rows(B * inputs, -1);  // the row of every input position that is needed
-  std::vector<int64_t> first_active(B + 1), first_needed(B + 1);
-  parallel(B, work, [&](int64_t begin, int64_t end) {
+  std::vector<int64_t> first_active(B * w.Ho + 1), first_needed(B + 1);
+  parallel(B, outputs * T, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      int64_t actives = 0, needed = 0;
-      for (int64_t i = 0; i < outputs; ++i) {
-        if (!active(b * outputs + i)) continue;
-        ++actives;
-        w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t, int64_t at) {
-          if (at >= 0) rows[b * inputs + at] = 0;
-        });
-      }
-      for (int64_t i = 0; i < inputs; ++i) needed += rows[b * inputs + i] == 0;
-      first_active[b + 1] = actives, first_needed[b + 1] = needed;
+      int32_t* const own = rows.data() + b * inputs;
+      for (int64_t y = 0; y < w.Ho; ++y)
+        for (int64_t x = 0; x < w.Wo; ++x) {
+          if (!active((b * w.Ho + y) * w.Wo + x)) continue;
+          ++first_active[b * w.Ho + y + 1];
+          w.each_tap(y, x, [&](int64_t, int64_t at) { own[at] = 0; });
+        }
+      first_needed[b + 1] = std::count(own, own + inputs, 0);
     }
   });
-  for (int64_t b = 0; b < B; ++b) {
-    first_active[b + 1] += first_active[b];
-    first_needed[b + 1] += first_needed[b];
-  }
-  const Tensor positions = empty_indices(mask, {first_active[B]}),
-               needed = empty_indices(mask, {first_needed[B]}),
-               table = empty_indices(mask, {first_active[B], T});
+  std::partial_sum(first_active.begin(), first_active.end(), first_active.begin());
+  std::partial_sum(first_needed.begin(), first_needed.end(), first_needed.begin());
+  const Tensor positions = empty_indices(mask, {first_active.back()}),
+               needed = empty_indices(mask, {first_needed.back()}),
+               table = empty_indices(mask, {first_active.back(), T});
   const auto position = static_cast<int32_t*>(positions.mutable_data_ptr());
   const auto need = static_cast<int32_t*>(needed.mutable_data_ptr());
   const auto entry = static_cast<int32_t*>(table.mutable_data_ptr());
-  parallel(B, work, [&](int64_t begin, int64_t end) {
+  parallel(B, inputs, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      int64_t row = first_needed[b], m = first_active[b];
+      int64_t row = first_needed[b];
       for (int64_t i = b * inputs; i < (b + 1) * inputs; ++i) {
         if (rows[i] < 0) continue;
         need[row] = static_cast<int32_t>(i);
         rows[i] = static_cast<int32_t>(row++);
       }
-      for (int64_t i = 0; i < outputs; ++i) {
-        if (!active(b * outputs + i)) continue;
-        position[m] = static_cast<int32_t>(b * outputs + i);
-        w.each_tap(i / w.Wo, i % w.Wo, [&](int64_t tap, int64_t at) {
-          entry[m * T + tap] = at < 0 ? -1 : rows[b * inputs + at];
-        });
+    }
+  });
+  parallel(B * w.Ho, w.Wo * T * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t* const own = rows.data() + i / w.Ho * inputs;
+      int64_t m = first_active[i];
+      std::fill(entry + m * T, entry + first_active[i + 1] * T, -1);
+      for (int64_t x = 0; x < w.Wo; ++x) {
+        if (!active(i * w.Wo + x)) continue;
+        position[m] = static_cast<int32_t>(i * w.Wo + x);
+        w.each_tap(i % w.Ho, x, [&](int64_t tap, int64_t at) { entry[m * T + tap] = own[at]; });
         ++m;
       }
     }

@@ -102,38 +102,58 @@ inline void gather_conv(const GatherConv& op, int64_t begin, int64_t end) {
   }
 }
 
-// Units are blocks of rows.
-inline void gather_depthwise(const GatherDepthwise& op, int64_t begin, int64_t end) {
+// R rows from `row` on, V vectors of channels from `channel` on.
+template <int R, int V>
+INLINE void depthwise_tile(const GatherDepthwise& op, int64_t row, int64_t channel) {
   constexpr int64_t n = kLanes<float>;
-  for (int64_t m = begin * kDepthwiseRows; m < std::min(end * kDepthwiseRows, op.M); ++m) {
-    const int32_t* const table = op.table + m * op.T;
-    for (int64_t c = 0; c < op.C; c += n) {
-      Vec<float> sum = load<float>(op.bias + c, op.C - c);
-      for (int64_t t = 0; t < op.T; ++t)
-        if (table[t] >= 0)
-          sum += load<float>(op.source + table[t] * op.C + c, op.C - c) *
-                 load<float>(op.weight + t * op.C + c, op.C - c);
-      store<float>(op.out + m * op.C + c, clamp(sum, op.low, op.high), op.C - c);
+  const int64_t left = op.C - channel;
+  Vec<float> sums[R][V];
+  for (int v = 0; v < V; ++v)
+    for (int r = 0; r < R; ++r) sums[r][v] = load<float>(op.bias + channel + v * n, left - v * n);
+  for (int64_t t = 0; t < op.T; ++t) {
+    Vec<float> weights[V];
+    for (int v = 0; v < V; ++v)
+      weights[v] = load<float>(op.weight + t * op.C + channel + v * n, left - v * n);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = op.table[(row + r) * op.T + t];
+      const float* const from = at < 0 ? op.zeros : op.source + at * op.C + channel;
+      for (int v = 0; v < V; ++v)
+        sums[r][v] += weights[v] * load<float>(from + v * n, left - v * n);
     }
   }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v)
+      store<float>(op.out + (row + r) * op.C + channel + v * n, clamp(sums[r][v], op.low, op.high),
+                   left - v * n);
 }
 
-// Units are samples.
+template <int R>
+inline void depthwise_rows(const GatherDepthwise& op, int64_t row) {
+  constexpr int64_t n = kLanes<float>;
+  int64_t channel = 0;
+  for (; channel + 2 * n <= op.C; channel += 2 * n) depthwise_tile<R, 2>(op, row, channel);
+  for (; channel < op.C; channel += n) depthwise_tile<R, 1>(op, row, channel);
+}
+
+// Units are blocks of rows.
+inline void gather_depthwise(const GatherDepthwise& op, int64_t begin, int64_t end) {
+  int64_t row = begin * kDepthwiseRows;
+  const int64_t last = std::min(end * kDepthwiseRows, op.M);
+  for (; row + 4 <= last; row += 4) depthwise_rows<4>(op, row);
+  for (; row < last; ++row) depthwise_rows<1>(op, row);
+}
+
+// Units are rows of the mask.
 inline void mask_logits(const MaskLogits& op, int64_t begin, int64_t end) {
   const Window& w = op.window;
-  for (int64_t b = begin; b < end; ++b) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / w.Ho, y = i % w.Ho;
     const float* const dots = op.dots + b * w.H * w.W * kDots;
-    float mean = 0;
-    for (int64_t i = 0; i < w.H * w.W; ++i) mean += dots[i * kDots + w.taps()];
-    mean /= w.H * w.W;
-    for (int64_t y = 0; y < w.Ho; ++y)
-      for (int64_t x = 0; x < w.Wo; ++x) {
-        float sum = op.bias + mean;
-        w.each_tap(y, x, [&](int64_t tap, int64_t at) {
-          if (at >= 0) sum += dots[at * kDots + tap];
-        });
-        op.out[(b * w.Ho + y) * w.Wo + x] = sum;
-      }
+    for (int64_t x = 0; x < w.Wo; ++x) {
+      float sum = op.means[b];
+      w.each_tap(y, x, [&](int64_t tap, int64_t at) { sum += dots[at * kDots + tap]; });
+      op.out[i * w.Wo + x] = sum;
+    }
   }
 }
 

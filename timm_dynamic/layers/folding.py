@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,27 +23,38 @@ LIMITS = {
 }
 
 
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+
+
 class Watch:
-    """Notices what happens to modules: other parameters, buffers or submodules, or other values of them.
+    """Notices what happens to modules: other parameters, buffers, submodules or hooks, other values, another mode.
 
     Not a change of values through `.data`, which leaves no trace.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        owners = [own for module in modules for own in (module._modules, module._parameters, module._buffers)]
-        self._owners = [(own, tuple(own.values())) for own in owners]
-        tensors = [t for own in owners for t in own.values() if isinstance(t, Tensor) and not t.is_inference()]
-        self._versions = [(t, t._version) for t in tensors]  # inference tensors count none
+        self._modules = list(modules)
+        hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._hooks = [*hooks, *_GLOBAL_HOOKS]
+        owners = [own for one in self._modules for own in (one._modules, one._parameters, one._buffers)]
+        self._owners = [own for own in owners if own]
+        self._items = self._now()
+        # Inference tensors count no versions.
+        self._tensors = [item for item in self._items if isinstance(item, Tensor) and not item.is_inference()]
+        self._state = self._counts()
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._owners)))
+
+    def _counts(self) -> tuple:
+        versions = [tensor._version for tensor in self._tensors]
+        return versions, [module.training for module in self._modules], sum(map(len, self._hooks))
 
     def sees_change(self) -> bool:
         """Whether something has changed since it was made."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return True
-        for own, before in self._owners:
-            if len(own) != len(before) or (before and not all(map(is_, own.values(), before))):
-                return True
-        return False
+        items = self._now()
+        same = len(items) == len(self._items) and all(map(is_, items, self._items))
+        return not same or self._counts() != self._state
 
 
 # Not in the modules, whose copies must not share it: what it was made for, what could change it, and what was made.
@@ -86,10 +98,17 @@ class Folded(NamedTuple):
 def is_foldable(conv: nn.Module | None, norm: nn.Module | None, act: nn.Module | None) -> bool:
     """Whether `fold` knows these."""
     own = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
-    if not own or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+    if not own or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.training:
         return False
-    plain = conv.padding_mode == "zeros" and conv.groups in (1, conv.in_channels)
-    return plain and type(_activation(norm, act)) in LIMITS
+    act = _activation(norm, act)
+    if type(act) not in LIMITS or any(has_hooks(module) for module in (conv, norm, act) if module is not None):
+        return False
+    return conv.padding_mode == "zeros" and conv.groups in (1, conv.in_channels)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what the module takes and gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
 
 
 def _activation(norm: nn.Module, act: nn.Module | None) -> nn.Module | None:
@@ -146,7 +165,9 @@ def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[t
     for parent in modules_without(model, shared):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
+            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.training:
+                continue
+            if norm.running_mean is not None:
                 pairs.append((parent, name, norm_name))
     return pairs
 

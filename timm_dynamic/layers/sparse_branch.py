@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, is_foldable, rows_of
+from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, has_hooks, is_foldable, rows_of
 from timm_dynamic.ops import sparse
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._library import counting_operations
@@ -85,7 +85,8 @@ class SparseBranch(KeepsFolded):
         if conv.stride != (1, 1):
             spread = mask.new_zeros(len(mask), 1, *x.shape[2:])
             spread[:, :, :: conv.stride[0], :: conv.stride[1]] = mask
-        return F.max_pool2d(spread, conv.kernel_size, 1, _same_padding(conv), conv.dilation)
+        rows, columns = _same_padding(conv)  # more than max_pool2d itself would pad
+        return F.max_pool2d(F.pad(spread, (columns, columns, rows, rows)), conv.kernel_size, 1, 0, conv.dilation)
 
     @torch.jit.unused
     def macs_per_position(self) -> tuple[int, int]:
@@ -147,12 +148,12 @@ class _Plan(NamedTuple):
 
 
 def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
-    steps, final = block.steps(), type(block.final_activation())
-    if final not in LIMITS or not all(is_foldable(*step) for step in steps):
+    steps, final = block.steps(), block.final_activation()
+    if type(final) not in LIMITS or (final and has_hooks(final)) or not all(is_foldable(*step) for step in steps):
         return None
     first, second = steps[0][0], steps[1][0]
     shortcut, before = None, []
-    if isinstance(block.downsample, nn.Sequential) and len(block.downsample) >= 2:
+    if isinstance(block.downsample, nn.Sequential) and len(block.downsample) >= 2 and not has_hooks(block.downsample):
         *before, conv, norm = block.downsample
         if is_foldable(conv, norm, None) and conv.groups == 1 and conv.kernel_size == (1, 1):
             shortcut = fold(conv, norm, None, dtype)
@@ -165,7 +166,7 @@ def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
         None if pointwise else _window(first),
         _window(second),
         second.groups > 1,
-        *LIMITS[final],
+        *LIMITS[type(final)],
     )
 
 
@@ -231,13 +232,3 @@ class SparseStage(nn.Sequential):
             x = block.forward(x, overwrite=True) if own else block(x)
             before = block
         return x
-
-
-def has_hooks(module: nn.Module) -> bool:
-    hooks = nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-    )

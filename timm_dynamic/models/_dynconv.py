@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
-from timm_dynamic.layers.folding import KeepsFolded, foldable_pairs, folded_copy
+from timm_dynamic.layers.folding import KeepsFolded, folded_copy, has_hooks, modules_without
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, has_hooks, may_run_sparse
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
@@ -106,17 +106,16 @@ class MaskedModel(KeepsFolded):
     @torch.jit.unused
     def _forward_folded(self, x: Tensor) -> Tensor:
         """With the batch norms between the masked blocks folded, unless a hook might see that."""
-        modules, folded = self._keep(None, self.masked_blocks, self._fold)
-        plain = x.dtype == autocast_dtype(x) == next(self.parameters()).dtype
-        if not plain or any(has_hooks(module) for module in modules):
+        folded = self._keep(None, self.masked_blocks, self._fold)
+        if not x.dtype == autocast_dtype(x) == next(self.parameters()).dtype:
             folded = self
         return self.forward_head(folded.forward_features(x.contiguous(memory_format=torch.channels_last)))
 
     @torch.jit.unused
-    def _fold(self) -> tuple[list[nn.Module], nn.Module]:
+    def _fold(self) -> nn.Module:
         blocks = self.masked_blocks()
-        pairs = foldable_pairs(self, blocks)
-        return [getattr(parent, name) for parent, *names in pairs for name in names], folded_copy(self, blocks)
+        between = [module for module in modules_without(self, blocks) if module is not self]
+        return self if any(map(has_hooks, between)) else folded_copy(self, blocks)
 
 
 class _Costs:

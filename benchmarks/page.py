@@ -35,6 +35,16 @@ MODELS = """
 | model / twin | mode | batch | execution | time | p10-p90 | ms | memory | MACs |
 |---|---|---|---|---|---|---|---|---|
 """
+DIGITS = """
+## A trained network with several budgets
+
+`benchmarks/digits_budgets.py` (its head has the commands), `results/{file}`, {machine}. `dynconv_resnet8` trained on
+scikit-learn's digits, one run per budget, with `configs/dynconv_resnet8.digits.yaml`; top-1, MACs and shares on the 360
+test images; time per image at batch {batch}, as the network runs by default, and with every position computed.
+
+| budget | top-1 | MACs | share of the masked MACs | ms | all positions, ms | positions by block |
+|---|---|---|---|---|---|---|
+"""
 MALLOC = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=100000000"
 FILES = {
     "models_cpu.json": ("a CPU", "python benchmarks/models.py"),
@@ -111,12 +121,25 @@ def models_table(name: str, where: str, command: str) -> str:
     return table
 
 
+def digits_table(name: str) -> str:
+    report = load(name)
+    table = DIGITS.format(file=name, machine=machine(report), batch=report["batch_size"])
+    for row in report["rows"]:
+        share, positions = f"{row['share']:.3f}" if "share" in row else "", row.get("positions", [])
+        table += (
+            f"| {row['budget'] if share else 'static'} | {row['top1']:.2f} | {row['macs'] / 1e6:.2f} M | {share} | "
+            f"{row['auto']['median_ms']:.3f} | {row['dense']['median_ms']:.3f} | {', '.join(map(str, positions))} |\n"
+        )
+    return table
+
+
 def main() -> None:
     page = HEAD + operator_table("op_ddf_cpu.json") + ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
     for name, (where, command) in FILES.items():
         if (HERE / "results" / name).exists():
             page += models_table(name, where, command)
             page += WARM_HEAP if name == "models_cpu.json" else ""
+    page += digits_table("digits_budgets_cpu.json")
     (HERE / "README.md").write_text(page + GPU)
 
 

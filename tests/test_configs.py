@@ -11,6 +11,7 @@ from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_dynamic.cli.common import create_model
 from timm_dynamic.cli.train_arguments import make_parser
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -31,6 +32,10 @@ DDF_RATES |= {epoch: 1e-5 for epoch in range(120, 130)}
 
 
 # By epoch, at the first of its updates.
+DYNCONV_RATES = {
+    "dynconv_resnet32": {0: 0.1, 149: 0.1, 150: 0.01, 249: 0.01, 250: 1e-3, 349: 1e-3},
+    "dynconv_resnet101": {0: 0.025, 29: 0.025, 30: 2.5e-3, 59: 2.5e-3, 60: 2.5e-4, 89: 2.5e-4, 90: 2.5e-5, 99: 2.5e-5},
+}
 DCD_RATES = {
     "dcd_resnet50": {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 1e-3, 89: 1e-3, 90: 1e-4, 119: 1e-4},
     "dcd_mobilenetv2": {0: 0.1, 100: 0.075, 150: 0.05, 200: 0.025},
@@ -64,6 +69,11 @@ def test_config_is_taken_over(path):
     assert re.fullmatch(rf"{args['model']}(\.digits|_w\d+(_kernels)?)?", path.stem)
 
 
+def config_of(tag):
+    """The stem of the config that weights come from: one for all budgets."""
+    return re.sub(r"\.((budget\d+|base)_)?(in1k|cifar10)$", "", tag).replace(".budget30_digits", ".digits")
+
+
 def test_every_ddf_model_has_one():
     assert {path.stem for path in DDF} == set(timm.list_models("ddf_*"))
 
@@ -75,7 +85,7 @@ def test_every_model_with_weights_has_one():
         for tag in timm.list_models(include_tags=True)
         if model_entrypoint(tag).__module__.startswith("timm_dynamic.") and not tag.endswith(".untrained")
     ]
-    assert {tag.removesuffix(".in1k") for tag in ours} <= {path.stem for path in CONFIGS}
+    assert {config_of(tag) for tag in ours} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", DDF, ids=lambda path: path.stem)
@@ -122,3 +132,32 @@ def test_dcd_recipe(name, epochs, batch, decay, dropout):
     assert target[3].item() == pytest.approx(0.9, rel=1e-6)
     assert target[4].item() == pytest.approx(0.1 / 999, rel=1e-5)
     assert (args.batch_size * 4, args.drop, args.mixup) == (batch, dropout, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "decay"), [("dynconv_resnet32", 350, 256, 5e-4), ("dynconv_resnet101", 100, 64, 1e-4)]
+)
+def test_dynconv_recipe(name, epochs, batch, decay):
+    """Schedule, weight decay and targets are those of the authors' script."""
+    args = parse(next(path for path in CONFIGS if path.stem == name))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (len(group["params"]), group["weight_decay"]) == (4, decay)
+    assert not group["nesterov"] and group["momentum"] == 0.9
+    by_epoch = rates(optimizer, args, updates=2)
+    assert len(by_epoch) == epochs
+    assert {epoch: by_epoch[epoch][0] for epoch in DYNCONV_RATES[name]} == pytest.approx(DYNCONV_RATES[name])
+    assert (args.batch_size, args.smoothing, args.mixup, args.color_jitter) == (batch, 0, 0, 0)
+
+
+def test_dynconv_starts_from_static_weights(tmp_path):
+    """The recipe's `--initial-checkpoint`: those of timm's network, with new mask units."""
+    static = timm.create_model("resnet18", num_classes=10)
+    torch.save(static.state_dict(), tmp_path / "static.pth")
+    masked = create_model("dynconv_resnet18", str(tmp_path / "static.pth"), num_classes=10).state_dict()
+    assert all(torch.equal(masked[key], value) for key, value in static.state_dict().items())
+    new = {key for key in masked if key not in static.state_dict()}
+    assert new == {key for key in masked if ".masker." in key} and len(new) == 8 * 4
+    assert all(masked[key].std() > 0 for key in new if key.endswith("weight"))

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import timm_dynamic
-from timm_dynamic.cost import Macs, calls_operators, count_macs
-from timm_dynamic.layers import DDFPack
+from timm_dynamic.cost import Macs, calls_operators, count_active, count_macs
+from timm_dynamic.layers import DDFPack, MaskUnit
 from timm_dynamic.ops import reference_only
 
 X = torch.randn(3, 8, 10, 7)
@@ -127,3 +127,91 @@ def test_the_convolutions_of_dcd_are_those_of_its_twin(batch):
     x = torch.zeros(batch, 3, 64, 64)
     dynamic, static = (count_macs(timm.create_model(name), x) for name in ("dcd_mobilenetv2_035", "mobilenetv2_035"))
     assert dynamic.static == static.static and dynamic.linear > static.linear
+
+
+def masked(name="dynconv_resnet8", **kwargs):
+    """A model with random weights, and masks that are partly on."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    for unit in model.modules():
+        if isinstance(unit, MaskUnit):
+            nn.init.zeros_(unit.maskconv.fc.weight)  # the mean would decide for the whole image
+    return model
+
+
+class TestMasks:
+    @pytest.mark.parametrize("name", ["dynconv_resnet32", "dynconv_resnet101"])
+    def test_authors_numbers(self, golden, name):
+        case, x = golden(name), golden(name).input()
+        expected = case.case["eval"]["macs"]
+        model = timm.create_model(name).eval()
+        model.load_state_dict(case.state())
+        for image, macs in zip(x, expected["per_image"], strict=True):
+            assert count_macs(model, image[None]).executed == macs
+        counted = count_macs(model, x)
+        assert counted.executed == expected["batch_average"] < counted.static
+        with torch.no_grad(), count_active(model) as active:
+            model(x)
+        for block, masks in zip(active.blocks.values(), case.case["eval"]["masks"], strict=True):
+            assert block.active == sum(masks["hard_active"])
+            assert block.dilated_active == sum(masks["dilated_active"])
+
+    @pytest.mark.parametrize("name", ["dynconv_resnet8", "dynconv_mobilenetv2_050"])
+    def test_static_is_the_twin_and_the_mask_units(self, name):
+        """Without masks there are no mask units; a full mask skips nothing, an empty one all of the branches."""
+        x = torch.randn(2, 3, 33, 40)
+        model, twin = masked(name), count_macs(timm.create_model(name, budget=-1), x)
+        units = branches = 0
+        with count_active(model) as active:
+            static = count_macs(model, x).static
+        for block, positions in zip(model.masked_blocks(), active.blocks.values(), strict=True):
+            units += (9 * block.masker.in_channels + 1) * positions.positions // 2
+            first, others = block.macs_per_position()
+            branches += (first * positions.dilated_positions + others * positions.positions) // 2
+        assert static == twin.static + units
+        for bias, executed in ((1e9, static), (-1e9, static - branches)):
+            for block in model.masked_blocks():
+                nn.init.constant_(block.masker.maskconv.conv.bias, bias)
+            assert count_macs(model, x) == Macs(static, executed, twin.linear + sum(_fc_macs(model)))
+
+    def test_mean_of_a_batch(self):
+        model, x = masked(), torch.randn(3, 3, 32, 32)
+        single = [count_macs(model, image[None]).executed for image in x]
+        assert len(set(single)) == 3
+        assert count_macs(model, x).executed == round(sum(single) / 3)
+
+    def test_without_values(self):
+        with torch.device("meta"):
+            model, x = timm.create_model("dynconv_resnet8"), torch.empty(2, 3, 32, 32)
+        assert count_macs(model, x) == count_macs(masked(), torch.randn(1, 3, 32, 32))._replace(
+            executed=count_macs(model, x).static
+        )
+
+    @pytest.mark.parametrize("execution", ["sparse", "dense", "compiled"])
+    def test_over_batches(self, execution):
+        """Of different size, on every way to run; outputs and model stay as they were."""
+        model, x = masked(), torch.randn(5, 3, 32, 32)
+        static = count_macs(model, x).static
+        single = [count_macs(model, image[None]).executed for image in x]
+        model.execution = execution if execution != "compiled" else "auto"
+        with torch.inference_mode():
+            expected = model(x)
+            torch._dynamo.reset()
+            run = torch.compile(model, backend="eager") if execution == "compiled" else model
+            with count_active(run) as active:
+                assert (active.images, active.skipped_macs) == (0, 0)
+                output = torch.cat([run(x[:3]), run(x[3:])])
+        torch.testing.assert_close(output, expected)
+        assert active.images == 5
+        assert static - active.skipped_macs == pytest.approx(sum(single) / 5, rel=1e-12)
+        assert list(active.blocks) == ["layer1.0", "layer2.0", "layer3.0"]
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_a_model_without_masks(self):
+        with count_active(nn.Conv2d(8, 6, 3)) as active:
+            pass
+        assert (active.blocks, active.skipped_macs) == ({}, 0)
+
+
+def _fc_macs(model):
+    return (unit.maskconv.fc.weight.numel() for unit in model.modules() if isinstance(unit, MaskUnit))

@@ -133,7 +133,7 @@ def test_shipped_weights():
     assert set(SHIPPED.values()) == set(hub.PACKAGE_WEIGHTS.glob("*.safetensors"))
     assert {tag: path.stem for tag, path in SHIPPED.items()} == {tag: tag for tag in SHIPPED}
     assert all(path.stat().st_size < 1.5e6 for path in SHIPPED.values())
-    assert {tag.split("_")[1] for tag in SHIPPED} == {"ddf", "dcd", "ped", "dy"}
+    assert {tag.removeprefix("test_").split("_")[0] for tag in SHIPPED} == {"ddf", "dcd", "ped", "dy", "dynconv"}
     assert all(timm.get_pretrained_cfg(tag.split(".")[0]).tag == "digits" for tag in SHIPPED)
 
 
@@ -146,13 +146,19 @@ def digits(tmp_path_factory):
 
 @pytest.mark.parametrize("tag", SHIPPED)
 def test_accuracy_of_shipped_weights(tag, digits, tmp_path):
-    """That of its card in the package, but for one image of the 360; parameters as there, too."""
+    """That of its card in the package, but for one image of the 360; parameters and what masks skip as there, too."""
     results = tmp_path / "results.json"
-    flags = ["--model", tag.split(".")[0], "--pretrained", "--device", "cpu", "--workers", "0"]
+    flags = ["--model", tag, "--pretrained", "--device", "cpu", "--workers", "0"]
     assert cli.main(["validate", str(digits), *flags, "--results-file", str(results)]) == 0
     card = (hub.PACKAGE_WEIGHTS / "README.md").read_text().split(f"## {tag}\n")[1].split("##")[0]
     (accuracy,) = re.findall(r"([\d.]+) % top-1 on the 360", card)
-    assert json.loads(results.read_text())["top1"] == pytest.approx(float(accuracy), abs=100 / 360 + 0.01)
+    result = json.loads(results.read_text())
+    assert result["top1"] == pytest.approx(float(accuracy), abs=100 / 360 + 0.01)
+    macs = re.findall(r"([\d.]+) of ([\d.]+) million MACs", card)
+    assert bool(macs) == ("gmacs" in result)
+    for executed, static in macs:
+        assert 1e3 * result["gmacs"] == pytest.approx(float(executed), rel=1e-2)
+        assert 1e3 * result["gmacs_static"] == pytest.approx(float(static), abs=1e-3)
     (parameters,) = re.findall(r"([\d ]+) parameters", card)
     model = timm.create_model(tag, device="meta")
     assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(" ", ""))
@@ -168,7 +174,8 @@ def test_shipped_weights_in_another_form(tag):
     other = {key for key, value in model.state_dict().items() if not torch.equal(value, saved[key])}
     first = f"{cfg['first_conv']}.weight"
     assert other == {first} | {key for key in saved if key.rpartition(".")[0] in classifiers}
-    torch.testing.assert_close(stem(model), saved[first].sum(1, keepdim=True))
+    first_weight = model.get_submodule(cfg["first_conv"]).weight
+    torch.testing.assert_close(first_weight, saved[first].sum(1, keepdim=True))
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
 
     features = timm.create_model(tag, pretrained=True, features_only=True).state_dict()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_dynamic
-from timm_dynamic.inspect import routing_entropy
-from timm_dynamic.layers import DCDConv2d, DCDLinear, DDFConv2d, DynamicConv2d, PEDConv2d
+from timm_dynamic.inspect import ponder_cost, routing_entropy
+from timm_dynamic.layers import DCDConv2d, DCDLinear, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
 from timm_dynamic.ops import factored_conv2d_reference, mixed_conv2d_reference
 
 
@@ -65,6 +65,12 @@ class TestWhatTheLayersUsed:
         torch.testing.assert_close(layer.linear(x) * record[""], output)
         assert record.resolutions == {"": (1, 1)}
 
+    @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"kernel_size": 1}], ids=str)
+    def test_mask(self, options):
+        layer, x = MaskUnit(8, **options).eval(), torch.randn(5, 8, 9, 7)
+        mask, output = recorded(layer, x[:2], x[2:])
+        assert torch.equal(mask, output) and 0 < mask.mean() < 1
+
     @pytest.mark.parametrize("layer", [DynamicConv2d, PEDConv2d, DCDConv2d])
     def test_under_autocast(self, layer):
         layer, x = layer(8, 6, 3, padding=1).eval(), torch.randn(2, 8, 16, 16)
@@ -92,6 +98,33 @@ def test_models(name):
     assert set(record) - {"fc"} == dynamic
     assert all(len(routing) == 3 and routing.device.type == "cpu" for routing in record.values())
     assert record.resolutions["layer2.0.conv1"] == (16, 16) and record.resolutions["layer2.0.conv2"] == (8, 8)
+
+
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
+def test_models_with_masks(execution):
+    model, x = timm.create_model("dynconv_resnet8").eval(), torch.randn(3, 3, 33, 24)
+    model.execution = execution
+    with torch.inference_mode():
+        expected = model(x)
+        with timm_dynamic.record(model) as record:
+            assert torch.equal(model(x), expected)
+    sizes = {name: tuple(mask.shape) for name, mask in record.items()}
+    assert sizes == {
+        "layer1.0.masker": (3, 1, 33, 24),
+        "layer2.0.masker": (3, 1, 17, 12),
+        "layer3.0.masker": (3, 1, 9, 6),
+    }
+    assert all(set(mask.unique().tolist()) <= {0, 1} for mask in record.values())
+
+
+def test_both_kinds():
+    model, x = timm.create_model("dynconv_resnet8").eval(), torch.randn(3, 3, 32, 32)
+    timm_dynamic.dynamize(model, "dcd", where="conv1")
+    with torch.inference_mode():
+        model(x)
+        with timm_dynamic.record(model) as record:
+            model(x)
+    assert [len(value) for value in record.values()] == [3] * 4 and "conv1" in record
 
 
 def test_exceptions_and_nesting():
@@ -128,7 +161,7 @@ def test_compiled_models():
 
 @pytest.mark.parametrize("model", [nn.Conv2d(8, 8, 3), DDFConv2d(8, 8, 3, padding=1)], ids=["static", "DDF"])
 def test_nothing_to_record(model):
-    with pytest.raises(ValueError, match=f"no layer with attention or gates in this {type(model).__name__}"):
+    with pytest.raises(ValueError, match=f"no layer with attention, gates or masks in this {type(model).__name__}"):
         with timm_dynamic.record(model):
             raise AssertionError
 
@@ -151,3 +184,19 @@ class TestEntropy:
         binary = F.binary_cross_entropy(torch.tensor(0.1), torch.tensor(0.1)).item()
         torch.testing.assert_close(entropy, torch.tensor([math.log(2), 0, math.log(2) / 2, binary]))
         assert highest == math.log(2)
+
+
+class TestPonderCost:
+    def test_by_hand(self):
+        large = torch.tensor([[[[1.0, 0, 1], [0, 0, 0], [1, 1, 1]]], [[[0.0] * 3] * 3]])
+        small = torch.tensor([[[[1.0, 0], [0, 1]]], [[[0.0, 1], [0, 0]]]])
+        cost = ponder_cost([large, small, torch.ones(2, 1, 1, 1)])
+        # of two positions for three, the first stands for two
+        assert cost.tolist() == [
+            [[3, 2, 2], [2, 2, 1], [2, 2, 3]],
+            [[1, 1, 2], [1, 1, 2], [1, 1, 1]],
+        ]
+
+    def test_no_masks(self):
+        with pytest.raises(ValueError, match="at least one mask"):
+            ponder_cost({}.values())

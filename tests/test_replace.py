@@ -206,6 +206,18 @@ def test_dynamic_layers_are_not_replaced():
         dynamize(model, "ped")
 
 
+@pytest.mark.parametrize("layer", ["dcd", "ddf", "dy", "ped"])
+def test_mask_units_are_not_replaced(layer):
+    model = dynamize(timm.create_model("dynconv_resnet8"), layer).eval()
+    for block in model.masked_blocks():
+        assert type(block.masker.maskconv.conv) is nn.Conv2d
+        assert isinstance(block.conv2, DropInConv2d)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 32, 32)
+        expected, model.execution = model(x), "dense"
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_blocks_that_timm_merges():
     """A dynamic layer's `weight` is not all of it."""
     model = timm.create_model("repvgg_a0")

@@ -1,11 +1,14 @@
 """What one image costs, in multiply-accumulates (MACs)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.ops._library import operators_only
 from timm_dynamic.ops._linear import ONEDNN
 
@@ -15,7 +18,7 @@ class Macs(NamedTuple):
 
     Attributes:
         static: Of convolutions and dynamic filters, each at every output position.
-        executed: The same without what a model skips for this input; equal to `static` where it skips nothing.
+        executed: The same without what masks skip for these images; equal to `static` in models without masks.
         linear: Of matrix products (linear layers, attention), which published figures often leave out.
     """
 
@@ -27,19 +30,22 @@ class Macs(NamedTuple):
 def count_macs(model: nn.Module, x: Tensor) -> Macs:
     """Count the multiply-accumulates of an evaluation forward, per image.
 
-    Biases, normalisation, activations and pooling are not counted. The count looks at what runs, so functional calls
-    count as layers do, and it does not depend on whether compiled kernels are installed.
+    Biases, normalisation, activations and pooling are not counted, but for the bias of a mask unit's convolution, as
+    its authors count. The count looks at what runs, so functional calls count as layers do, and it does not depend on
+    whether compiled kernels are installed.
 
     Args:
         model: Any model; it is left as it was found.
-        x: `[B, C, H, W]` with B > 0, on the model's device (`meta` will do).
+        x: `[B, C, H, W]` with B > 0, on the model's device (`meta` will do, where masks count as full). What masks
+            skip depends on the images: `executed` is the mean of the batch, rounded to an integer.
 
     Raises:
         ValueError: If the batch is empty.
     """
     if x.shape[0] == 0:
         raise ValueError(f"count_macs needs at least one image, got shape {list(x.shape)}")
-    flops = _flops(model, x)
+    with count_active(model) as active:
+        flops = _flops(model, x)
     total = sum(flops["Global"].values())
     # Whatever an nn.Conv2d runs is a convolution, a matrix product included.
     modules = model.named_modules(prefix=type(model).__name__)
@@ -48,8 +54,96 @@ def count_macs(model: nn.Module, x: Tensor) -> Macs:
     convolution += sum(
         count for name in within for operator, count in flops.get(name, {}).items() if not _is_convolution(operator)
     )
-    static, linear = convolution // 2 // x.shape[0], (total - convolution) // 2 // x.shape[0]
-    return Macs(static=static, executed=static, linear=linear)
+    biases = sum(block.positions for block in active.blocks.values())
+    static, linear = (convolution // 2 + biases) // x.shape[0], (total - convolution) // 2 // x.shape[0]
+    return Macs(static=static, executed=static - round(active.skipped_macs), linear=linear)
+
+
+def masked_blocks(model: nn.Module) -> dict[str, SparseBranch]:
+    """The blocks with a mask, by name."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper adds this to every name
+    return {name: block for name, block in model.named_modules() if isinstance(block, SparseBranch)}
+
+
+class ActivePositions(NamedTuple):
+    """Positions of a block's mask and of its dilated mask, at which the first convolution runs, over several images."""
+
+    active: int
+    positions: int
+    dilated_active: int
+    dilated_positions: int
+
+
+class ActiveCount:
+    """What `count_active` has seen so far.
+
+    Attributes:
+        images: The number of images.
+    """
+
+    def __init__(self):
+        self.images = 0
+        # Counts stay on their device until somebody asks: a number on the host would wait for it at every block.
+        self._sums: dict[str, list[int | Tensor]] = {}
+        self._macs: dict[str, tuple[int, int]] = {}
+
+    @property
+    def blocks(self) -> dict[str, ActivePositions]:
+        """The counts, by the name of the block, in the order in which the blocks ran."""
+        return {name: ActivePositions(*map(int, sums)) for name, sums in self._sums.items()}
+
+    @property
+    def skipped_macs(self) -> float:
+        """Multiply-accumulates that the masks saved, per image; 0 in a model without masks."""
+        total = 0
+        for name, block in self.blocks.items():
+            first, others = self._macs[name]
+            total += first * (block.dilated_positions - block.dilated_active)
+            total += others * (block.positions - block.active)
+        return total / self.images if self.images else 0.0
+
+    def _hook(self, name: str, block: SparseBranch) -> Callable:
+        @torch.compiler.disable
+        def hook(masker, args, mask) -> None:
+            if name not in self._sums:
+                self._sums[name] = [0] * len(ActivePositions._fields)
+                self._macs[name] = block.macs_per_position()
+            if name == next(iter(self._sums)):
+                self.images += len(mask)
+            mask = mask.detach()
+            counts = [n for one in (mask, block.dilated(mask, *args)) for n in (_count_active(one), one.numel())]
+            self._sums[name] = [sum_ + n for sum_, n in zip(self._sums[name], counts, strict=True)]
+
+        return hook
+
+
+def _count_active(mask: Tensor) -> int | Tensor:
+    return mask.numel() if mask.is_meta else mask.count_nonzero()
+
+
+@contextmanager
+def count_active(model: nn.Module) -> Iterator[ActiveCount]:
+    """Count the positions that masks leave active, and the multiply-accumulates they skip, in a `with` block.
+
+        with count_active(model) as active:
+            for images in batches:
+                model(images)
+        executed = count_macs(model, images).static - active.skipped_macs  # mean over all images
+
+    The outputs of the model, and how it runs, stay the same; a compiled model must not have run before.
+
+    Args:
+        model: Any model, in eval mode.
+    """
+    count = ActiveCount()
+    handles = [
+        block.masker.register_forward_hook(count._hook(name, block)) for name, block in masked_blocks(model).items()
+    ]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _is_convolution(operator) -> bool:

@@ -1,10 +1,11 @@
-"""What dynamic layers decide for the inputs they see: attention over kernels, gates."""
+"""What dynamic layers decide for the inputs they see: attention over kernels, gates, masks."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -54,6 +55,7 @@ def record(model: nn.Module) -> Iterator[Record]:
     - `PEDConv2d`: the gates, `[B, N]`: rank values for each input channel of a group, then each output channel, then
       each tap. In training, those without the noise.
     - `DCDConv2d` and `DCDLinear`: the scale of the output channels, `[B, N]`, from 0 to 2.
+    - `MaskUnit`: the mask, `[B, 1, H, W]`, of zeros and ones. In training, that without the noise.
 
     Decoupled dynamic filters (DDF) are no gates and are not recorded.
 
@@ -88,7 +90,8 @@ def routing_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "routing")}
     if not layers:
         raise ValueError(
-            f"no layer with attention or gates in this {type(model).__name__}: it takes DY, PED or DCD layers"
+            f"no layer with attention, gates or masks in this {type(model).__name__}: it takes DY, PED, DCD or DynConv "
+            "layers"
         )
     return layers
 
@@ -110,3 +113,23 @@ def routing_entropy(layer: nn.Module, routing: Tensor) -> tuple[Tensor, float]:
         return torch.special.entr(routing).sum(1), math.log(routing.shape[1])
     on = routing / layer.routing_limit
     return (torch.special.entr(on) + torch.special.entr(1 - on)).mean(1), math.log(2)
+
+
+def ponder_cost(masks: Iterable[Tensor]) -> Tensor:
+    """How many blocks are executed at every position: the sum of their masks, at the resolution of the first.
+
+    Smaller masks are enlarged to the nearest position (arXiv 1912.03203 shows such maps).
+
+    Args:
+        masks: What `record` has of mask units, each `[B, 1, h, w]`, in the order of the blocks.
+
+    Returns:
+        `[B, H, W]`.
+
+    Raises:
+        ValueError: If there are no masks.
+    """
+    masks = list(masks)
+    if not masks:
+        raise ValueError("ponder_cost needs at least one mask")
+    return sum(F.interpolate(mask, masks[0].shape[2:]).squeeze(1) for mask in masks)

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from timm_dynamic.layers import DCDConv2d, DDFConv2d, DynamicConv2d, PEDConv2d
+from timm_dynamic.layers import DCDConv2d, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
 from timm_dynamic.layers.base import DropInConv2d
 
 LAYERS = {"dcd": DCDConv2d, "ped": PEDConv2d, "dy": DynamicConv2d, "ddf": DDFConv2d}
@@ -89,7 +89,7 @@ def dynamize(
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The static ones, by name; one that is used in several places has several names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    dynamic = tuple(f"{name}." for name, module in modules.items() if isinstance(module, DropInConv2d))
+    dynamic = tuple(f"{name}." for name, module in modules.items() if isinstance(module, (DropInConv2d, MaskUnit)))
     return {
         name: module
         for name, module in modules.items()

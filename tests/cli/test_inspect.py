@@ -115,13 +115,98 @@ def test_default_folder_and_dynamize(tmp_path, capsys, small_digits, monkeypatch
     assert json.loads((tmp_path / "output/inspect/test_resnet/entropy.json").read_text())["images"] == 20
 
 
+def masked_model(**kwargs):
+    """With masks that are partly on."""
+    torch.manual_seed(0)
+    model = timm.create_model("dynconv_resnet8", **kwargs).eval()
+    for block in model.masked_blocks():
+        torch.nn.init.zeros_(block.masker.maskconv.fc.weight)
+    return model
+
+
+MASKED = ["--model", "dynconv_resnet8", *FLAGS[4:]]
+
+
+def test_masks_of_a_folder(tmp_path, capsys, small_digits):
+    """Shares and MACs are those of a plain loop over the first images."""
+    model = masked_model()
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    out = tmp_path / "out"
+    flags = [*MASKED, "--checkpoint", tmp_path / "m.pth", "--out", out, "--images", 3]
+    status, text, err = run(capsys, small_digits, *flags)
+    assert (status, err) == (0, "")
+    names = ["000.4", "001.5", "002.4"]
+    pictures = [f"{name}.{kind}.png" for name in names for kind in ("masks", "ponder")]
+    assert sorted(path.name for path in out.iterdir()) == [*pictures, "masks.json"]
+    assert all(Image.open(out / picture).width > 300 for picture in pictures)
+
+    report = json.loads((out / "masks.json").read_text())
+    assert (report["model"], report["images"], report["img_size"]) == ("dynconv_resnet8", 3, [32, 32])
+    config = timm.data.resolve_data_config({}, model=model)
+    dataset = create_dataset("", root=str(small_digits / "val"), transform=create_transform(**config))
+    seen = defaultdict(list)
+    for name, block in model.named_modules():
+        if isinstance(block, timm_dynamic.layers.SparseBranch):
+            hook = lambda unit, args, mask, name=name: seen[name].append(mask)  # noqa: E731
+            block.masker.register_forward_hook(hook)
+    with torch.no_grad():
+        macs = [timm_dynamic.count_macs(model, dataset[i][0][None]) for i in range(3)]
+    assert [row["image"] for row in report["per_image"]] == names
+    assert [row["executed_macs"] for row in report["per_image"]] == [count.executed for count in macs]
+    assert {row["static_macs"] for row in report["per_image"]} == {macs[0].static}
+    assert [row["block"] for row in report["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    for row in report["blocks"]:
+        assert row["active"] == pytest.approx(torch.cat(seen[row["block"]]).mean().item())
+        assert 0 < row["active"] <= row["dilated"] <= 1
+        assert f"{row['block']}" in text and f"{row['active']:.4f}" in text and f"{row['dilated']:.4f}" in text
+    assert all(f"{count.executed / count.static:.4f}" in text for count in macs)
+
+
+def test_masks_of_a_photograph(tmp_path, capsys, monkeypatch):
+    """Not square; its results go to a folder of their own."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    monkeypatch.chdir(tmp_path)
+    torch.save(masked_model().state_dict(), "m.pth")
+    Image.fromarray(datasets.load_sample_image("china.jpg")).save("china.jpg")
+    flags = [*MASKED, "--checkpoint", "m.pth", "--input-size", 3, 43, 64, "--crop-pct", 1]
+    status, text, err = run(capsys, "china.jpg", *flags)
+    assert (status, err) == (0, "")
+    out = tmp_path / "output/inspect/dynconv_resnet8/china"
+    assert sorted(path.name for path in out.iterdir()) == ["china.masks.png", "china.ponder.png", "masks.json"]
+    assert json.loads((out / "masks.json").read_text())["img_size"] == [43, 64]
+    assert Image.open(out / "china.ponder.png").width > 2 * Image.open(out / "china.ponder.png").height
+
+
+def test_grey_images(tmp_path, capsys, small_digits):
+    torch.save(masked_model(in_chans=1).state_dict(), tmp_path / "m.pth")
+    flags = [*MASKED, "--checkpoint", tmp_path / "m.pth", "--out", tmp_path / "out", "--in-chans", 1, "--images", 1]
+    assert run(capsys, small_digits, *flags)[0] == 0
+    assert (tmp_path / "out" / "000.4.masks.png").exists()
+
+
+def test_both_kinds(tmp_path, capsys, small_digits):
+    """A model with masks and attention gets both reports."""
+    torch.save(timm_dynamic.dynamize(masked_model(), "dy").state_dict(), tmp_path / "m.pth")
+    flags = [*MASKED, "--dynamize", "dy", "--checkpoint", tmp_path / "m.pth", "--out", tmp_path, "-b", 7]
+    status, text, err = run(capsys, small_digits, *flags, "--images", 2)
+    assert (status, err) == (0, "")
+    entropy, masks = (json.loads((tmp_path / name).read_text()) for name in ("entropy.json", "masks.json"))
+    assert "entropy of its attention" in text and "share of positions" in text
+    assert [row["inputs"] for row in entropy["layers"]] == [20] * 6
+    assert {row["layer"] for row in entropy["layers"]} == {f"layer{i}.0.conv{k}" for i in (1, 2, 3) for k in (1, 2)}
+    assert [row["block"] for row in masks["blocks"]] == ["layer1.0", "layer2.0", "layer3.0"]
+    assert (entropy["images"], masks["images"]) == (20, 2)
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ("--model test_resnet", "no layer with attention or gates in this ResNet"),
-        ("--model test_ddf_resnet", "no layer with attention or gates in this ResNet"),
+        ("--model test_resnet", "no layer with attention, gates or masks in this ResNet"),
+        ("--model test_ddf_resnet", "no layer with attention, gates or masks in this ResNet"),
         ("--model=", "name a model with --model"),
         ("--use-ema", "--use-ema needs --checkpoint"),
+        ("--model dynconv_resnet8 --model-kwargs budget=-1", "gates or masks in this DynConvResNetSmall"),
+        ("--images 0", "argument --images: 0 is not 1 or more"),
         ("--checkpoint huge.pth", "the attention of conv1.3 is not finite"),
         ("--checkpoint a.pth --out a.pth", "File exists: 'a.pth'"),
         ("--checkpoint a.pth --data-dir nowhere", "no such data folder: nowhere"),

@@ -1,11 +1,13 @@
 import csv
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +15,11 @@ import yaml
 
 from timm_dynamic import cli
 from timm_dynamic.cli.data import UnreadableImage
+from timm_dynamic.cli.train import write_summary
+from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import extract_state_dict, load_checkpoint, read_checkpoint
+from timm_dynamic.layers import DynamicConv2d
+from timm_dynamic.training import set_progress
 
 ROOT = Path(__file__).parents[2]
 MODEL = "test_ddf_resnet"
@@ -122,12 +128,97 @@ def test_dynamize(capsys):
     assert_same(last["state_dict"], resumed["state_dict"])
     start = "--lr 0 --epochs 1 --experiment c --initial-checkpoint out/run/last.pth.tar"
     _, _, started = train(capsys, f"{flags} {start}")
+    assert rows[0]["train_reconstruction"] > 0
     key = "layer1.0.conv1.weight"
     assert torch.equal(started["state_dict"][key], last["state_dict"][key])
     validate = ["validate", "data", *FLAGS[: FLAGS.index("-b")], "--checkpoint", "out/run/last.pth.tar"]
     assert cli.main([*validate, *flags.split(), "--results-file", "r.csv"]) == 0
     with open("r.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
+
+
+def test_auxiliary_terms_are_logged(capsys):
+    """Their means over the images, and not in the loss; the network's term is 10 * (share - budget)^2."""
+    flags = "--model dynconv_resnet8 --lr 0 --epochs 1 -b 16 --model-kwargs budget="
+    rows = [train(capsys, f"{flags}{budget}")[1][0] for budget in (0.3, 0.5, 0.7)]
+    assert list(rows[0])[1:5] == ["train_loss", "train_network_budget", "train_block_budget", "eval_loss"]
+    assert rows[0]["train_loss"] == rows[1]["train_loss"] == rows[2]["train_loss"]
+    first, second, third = (row["train_network_budget"] for row in rows)
+    assert first - 2 * second + third == pytest.approx(10 * 2 * 0.2**2, rel=1e-4)
+    assert all(row["train_block_budget"] > 0 for row in rows)
+    assert "train_network_budget" not in train(capsys, f"{flags}-1")[1][0]
+
+
+def test_schedules_follow_the_epochs(capsys, monkeypatch):
+    """With every batch, and in evaluation; a resumed run goes on where it was."""
+    told, by_epoch = [], [[epoch, *(epoch + step / 5 for step in range(1, 5)), epoch] for epoch in range(3)]
+
+    def listen(model, epoch, epochs):
+        set_progress(model, epoch, epochs)
+        told.append(model.progress().item() * epochs)
+
+    monkeypatch.setattr("timm_dynamic.cli.train.set_progress", listen)
+    flags = "--model dynconv_resnet8 --epochs 2 --cooldown-epochs 1"
+    _, rows, last = train(capsys, flags)
+    assert told == pytest.approx(sum(by_epoch, []))
+    del told[:]
+    _, resumed_rows, resumed = train(capsys, f"{flags} --experiment b --resume out/run/checkpoint-0.pth.tar")
+    assert told == pytest.approx(sum(by_epoch[1:], []))
+    assert resumed_rows == rows[1:]
+    assert_same(last["state_dict"], resumed["state_dict"])
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--model test_resnet --dynamize dy --model-ema", [30, 30, 30 - 29 / 9, 30 - 29 / 9]),
+        ("--model test_dy_resnet --model-kwargs anneal_steps=4", [None, None]),  # which then counts
+    ],
+)
+def test_temperatures_of_evaluation(capsys, monkeypatch, flags, expected):
+    """Those of the epoch before, for the averaged weights too."""
+    seen = []
+
+    def listen(model, *args):
+        layer = next(module for module in model.modules() if isinstance(module, DynamicConv2d))
+        seen.append(None if layer.temperature is None else pytest.approx(layer.temperature.item()))
+        return evaluate(model, *args)
+
+    monkeypatch.setattr("timm_dynamic.cli.train.evaluate", listen)
+    train(capsys, flags)
+    assert seen == expected
+
+
+def test_schedules_do_not_compile_again(capsys, monkeypatch):
+    compiled = []
+
+    def listen(*args):
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return write_summary(*args)
+
+    monkeypatch.setattr("timm_dynamic.cli.train.write_summary", listen)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(capsys, "--model dynconv_resnet8 --torchcompile eager --val-split= --epochs 3")
+    assert compiled[0] == compiled[1] == compiled[2] > 0
+
+
+def test_cifar10_through_torchvision(capsys, monkeypatch):
+    """With files of its format, a few random images each."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    folder = Path("cifar/cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(label) for label in range(10)]}))
+    random = np.random.RandomState(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        batch = {"data": random.randint(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 3, 6, 9]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    Path("data").unlink()
+    Path("data").symlink_to("cifar")
+    config = f"--config {ROOT}/configs/dynconv_resnet32.yaml"
+    _, (row,), last = train(capsys, f"{config} --epochs 1 --model dynconv_resnet8")
+    assert last["args"].dataset == "torch/cifar10"
+    assert row["eval_top1"] in (0, 25, 50, 75, 100)
 
 
 def test_resume_in_the_same_folder(capsys):
@@ -140,6 +231,13 @@ def test_resume_in_the_same_folder(capsys):
     _, again, resumed = train(capsys, "--epochs 4 --resume last.pth.tar")
     assert [row["epoch"] for row in again] == [0, 1, 2, 3] and again[:3] == rows
     assert resumed["epoch"] == 3
+
+
+def test_another_run_in_the_same_folder(capsys):
+    """Its summary is its own, with other columns."""
+    train(capsys, "--epochs 1")
+    _, (row,), _ = train(capsys, "--epochs 1 --val-split=")
+    assert list(row) == ["epoch", "train_loss", "lr"]
 
 
 def test_best_is_remembered(capsys):

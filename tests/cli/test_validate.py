@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data import create_dataset, create_transform
 
+import timm_dynamic
 from timm_dynamic import cli
 
 MODEL = "test_ddf_resnet"
@@ -123,6 +124,46 @@ def test_use_ema(tmp_path, capsys, small_digits):
     flags = [small_digits, *FLAGS, "--checkpoint", tmp_path / "a.pth"]
     assert run(capsys, *flags, "--use-ema")[1]["top1"] == 10
     assert run(capsys, *flags)[1]["top5"] != run(capsys, *flags, "--use-ema")[1]["top5"]
+
+
+def masked_checkpoint(path):
+    """Weights with masks that are partly on."""
+    torch.manual_seed(0)
+    model = timm.create_model("dynconv_resnet8")
+    for block in model.masked_blocks():
+        torch.nn.init.zeros_(block.masker.maskconv.fc.weight)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("flags", ["-b 7", "-b 256 --channels-last", "-b 7 --torchcompile eager"])
+def test_macs_of_a_model_with_masks(tmp_path, capsys, small_digits, flags):
+    """The average over the dataset, whatever the last batch: that of a loop over single images."""
+    model = masked_checkpoint(tmp_path / "m.pth")
+    config = timm.data.resolve_data_config({}, model=model)
+    dataset = create_dataset("", root=str(small_digits / "val"), transform=create_transform(**config))
+    counts = [timm_dynamic.count_macs(model, image[None]) for image, _ in dataset]
+    torch._dynamo.reset()
+    flags = ["--model", "dynconv_resnet8", *FLAGS[2:], "--checkpoint", tmp_path / "m.pth", *flags.split()]
+    status, results, err = run(capsys, small_digits, *flags, "--results-file", tmp_path / "r.json")
+    assert (status, err) == (0, "")
+    assert list(results) == [*KEYS, "gmacs", "gmacs_static"]
+    assert len({count.executed for count in counts}) > 1
+    # an image whose logits are all but zero may differ by a position, by the order of sums
+    assert results["gmacs"] == pytest.approx(sum(count.executed for count in counts) / len(counts) / 1e9, rel=1e-4)
+    assert results["gmacs_static"] == pytest.approx(counts[0].static / 1e9, abs=1e-6)
+    assert json.loads((tmp_path / "r.json").read_text()) == results
+
+
+def test_fewer_classes_than_the_model_has(tmp_path, capsys, small_digits):
+    make_checkpoint(tmp_path / "a.pth", num_classes=12)
+    flags = [small_digits, *FLAGS, "--checkpoint", tmp_path / "a.pth", "--num-classes", 12]
+    status, results, err = run(capsys, *flags)
+    assert status == 0 and list(results) == KEYS
+    assert err.startswith("timm-dynamic validate: warning: the data has 10 classes, the model 12: ")
+    assert err.count("\n") == 1
+    (tmp_path / "map.txt").write_text("".join(f"{label}\n" for label in range(10)))
+    assert run(capsys, *flags, "--class-map", tmp_path / "map.txt")[::2] == (0, "")
 
 
 def test_results_file(tmp_path, capsys, small_digits):

@@ -9,7 +9,7 @@ COMMANDS = {
     "benchmark": "time models side by side, as ratios to a baseline",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",
     "digits": "write scikit-learn's digits as an image folder",
-    "inspect": "measure the entropy of a model's attention, by feature resolution",
+    "inspect": "measure the entropy of a model's attention, or draw the masks of its blocks",
     "env": "print versions and which kernels are loaded",
 }
 

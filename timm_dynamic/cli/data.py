@@ -129,13 +129,21 @@ def open_dataset(
         if "Found 0 images" in str(error):
             raise ValueError(f"no images in {root}") from None
         raise ValueError(f"cannot open the dataset in {root}: {error}") from None
-    labels = {} if num_classes is None else getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
-    if "" in labels:
+    if num_classes is not None and "" in _labels(dataset):
         raise ValueError(f"{root} has images that are in no class folder")
-    classes = 1 + max(labels.values(), default=0)
+    classes = count_classes(dataset)
     if num_classes is not None and classes > num_classes:
         raise ValueError(f"{root} has {classes} classes, the model {num_classes}: pass --num-classes {classes}")
     return Images(dataset.reader, mode) if type(dataset) is ImageDataset else dataset
+
+
+def count_classes(dataset: Dataset) -> int:
+    """The number of classes that a dataset's labels tell apart; 0 where it does not know them."""
+    return 1 + max(_labels(dataset).values(), default=-1)
+
+
+def _labels(dataset: Dataset) -> dict[str, int]:
+    return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
 
 
 def make_loader(dataset: Dataset, args: argparse.Namespace, config: dict, device: torch.device, **options):

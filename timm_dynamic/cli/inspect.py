@@ -1,4 +1,4 @@
-"""`timm-dynamic inspect`: the entropy of a model's attention (or gates), by feature resolution."""
+"""`timm-dynamic inspect`: the entropy of a model's attention (or gates), by feature resolution; pictures of masks."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,14 @@ from timm.models import safe_model_name
 from torch import nn
 from tqdm import tqdm
 
-from timm_dynamic.cli.common import Parser, add_model_arguments, create_model, replacing, resolve_device
+from timm_dynamic.cli.common import (
+    Parser,
+    add_model_arguments,
+    create_model,
+    positive_int,
+    replacing,
+    resolve_device,
+)
 from timm_dynamic.cli.data import (
     IMAGE_MODES,
     Images,
@@ -20,6 +27,7 @@ from timm_dynamic.cli.data import (
     open_dataset,
     resolve_data,
 )
+from timm_dynamic.cost import masked_blocks
 from timm_dynamic.inspect import record, routing_entropy, routing_layers
 
 
@@ -41,7 +49,7 @@ class _OneImage(Reader):
 
 
 def make_parser() -> Parser:
-    parser = Parser("inspect", "Entropy of a model's attention or gates on a folder of images, or on one image.")
+    parser = Parser("inspect", "Entropy of a model's attention or gates, and its masks, on a folder or on one image.")
     add_data_arguments(parser, batch_size=64)
     parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
     add_model_arguments(parser)
@@ -50,7 +58,10 @@ def make_parser() -> Parser:
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
-    parser.add_argument("--out", metavar="DIR", help="for entropy.json and entropy.png (default: output/inspect/NAME)")
+    parser.add_argument(
+        "--images", type=positive_int, default=8, metavar="N", help="of masks, the first N (default: 8)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="for the results (default: output/inspect/NAME[/IMAGE])")
     return parser
 
 
@@ -61,7 +72,7 @@ def main(argv: list[str]) -> None:
         parser.error("name a model with --model")
     if args.use_ema and not args.checkpoint:
         parser.error("--use-ema needs --checkpoint")
-    from timm_dynamic.cli.plot import save_entropy  # before the work, so that a missing matplotlib costs no time
+    from timm_dynamic.cli.inspect_masks import report_masks  # before the work: a missing matplotlib costs no time
 
     device = resolve_device(args.device)
     options = {
@@ -78,23 +89,38 @@ def main(argv: list[str]) -> None:
         model = create_model(args.model, pretrained=True, **options)
     config = resolve_data(args, model, use_test_size=True)
     path = Path(args.data or args.data_dir or "")
+    out = Path(args.out or f"output/inspect/{safe_model_name(args.model)}")
     if path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
+        out = out if args.out else out / path.stem
     else:
         dataset = open_dataset(args, args.split, config)
-    loader = make_loader(dataset, args, config, device)
-    out = Path(args.out or f"output/inspect/{safe_model_name(args.model)}")
     out.mkdir(parents=True, exist_ok=True)
 
-    layers = measure(model.to(device).eval(), loader)
-    report = {
+    model.to(device).eval()
+    about = {
         "model": args.model,
         "checkpoint": args.checkpoint or None,
         "images": len(dataset),
         "img_size": list(config["input_size"][1:]),
-        "resolutions": by_resolution(layers),
-        "layers": layers,
     }
+    if gates(model):
+        report_entropy(model, make_loader(dataset, args, config, device), about, out)
+    if masked_blocks(model):
+        report_masks(model, make_loader(dataset, args, config, device, batch_size=1), args.images, config, about, out)
+
+
+def gates(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose decisions have an entropy: those with attention or gates, not those with masks."""
+    return {name: layer for name, layer in routing_layers(model).items() if hasattr(layer, "routing_limit")}
+
+
+def report_entropy(model: nn.Module, loader, about: dict, out: Path) -> None:
+    """Measure, print and draw the entropies, into `entropy.json` and `entropy.png`."""
+    from timm_dynamic.cli.plot import save_entropy
+
+    layers = measure(model, loader)
+    report = {**about, "resolutions": by_resolution(layers), "layers": layers}
     print(format_report(report))
     with replacing(out / "entropy.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
@@ -115,12 +141,14 @@ def measure(model: nn.Module, loader) -> list[dict]:
         ValueError: If a layer's attention is not finite.
     """
     rows: dict[str, dict] = {}
-    layers = routing_layers(model)
+    layers = gates(model)
     with tqdm(total=len(loader.dataset), desc="inspect", unit="img", leave=False, disable=None) as bar:
         for images, _ in loader:
             with record(model) as seen:
                 model(images)
             for name, routing in seen.items():
+                if name not in layers:
+                    continue
                 entropy, highest = routing_entropy(layers[name], routing.double())
                 if not entropy.isfinite().all():
                     raise ValueError(f"the attention of {name} is not finite: are these weights of this model?")

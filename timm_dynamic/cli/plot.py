@@ -1,15 +1,23 @@
 """The pictures of a benchmark (time beside MACs, both relative to the baseline) and of `inspect`."""
 
+import math
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError:
     raise ModuleNotFoundError('the plot needs matplotlib: pip install "timm-dynamic[demo]"') from None
 
 _TIME, _MACS, _TEXT = "#1f5fa8", "#b9c2cf", "#333333"
 _BAR = 0.36
+_SKIPPED = torch.tensor([0.267, 0.005, 0.329])  # viridis's colour of 0 blocks
+_VISIBLE = 0.25  # how much of an image is seen where a block is not executed
 
 
 def save_ratios(rows: list[dict], conditions: str, path: Path) -> None:
@@ -76,6 +84,61 @@ def save_entropy(report: dict, path: Path) -> None:
     axes.annotate(f"images: {report['images']}", (0, 1), (0, 8), "axes fraction", "offset points", color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def save_ponder_cost(image: Tensor, cost: Tensor, blocks: int, title: str, path: Path) -> None:
+    """Draw an image beside the number of blocks that are executed at its positions.
+
+    Args:
+        image: `[H, W, 1 or 3]`, from 0 to 1.
+        cost: `[h, w]`, from 0 to `blocks`.
+        blocks: The number of blocks that have a mask.
+        title: A line above.
+        path: File to write, in the format of its suffix.
+    """
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(9.6, 1 + 4.2 * height / width), layout="compressed")
+    left, right = figure.subplots(1, 2)
+    left.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    # From 0 to all blocks, whatever this image has: pictures of several images can be compared.
+    drawn = right.imshow(
+        cost.numpy(), cmap="viridis", vmin=0, vmax=blocks, extent=(0, width, height, 0), interpolation="none"
+    )
+    label = f"blocks executed, of {blocks} (mean {cost.mean():.1f})"
+    bar = figure.colorbar(drawn, ax=right, label=label, ticks=MaxNLocator(integer=True), pad=0.02)
+    bar.outline.set_visible(False)
+    for axes in (left, right):
+        axes.set_axis_off()
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def save_masks(image: Tensor, masks: dict[str, Tensor], title: str, path: Path) -> None:
+    """Draw, for every block, the image where the block is executed, and violet where it is not.
+
+    Args:
+        image: `[H, W, 1 or 3]`, from 0 to 1.
+        masks: `[h, w]`, of zeros and ones, by the name of the block.
+        title: A line above.
+        path: File to write, in the format of its suffix.
+    """
+    height, width = image.shape[:2]
+    image = image.expand(-1, -1, 3)
+    skipped = _VISIBLE * image.mean(2, keepdim=True) + (1 - _VISIBLE) * _SKIPPED
+    columns = min(len(masks), max(3, round(math.sqrt(len(masks) * 1.6 * height / width))))
+    rows = math.ceil(len(masks) / columns)
+    figure = Figure(figsize=(1.9 * columns, 0.5 + rows * (0.3 + 1.8 * height / width)), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (name, mask) in zip(panels, masks.items(), strict=False):
+        active = F.interpolate(mask[None, None], (height, width))[0, 0, :, :, None]
+        axes.imshow(torch.where(active > 0, image, skipped).numpy())
+        axes.set_title(f"{name}  {mask.mean():.0%}", fontsize=9)
+    figure.suptitle(
+        f"{title}\nwhere each block is executed, and its share of positions", x=0.01, ha="left", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import logging
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from timm.utils import (
     is_primary,
     random_seed,
     reduce_tensor,
+    unwrap_model,
     update_summary,
 )
 from torch import nn
@@ -39,6 +41,7 @@ from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, res
 from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import extract_state_dict, read_checkpoint
+from timm_dynamic.training import auxiliary_loss, set_progress
 
 _logger = logging.getLogger(__name__)
 
@@ -131,11 +134,13 @@ def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         began = time.perf_counter()
-        metrics = {"train_loss": train_one_epoch(epoch, task, loader, optimizer, scheduler, scaler, args, device)}
+        losses = train_one_epoch(epoch, epochs, task, loader, optimizer, scheduler, scaler, args, device)
+        metrics = {f"train_{key}": value for key, value in losses.items()}
         rate = len(loader) * args.batch_size * args.world_size / (time.perf_counter() - began)
         for label, eval_model in eval_models.items() if val_loader else ():
             if args.distributed and args.dist_bn:
                 distribute_bn(eval_model, args.world_size, args.dist_bn == "reduce")
+            tell_progress(eval_model, epoch, epochs, args)  # the averaged copy has not heard of this epoch yet
             result = evaluate(
                 eval_model,
                 val_loader,
@@ -289,6 +294,8 @@ def reload_history(saver: CheckpointSaver, summary: Path, start: int, metric: st
     with open(summary, newline="") as file:
         reader = csv.DictReader(file)
         rows = [row for row in reader if int(row["epoch"]) < start]
+    if not rows:  # a new run may have other columns
+        return summary.unlink()
     with replacing(summary) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, reader.fieldnames or ())
         writer.writeheader()
@@ -310,8 +317,15 @@ def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) 
     update_summary(epoch, train, evaluated, path, lr=lr, write_header=not path.exists())
 
 
+def tell_progress(model: nn.Module, epoch: float, epochs: int, args: argparse.Namespace) -> None:
+    """Let the schedules in a model follow the epochs, unless it was built to count steps for them."""
+    if args.model_kwargs.keys().isdisjoint({"anneal_steps", "total_steps"}):
+        set_progress(model, epoch, epochs)
+
+
 def train_one_epoch(
     epoch: int,
+    epochs: int,
     task: TrainingTask,
     loader,
     optimizer: torch.optim.Optimizer,
@@ -319,16 +333,21 @@ def train_one_epoch(
     scaler: NativeScaler | None,
     args: argparse.Namespace,
     device: torch.device,
-) -> float:
-    """One pass over the training data; returns the mean loss over all processes."""
+) -> dict[str, float]:
+    """One pass over the training data.
+
+    Returns:
+        Means over the epoch and all processes: the task's `loss`, and the model's auxiliary terms, weighted, those of
+        one name added up over the layers.
+    """
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
-    task.get_trainable_module().train()
+    model = unwrap_model(task.get_trainable_module().train())
     autocast = amp_autocast(args, device)
     second_order = getattr(optimizer, "is_second_order", False)
     steps, accumulate = len(loader), args.grad_accum_steps
     done = epoch * -(-steps // accumulate)  # updates so far
-    losses, images_seen = torch.zeros((), device=device), 0
+    sums, images_seen = defaultdict(lambda: torch.zeros((), device=device)), 0
     optimizer.zero_grad()
     bar = tqdm(
         total=steps * args.batch_size * args.world_size,
@@ -343,6 +362,7 @@ def train_one_epoch(
                 images = images.contiguous(memory_format=torch.channels_last)
             group = min(accumulate, steps - step + step % accumulate)  # batches of this update
             update = step % accumulate == group - 1
+            tell_progress(model, epoch + step / steps, epochs, args)
             with nullcontext() if update else task.no_sync():
                 with autocast:
                     loss = task(images, target)["loss"]
@@ -365,7 +385,9 @@ def train_one_epoch(
                         if clipped is not None:
                             dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
                         optimizer.step()
-            losses += loss.detach() * len(images)
+            sums["loss"] += loss.detach() * len(images)
+            for name, term in auxiliary_loss(model).items():
+                sums[name.rpartition(".")[2]] += term * len(images)
             images_seen += len(images)
             bar.update(len(images) * args.world_size)
             if not update:
@@ -374,7 +396,8 @@ def train_one_epoch(
             optimizer.zero_grad()
             task.update_ema(step=done)
             if done % args.log_interval == 0:
-                state = {"loss": f"{losses.item() / images_seen:.4g}", "lr": f"{optimizer.param_groups[0]['lr']:.3g}"}
+                mean, lr = sums["loss"].item() / images_seen, optimizer.param_groups[0]["lr"]
+                state = {"loss": f"{mean:.4g}", "lr": f"{lr:.3g}"}
                 bar.set_postfix(state)
                 if bar.disable:
                     _logger.info(f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}")
@@ -382,8 +405,9 @@ def train_one_epoch(
                 scheduler.step_update(done)
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
-    mean = losses / images_seen
-    return (reduce_tensor(mean, args.world_size) if args.distributed else mean).item()
+    means = torch.stack(list(sums.values())) / images_seen
+    means = reduce_tensor(means, args.world_size) if args.distributed else means
+    return dict(zip(sums, means.tolist(), strict=True))
 
 
 def _mixing(args: argparse.Namespace) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,7 +23,15 @@ from timm_dynamic.cli.common import (
     replacing,
     resolve_device,
 )
-from timm_dynamic.cli.data import add_data_arguments, image_channels, make_loader, open_dataset, resolve_data
+from timm_dynamic.cli.data import (
+    add_data_arguments,
+    count_classes,
+    image_channels,
+    make_loader,
+    open_dataset,
+    resolve_data,
+)
+from timm_dynamic.cost import count_active, count_macs
 
 
 def make_parser() -> Parser:
@@ -56,12 +65,19 @@ def main(argv: list[str]) -> None:
     config = resolve_data(args, model, use_test_size=True)
     dataset = open_dataset(args, args.split, config, model.num_classes)
     loader = make_loader(dataset, args, config, device)
+    if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:
+        print(
+            f"timm-dynamic validate: warning: the data has {classes} classes, the model {model.num_classes}: they "
+            f"count as its first {classes} (--class-map FILE says which they are)",
+            file=sys.stderr,
+        )
 
     parameters = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
-    metrics = evaluate(model, loader, amp_autocast(args, device), args.channels_last)
+    with count_active(model) as active:
+        metrics = evaluate(model, loader, amp_autocast(args, device), args.channels_last)
     results = {
         "model": args.model,
         "top1": round(metrics["top1"], 4),
@@ -73,6 +89,12 @@ def main(argv: list[str]) -> None:
         "crop_pct": config["crop_pct"],
         "interpolation": config["interpolation"],
     }
+    if active.blocks:
+        static = count_macs(
+            getattr(model, "_orig_mod", model), torch.zeros(1, *config["input_size"], device=device)
+        ).static
+        results["gmacs"] = round((static - active.skipped_macs) / 1e9, 6)  # what ran, on average over the images
+        results["gmacs_static"] = round(static / 1e9, 6)
     if args.results_file:
         write_results(args.results_file, results)
     print(f"--result\n{json.dumps(results, indent=4)}")

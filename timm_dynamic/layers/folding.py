@@ -12,6 +12,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import sparse
 
 # The activations that are clamps.
@@ -33,10 +34,11 @@ class Watch:
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._modules = list(modules)
-        hooks = [hooks for one in self._modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        modules = list(modules)  # not kept: what is kept for a module must not keep it alive
+        self._attributes = [vars(one) for one in modules]
+        hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._hooks = [*hooks, *_GLOBAL_HOOKS]
-        owners = [own for one in self._modules for own in (one._modules, one._parameters, one._buffers)]
+        owners = [own for one in modules for own in (one._modules, one._parameters, one._buffers)]
         self._owners = [own for own in owners if own]
         self._items = self._now()
         # Inference tensors count no versions.
@@ -48,7 +50,7 @@ class Watch:
 
     def _counts(self) -> tuple:
         versions = [tensor._version for tensor in self._tensors]
-        return versions, [module.training for module in self._modules], sum(map(len, self._hooks))
+        return versions, [own["training"] for own in self._attributes], sum(map(len, self._hooks))
 
     def sees_change(self) -> bool:
         """Whether something has changed since it was made."""
@@ -162,7 +164,9 @@ def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[t
         The module they are in, and the names of both.
     """
     pairs = []
-    for parent in modules_without(model, shared):
+    # A dynamic layer's parts run in an order of their own.
+    dynamic = [module for module in model.modules() if isinstance(module, DropInConv2d)]
+    for parent in modules_without(model, (*shared, *dynamic)):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.training:

@@ -26,6 +26,7 @@ class Progress(nn.Module):
         """See `timm_dynamic.set_progress`."""
         self.told.fill_(round(min(epoch / epochs, 1.0) * _UNIT))
 
+    @torch.jit.unused
     def forward(self) -> Tensor:
         """The share, float64."""
         told = self.told.double() / _UNIT

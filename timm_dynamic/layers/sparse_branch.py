@@ -7,6 +7,7 @@ the active positions of the whole batch are gathered into rows, and only those a
 into the convolutions.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._library import counting_operations
 
 EXECUTIONS = ("auto", "sparse", "dense")
+_MAX_ACTIVE = {True: 1.0, False: 0.25}  # with and without compiled CPU kernels
 
 
 class Cost(NamedTuple):
@@ -35,12 +37,17 @@ class SparseBranch(KeepsFolded):
     and it defines `branch`, `finish` and `steps`. Its convolutions are padded such that only strides make maps smaller.
 
     Attributes:
-        execution: `"auto"`, `"sparse"` or `"dense"`: how eval mode runs; the results are the same.
+        execution: `"auto"`, `"sparse"` or `"dense"`: how eval mode runs; the results are the same. `"auto"` is sparse
+            up to a share of active positions, `max_active`, and dense under `torch.compile`.
+        max_active: That share; None: what was measured (`benchmarks/sparse.py`), 1 with the compiled CPU kernels, else
+            0.25.
         on_cost: Called with every training forward's `Cost`, if not None.
     """
 
+    # Without annotations, which TorchScript would read.
     execution = "auto"
-    on_cost = None  # no annotation: TorchScript would read it
+    max_active = None
+    on_cost = None
 
     def branch(self, x: Tensor) -> Tensor:
         """The branch at every position."""
@@ -71,11 +78,19 @@ class SparseBranch(KeepsFolded):
                 if self.training and self.on_cost is not None:
                     self.on_cost(self.cost(mask, x))
                 plan = self._plan(x)
-                if plan is not None:
+                if plan is not None and self._pays(mask):
                     return _execute(self, plan, x, mask, overwrite)
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.branch(x)
         return self.finish(y * mask.to(y.dtype) + shortcut)
+
+    @torch.jit.unused
+    def _pays(self, mask: Tensor) -> bool:
+        """Whether so few positions are active that sparse execution is the faster one."""
+        limit = self.max_active
+        if limit is None:
+            limit = _MAX_ACTIVE[mask.device.type == "cpu" and sparse.kernels_serve(mask)]
+        return self.execution == "sparse" or limit >= 1 or mask.mean().item() <= limit
 
     @torch.jit.unused
     def dilated(self, mask: Tensor, x: Tensor) -> Tensor:
@@ -91,7 +106,8 @@ class SparseBranch(KeepsFolded):
     @torch.jit.unused
     def macs_per_position(self) -> tuple[int, int]:
         """Multiply-accumulates of an output position of the first convolution, and of the others together."""
-        first, *others = [conv.weight[0].numel() * conv.out_channels for conv, _, _ in self.steps()]
+        convs = [conv for conv, _, _ in self.steps()]
+        first, *others = [math.prod(c.kernel_size) * c.in_channels // c.groups * c.out_channels for c in convs]
         return first, sum(others)
 
     @torch.jit.unused

@@ -27,7 +27,7 @@ class MaskedModel(KeepsFolded):
         budget: The share of the branches' computations that training aims at; -1: there are no masks.
     """
 
-    __jit_unused_properties__ = ["execution"]
+    __jit_unused_properties__ = ["execution", "max_active"]
 
     def setup_masks(self, first_conv: str, budget: float, total_steps: int | None, aux_scale: float) -> None:
         """Finish the construction of a model whose masked blocks are in their places.
@@ -82,6 +82,19 @@ class MaskedModel(KeepsFolded):
         self._execution = value
         for block in self.masked_blocks():
             block.execution = value
+
+    @property
+    def max_active(self) -> float | None:
+        """Up to which share of active positions `"auto"` runs a block sparse; None: as measured."""
+        return getattr(self, "_max_active", None)
+
+    @max_active.setter
+    def max_active(self, value: float | None) -> None:
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"max_active must be between 0 and 1, or None, got {value}")
+        self._max_active = value
+        for block in self.masked_blocks():
+            block.max_active = value
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

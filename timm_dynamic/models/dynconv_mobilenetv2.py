@@ -37,8 +37,6 @@ class SparseInvertedResidual(SparseBranch, InvertedResidual):
         ValueError: If the block is to have what a sparse one cannot.
     """
 
-    downsample = None
-
     def __init__(
         self,
         in_chs: int,
@@ -51,6 +49,7 @@ class SparseInvertedResidual(SparseBranch, InvertedResidual):
     ):
         super().__init__(in_chs, out_chs, **kwargs)
         _check(self)
+        self.downsample = None
         weight = self.conv_pw.weight
         dd = {"device": weight.device, "dtype": weight.dtype}
         options = {"temperature": temperature, "gumbel_noise": gumbel_noise}

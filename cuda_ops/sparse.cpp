@@ -13,34 +13,14 @@
 #include <utility>
 #include <vector>
 
-#include "ddf_args.h"
 #include "ddf_cpu.h"
+#include "sparse_args.h"
 
 namespace timm_dynamic {
 
 constexpr int64_t kRowBlock = 240;      // rows of a unit, whose sums stay in the cache
 constexpr int64_t kDepthwiseRows = 16;  // rows of a unit
 constexpr int64_t kDots = 10;           // nine taps and the linear layer of a mask unit
-
-// Which inputs the outputs of a convolution read.
-struct Window {
-  int64_t H, W, Ho, Wo, Ky, Kx, stride_y, stride_x, dilation_y, dilation_x, padding_y, padding_x;
-
-  int64_t taps() const { return Ky * Kx; }
-  // Calls f(tap, position within the input's map) for the taps of output (y, x) within the map.
-  template <typename F>
-  void each_tap(int64_t y, int64_t x, const F& f) const {
-    const int64_t top = y * stride_y - padding_y, left = x * stride_x - padding_x;
-    for (int64_t ky = 0; ky < Ky; ++ky) {
-      const int64_t row = top + ky * dilation_y;
-      if (row < 0 || row >= H) continue;
-      for (int64_t kx = 0; kx < Kx; ++kx) {
-        const int64_t column = left + kx * dilation_x;
-        if (column >= 0 && column < W) f(ky * Kx + kx, row * W + column);
-      }
-    }
-  }
-};
 
 // out[m] = clamp(bias + sum_t source[table[m, t]] . matrix[t]), or with positions
 // out[positions[m]] = clamp(out[positions[m]] + bias + ...). Without a table it reads source[m].
@@ -62,7 +42,7 @@ struct GatherDepthwise {
 
 // out = a sample's mean + the dot products of the window's taps.
 struct MaskLogits {
-  Window window;
+  Window<int64_t> window;
   const float *dots, *means;
   float* out;
 };
@@ -81,27 +61,6 @@ struct SparseKernels {
 namespace timm_dynamic {
 namespace {
 
-using Sizes = const std::vector<int64_t>&;
-
-Window make_window(Sizes input_size, Sizes output_size, Sizes kernel_size, Sizes stride,
-                   Sizes dilation, Sizes padding) {
-  for (const auto* sizes : {&input_size, &output_size, &kernel_size, &stride, &dilation, &padding})
-    STD_TORCH_CHECK(sizes->size() == 2, "sizes must be pairs, got ", sizes->size(), " numbers");
-  return {input_size[0],  input_size[1],  output_size[0], output_size[1],
-          kernel_size[0], kernel_size[1], stride[0],      stride[1],
-          dilation[0],    dilation[1],    padding[0],     padding[1]};
-}
-
-Tensor empty_indices(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::empty(sizes, ScalarType::Int, std::nullopt, like.device());
-}
-
-const int32_t* indices(const char* name, const Tensor& t, int64_t dim) {
-  STD_TORCH_CHECK(t.dim() == dim && t.is_contiguous() && t.scalar_type() == ScalarType::Int, name,
-                  " must be contiguous int32 of ", dim, " dimensions, got ", shape_text(t));
-  return static_cast<const int32_t*>(t.const_data_ptr());
-}
-
 const float* rows(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.scalar_type() == ScalarType::Float, name,
                   " must be contiguous float32 of 2 dimensions, got ", shape_text(t));
@@ -110,8 +69,9 @@ const float* rows(const char* name, const Tensor& t) {
 
 void run(GatherConv& op) {
   if (op.M == 0) return;
-  op.blocks = (op.M + kRowBlock - 1) / kRowBlock;
   const int64_t panels = (op.N + op.width - 1) / op.width;
+  // Few panels: small blocks, to have units for some threads.
+  op.blocks = std::max((op.M + kRowBlock - 1) / kRowBlock, std::min(8 / panels, op.M / 24));
   const SparseKernels kernels = CHOOSE_KERNELS(sparse_kernels());
   parallel(panels * op.blocks, op.M / op.blocks * op.T * op.C * op.width / 16,
            [&](int64_t begin, int64_t end) { kernels.gather_conv(op, begin, end); });
@@ -123,9 +83,10 @@ void run_gather_conv(GatherConv& op, const Tensor& source, const std::optional<T
   op.table = table ? indices("table", *table, 2) : nullptr;
   op.T = table ? table->size(1) : 1, op.N = bias.numel();
   op.width = matrix.dim() == 3 ? matrix.size(2) : 0;
-  STD_TORCH_CHECK(op.width > 0 && op.width % 16 == 0 && matrix.size(1) == op.T * op.C &&
+  STD_TORCH_CHECK(op.width > 0 && op.width <= 64 && op.width % 16 == 0 &&
+                      matrix.size(1) == op.T * op.C &&
                       matrix.size(0) == (op.N + op.width - 1) / op.width,
-                  "matrix must be [panels, ", op.T * op.C, ", width] with a multiple of 16, got ",
+                  "matrix must be [panels, ", op.T * op.C, ", width] with 16, 32, 48 or 64, got ",
                   shape_text(matrix));
   op.matrix = parameter("matrix", matrix, matrix.numel(), source);
   op.bias = parameter("bias", bias, op.N, source);
@@ -200,8 +161,9 @@ Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& con
   const int64_t strides[] = {conv_weight.stride(1), conv_weight.stride(2), conv_weight.stride(3)};
   for (int64_t c = 0; c < C; ++c) {
     float* const row = matrix.data() + c * width;
-    for (int64_t t = 0; t < 9; ++t)
-      row[t] = taps[c * strides[0] + t / 3 * strides[1] + t % 3 * strides[2]];
+    const float* const from = taps + c * strides[0];
+    for (int64_t ky = 0; ky < 3; ++ky)
+      for (int64_t kx = 0; kx < 3; ++kx) row[3 * ky + kx] = from[ky * strides[1] + kx * strides[2]];
     row[9] = fc[c];
   }
   const float zeros[kDots] = {};
@@ -236,7 +198,8 @@ Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& con
 
 Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size, Sizes kernel_size,
                     Sizes stride, Sizes dilation, Sizes padding) {
-  const Window w = make_window(input_size, output_size, kernel_size, stride, dilation, padding);
+  const Window<int64_t> w =
+      make_window(input_size, output_size, kernel_size, stride, dilation, padding);
   const int64_t M = positions.numel(), T = w.taps(), outputs = w.Ho * w.Wo;
   const int32_t* const at = indices("positions", positions, 1);
   const Tensor table = empty_indices(positions, {M, T});
@@ -262,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes inp
           (mask.scalar_type() == ScalarType::Bool || mask.scalar_type() == ScalarType::Float),
       "mask must be [B, 1, H, W], boolean or float32, and contiguous, got ", shape_text(mask));
   const int64_t B = mask.size(0);
-  const Window w =
+  const Window<int64_t> w =
       make_window(input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding);
   const int64_t T = w.taps(), outputs = w.Ho * w.Wo, inputs = w.H * w.W;
   STD_TORCH_CHECK(B * std::max(outputs, inputs) <= INT32_MAX,

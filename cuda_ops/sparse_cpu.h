@@ -5,9 +5,13 @@
 
 namespace timm_dynamic::ISA {
 
-// A tile of the result, in registers: rows by vectors of columns.
-constexpr int kTileRows = ISA_LEVEL == 4 ? 6 : 4;
-constexpr int kTileVectors = ISA_LEVEL == 4 ? 4 : 2;
+// A tile of the result, in registers: V vectors of columns by so many rows.
+template <int V>
+constexpr int kTileRows = ISA_LEVEL == 4   ? (V <= 2   ? 12
+                                              : V == 3 ? 8
+                                                       : 6)
+                          : ISA_LEVEL == 2 ? 6
+                                           : 4;
 constexpr int64_t kDepth = 256;  // inputs of a tile between two visits, to stay in the cache
 
 template <int R, int V>
@@ -66,32 +70,25 @@ INLINE void gather_tile(const GatherConv& op, int64_t row, int64_t panel, int64_
   }
 }
 
-template <int R>
+template <int V, int R>
 inline void gather_rows(const GatherConv& op, int64_t row, int64_t panel, int64_t tap,
                         int64_t first, int64_t depth, float* partial) {
-  constexpr int64_t n = kLanes<float>;
-  int64_t column = 0;
-  for (; column + kTileVectors * n <= op.width; column += kTileVectors * n)
-    gather_tile<R, kTileVectors>(op, row, panel, column, tap, first, depth, partial);
-  const int64_t left = (op.width - column) / n;
-  if constexpr (kTileVectors == 4) {
-    if (left == 3) gather_tile<R, 3>(op, row, panel, column, tap, first, depth, partial);
-    if (left == 2) gather_tile<R, 2>(op, row, panel, column, tap, first, depth, partial);
-    if (left == 1) gather_tile<R, 1>(op, row, panel, column, tap, first, depth, partial);
-  }
+  for (int64_t column = 0; column < op.width; column += V * kLanes<float>)
+    gather_tile<R, V>(op, row, panel, column, tap, first, depth, partial);
 }
 
-// Units are (panel, block of rows).
-inline void gather_conv(const GatherConv& op, int64_t begin, int64_t end) {
-  constexpr decltype(&gather_rows<1>) kRuns[] = {gather_rows<1>, gather_rows<2>, gather_rows<3>,
-                                                 gather_rows<4>, gather_rows<5>, gather_rows<6>};
+// Units are (panel, block of rows). A panel's width is a multiple of V vectors.
+template <int V, int... R>
+INLINE void gather_panels(const GatherConv& op, int64_t begin, int64_t end,
+                          std::integer_sequence<int, R...>) {
+  constexpr decltype(&gather_rows<V, 1>) kRuns[] = {gather_rows<V, R + 1>...};
   const auto scratch = std::make_unique_for_overwrite<float[]>((op.M / op.blocks + 1) * op.width);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t panel = unit / op.blocks, block = unit % op.blocks;
     const int64_t first_row = block * op.M / op.blocks;
     const int64_t count = (block + 1) * op.M / op.blocks - first_row;
     // Tiles as equal as can be: one of few rows costs as much as a full one.
-    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    const int64_t tiles = (count + sizeof...(R) - 1) / sizeof...(R);
     for (int64_t tap = 0; tap < op.T; ++tap)
       for (int64_t first = 0; first < op.C; first += kDepth)
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -100,6 +97,20 @@ inline void gather_conv(const GatherConv& op, int64_t begin, int64_t end) {
                           scratch.get() + row * op.width);
         }
   }
+}
+
+template <int V>
+inline void gather_panels(const GatherConv& op, int64_t begin, int64_t end) {
+  gather_panels<V>(op, begin, end, std::make_integer_sequence<int, kTileRows<V>>());
+}
+
+inline void gather_conv(const GatherConv& op, int64_t begin, int64_t end) {
+#if ISA_LEVEL == 4
+  if (op.width == 64) return gather_panels<4>(op, begin, end);
+  if (op.width == 48) return gather_panels<3>(op, begin, end);
+  if (op.width == 16) return gather_panels<1>(op, begin, end);
+#endif
+  gather_panels<2>(op, begin, end);
 }
 
 // R rows from `row` on, V vectors of channels from `channel` on.
@@ -145,7 +156,7 @@ inline void gather_depthwise(const GatherDepthwise& op, int64_t begin, int64_t e
 
 // Units are rows of the mask.
 inline void mask_logits(const MaskLogits& op, int64_t begin, int64_t end) {
-  const Window& w = op.window;
+  const Window<int64_t>& w = op.window;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t b = i / w.Ho, y = i % w.Ho;
     const float* const dots = op.dots + b * w.H * w.W * kDots;

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, has_hooks, is_foldable, rows_of
+from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, folded_copy, has_hooks, is_foldable, rows_of
 from timm_dynamic.ops import sparse
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._library import counting_operations
@@ -224,27 +225,53 @@ def _shortcut(block: SparseBranch, plan: _Plan, x: Tensor) -> Tensor:
     return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-class SparseStage(nn.Sequential):
-    """A sequence of residual blocks; in sparse execution they work on one map, each in the memory of the one before.
+@register_notrace_module
+class SparseStage(KeepsFolded, nn.Sequential):
+    """A sequence of residual blocks, some of them with masks.
 
-    Not if somebody may look at what is between them: a block with hooks, or before one with hooks, keeps its output.
+    In sparse execution those work on one map, each in the memory of the one before; and the others run with their batch
+    norms folded. Not if somebody may look: a block with hooks, or before one with hooks, keeps its output, and one
+    with hooks inside its norms.
+
+    Attributes:
+        execution: As for `SparseBranch`.
     """
+
+    execution = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not torch.compiler.is_compiling() and isinstance(x, Tensor):
-                return self._in_place(x)
+            if not self.training and not torch.compiler.is_compiling() and may_run_sparse(x, self.execution):
+                return self._run_sparse(x)
         for block in self:
             x = block(x)
         return x
 
     @torch.jit.unused
-    def _in_place(self, x: Tensor) -> Tensor:
+    def _run_sparse(self, x: Tensor) -> Tensor:
+        others = self._keep(None, self._masked, self._fold_others)
         before = None
-        for block in self:
-            own = all(isinstance(one, SparseBranch) and not has_hooks(one) for one in (before, block))
+        for name, block in self._modules.items():
+            plain = not isinstance(block, SparseBranch)
             # What comes before has the same limits: a shortcut without convolution needs no clamping.
+            own = not (plain or has_hooks(block)) and isinstance(before, SparseBranch) and not has_hooks(before)
             own = own and type(before.final_activation()) is type(block.final_activation())
-            x = block.forward(x, overwrite=True) if own else block(x)
+            if own:
+                x = block.forward(x, overwrite=True)
+            elif plain and x.dtype == autocast_dtype(x) == torch.float32 and name in others:
+                x = others[name](x.contiguous(memory_format=torch.channels_last))
+            else:
+                x = block(x)
             before = block
         return x
+
+    @torch.jit.unused
+    def _masked(self) -> list[nn.Module]:
+        return [block for block in self if isinstance(block, SparseBranch)]
+
+    @torch.jit.unused
+    def _fold_others(self) -> dict[str, nn.Module]:
+        """Copies of the blocks without masks that nobody looks into."""
+        others = {name: block for name, block in self._modules.items() if not isinstance(block, SparseBranch)}
+        seen = {name for name, block in others.items() if any(map(has_hooks, block.modules()))}
+        return {name: folded_copy(block) for name, block in others.items() if name not in seen}

@@ -1,5 +1,6 @@
 """What the networks with learned masks share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,17 +9,15 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
-from timm_dynamic.layers.folding import KeepsFolded, folded_copy, has_hooks, modules_without
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
-from timm_dynamic.ops._autocast import autocast_dtype
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
 AUTHORS_URL = "https://github.com/thomasverelst/dynconv"
 PAPER = "arXiv:1912.03203"
 
 
-class MaskedModel(KeepsFolded):
+class MaskedModel(nn.Module):
     """Mixin of timm models whose residual branches have masks; it goes before the timm model.
 
     In training, the budget loss (see `timm_dynamic.training.budget_loss`) is attached at the model's output.
@@ -29,11 +28,14 @@ class MaskedModel(KeepsFolded):
 
     __jit_unused_properties__ = ["execution", "max_active"]
 
-    def setup_masks(self, first_conv: str, budget: float, total_steps: int | None, aux_scale: float) -> None:
+    def setup_masks(
+        self, first_conv: str, stages: Iterable[str], budget: float, total_steps: int | None, aux_scale: float
+    ) -> None:
         """Finish the construction of a model whose masked blocks are in their places.
 
         Args:
             first_conv: Name of the convolution that counts steps.
+            stages: Names of the sequences of blocks.
             budget, total_steps, aux_scale: As for the models.
 
         Raises:
@@ -57,9 +59,8 @@ class MaskedModel(KeepsFolded):
             self.progress.count(counter, total_steps)
         for name in self.auxiliary_terms:  # of the last training forward, weighted
             self.register_buffer(name, torch.zeros((), device=device), persistent=False)
-        for name, module in list(self.named_modules()):
-            if type(module) is nn.Sequential and any(isinstance(block, SparseBranch) for block in module):
-                self.set_submodule(name, SparseStage(*module))
+        for name in stages:
+            self.set_submodule(name, SparseStage(*self.get_submodule(name)))
         for block in self.masked_blocks():
             block.on_cost = self._costs.take
             block.masker.progress = self.progress
@@ -80,8 +81,9 @@ class MaskedModel(KeepsFolded):
         if value not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {value!r}")
         self._execution = value
-        for block in self.masked_blocks():
-            block.execution = value
+        for module in self.modules():
+            if isinstance(module, (SparseBranch, SparseStage)):
+                module.execution = value
 
     @property
     def max_active(self) -> float | None:
@@ -101,8 +103,6 @@ class MaskedModel(KeepsFolded):
             if isinstance(x, Tensor):  # not a proxy of torch.fx
                 if self.training and self.budget >= 0:
                     return self._forward_with_budget(x)
-                if not self.training and not torch.compiler.is_compiling() and may_run_sparse(x, self.execution):
-                    return self._forward_folded(x)
         return self.forward_head(self.forward_features(x))
 
     @torch.jit.unused
@@ -115,20 +115,6 @@ class MaskedModel(KeepsFolded):
         if y.dtype == torch.float16 and not torch.compiler.is_compiling():
             warn_about_float16("DynConv's budget loss")
         return attach_loss(y, network + block, BUDGET_WEIGHT * self.aux_scale)
-
-    @torch.jit.unused
-    def _forward_folded(self, x: Tensor) -> Tensor:
-        """With the batch norms between the masked blocks folded, unless a hook might see that."""
-        folded = self._keep(None, self.masked_blocks, self._fold)
-        if not x.dtype == autocast_dtype(x) == next(self.parameters()).dtype:
-            folded = self
-        return self.forward_head(folded.forward_features(x.contiguous(memory_format=torch.channels_last)))
-
-    @torch.jit.unused
-    def _fold(self) -> nn.Module:
-        blocks = self.masked_blocks()
-        between = [module for module in modules_without(self, blocks) if module is not self]
-        return self if any(map(has_hooks, between)) else folded_copy(self, blocks)
 
 
 class _Costs:

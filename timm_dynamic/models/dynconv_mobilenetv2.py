@@ -129,7 +129,8 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
             if isinstance(block, InvertedResidual) and block.has_skip:
                 block = SparseInvertedResidual.from_block(block, temperature=temperature, gumbel_noise=gumbel_noise)
                 self.set_submodule(name, block)
-        self.setup_masks("conv_stem", budget, total_steps, aux_scale)
+        stages = [f"blocks.{i}" for i in range(len(self.blocks))]
+        self.setup_masks("conv_stem", stages, budget, total_steps, aux_scale)
 
 
 def _cfg() -> dict[str, Any]:

@@ -155,7 +155,8 @@ class DynConvResNet(MaskedModel, ResNet):
         if small_stem:
             self._use_small_stem()
         first_conv = "conv1.0" if isinstance(self.conv1, nn.Sequential) else "conv1"
-        self.setup_masks(first_conv, budget, total_steps, aux_scale)
+        stages = [f"layer{i + 1}" for i in range(len(layers))]
+        self.setup_masks(first_conv, stages, budget, total_steps, aux_scale)
 
     def _use_small_stem(self) -> None:
         use_small_stem(self)

@@ -57,15 +57,35 @@ def inference_kernel_serves(x: Tensor, *parameters: Tensor) -> bool:
     Nor is it for those who chose between kernels and references, or count operations: they look at the small ones.
     """
     return (
+        _is_plain_inference(x, "cpu")
+        and all(t.dtype == torch.float32 for t in (x, *parameters))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the operators without gradient
+
+
+def cuda_inference_kernel_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Likewise on a GPU; under autocast too, where x often has another dtype than the parameters."""
+    dtype = parameters[0].dtype
+    return (
+        _is_plain_inference(x, "cuda")
+        and x.dtype in CUDA_DTYPES
+        and dtype in (torch.float32, x.dtype)
+        and all(t.dtype == dtype for t in parameters)
+    )
+
+
+def _is_plain_inference(x: Tensor, device_type: str) -> bool:
+    return (
         not torch.compiler.is_compiling()  # first: what follows would make a graph's shapes constant
         and not torch.jit.is_tracing()
         and _forced is None
-        and _status.get("cpu") == "loaded"
-        and x.device.type == "cpu"
+        and _status.get(device_type) == "loaded"
+        and x.device.type == device_type
         and x.numel() > 0
-        and all(t.dtype == torch.float32 for t in (x, *parameters))
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -8,13 +8,20 @@ row, `(b*H + y)*W + x`. Tables hold row numbers, -1 outside the image, whose fea
     gather_depthwise: out[m] = clamp(bias + sum_t source[table[m, t]] * weight[t])
 
 The clamp is ReLU, ReLU6 or nothing. These serve inference: they have no gradient.
+
+On a GPU the first two are made of three parts, between which the features are in memory; the product is cuBLAS's:
+
+    gather_rows:   out[m] = source[table[m, 0]], source[table[m, 1]], ...
+    scatter_rows_: out[p[m]] = clamp(out[p[m]] + rows[m])
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_kernel
+from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, has_kernel
 
 Pair = tuple[int, int]
 _PANEL_WIDTHS = (64, 48, 32, 16)  # columns that a kernel does at once
@@ -32,11 +39,36 @@ def pack_matrix(matrix: Tensor) -> Tensor:
     return F.pad(matrix, (0, -N % width)).view(K, -1, width).transpose(0, 1).contiguous()
 
 
-def _gathered(source: Tensor, table: Tensor | None) -> Tensor:
-    """`[M, T, C]`."""
-    if table is None:
-        return source[:, None]
-    return torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()]
+def gather_rows_reference(source: Tensor, table: Tensor) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.gather_rows`.
+
+    Args:
+        source: `[P, C]`.
+        table: `[M, T]`, rows of `source`.
+
+    Returns:
+        `[M, T*C]`.
+    """
+    return torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()].flatten(1)
+
+
+def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: float, high: float) -> None:
+    """Defines the operator `torch.ops.timm_dynamic.scatter_rows_`, which writes into `out`.
+
+    Args:
+        out: `[P, N]`; rows that are not in `positions` stay as they are.
+        positions: `[M]`, each once.
+        rows: `[M, N]`.
+        low, high: Limits of the result.
+    """
+    at = positions.long()
+    out[at] = (out[at] + rows).clamp(low, high)
+
+
+def _product(source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor) -> Tensor:
+    """`gather_conv` without limits."""
+    rows = source if table is None else gather_rows(source, table)
+    return torch.addmm(bias, rows, matrix.transpose(0, 1).flatten(1)[:, : len(bias)])
 
 
 def gather_conv_reference(
@@ -54,8 +86,8 @@ def gather_conv_reference(
     Returns:
         `[M, N]`.
     """
-    columns = matrix.transpose(0, 1).flatten(1)[:, : len(bias)]
-    return torch.addmm(bias, _gathered(source, table).flatten(1), columns).clamp(low, high)
+    out = _product(source, table, matrix, bias)
+    return out if (low, high) == (-math.inf, math.inf) else out.clamp_(low, high)
 
 
 def scatter_conv_reference_(
@@ -75,9 +107,7 @@ def scatter_conv_reference_(
         positions: `[M]`, each once.
         source, table, matrix, bias, low, high: As for `gather_conv`.
     """
-    rows = positions.long()
-    limits = (-torch.inf, torch.inf)
-    out[rows] = (out[rows] + gather_conv_reference(source, table, matrix, bias, *limits)).clamp(low, high)
+    scatter_rows_(out, positions, _product(source, table, matrix, bias), low, high)
 
 
 def gather_depthwise_reference(
@@ -95,7 +125,8 @@ def gather_depthwise_reference(
     Returns:
         `[M, C]`.
     """
-    return ((_gathered(source, table) * weight).sum(1) + bias).clamp(low, high)
+    taps = gather_rows(source, table).view(*table.shape, source.shape[1])
+    return ((taps * weight).sum(1) + bias).clamp(low, high)
 
 
 def window_table_reference(
@@ -155,6 +186,11 @@ def neighbour_table_reference(
 _CONV = "Tensor source, Tensor? table, Tensor matrix, Tensor bias, float low, float high"
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] dilation, int[2] padding"
 _OPERATORS = {
+    "gather_rows": (gather_rows_reference, "(Tensor source, Tensor table) -> Tensor"),
+    "scatter_rows_": (
+        scatter_rows_reference_,
+        "(Tensor(a!) out, Tensor positions, Tensor rows, float low, float high) -> ()",
+    ),
     "gather_conv": (gather_conv_reference, f"({_CONV}) -> Tensor"),
     "scatter_conv_": (
         scatter_conv_reference_,
@@ -176,6 +212,16 @@ _OPERATORS = {
 for _name, (_reference, _schema) in _OPERATORS.items():
     torch.library.define(f"{NAMESPACE}::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"{NAMESPACE}::{_name}", "CompositeExplicitAutograd")(_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gather_rows")
+def _gather_rows_fake(source, table):
+    return source.new_empty(table.shape[0], table.shape[1] * source.shape[1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scatter_rows_")
+def _scatter_rows_fake(*args):
+    return None
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gather_conv")
@@ -206,14 +252,31 @@ def _neighbour_table_fake(mask, input_size, kernel_size, *others):
     return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
+_INDICES = (torch.int32, torch.bool)
+_DTYPES = {"cpu": (torch.float32, *_INDICES), "cuda": (*CUDA_DTYPES, *_INDICES)}
+_NO_KERNEL = {"cpu": ("gather_rows", "scatter_rows_"), "cuda": ("gather_conv", "scatter_conv_")}
+
+
 def kernels_serve(tensor: Tensor) -> bool:
     """Whether compiled kernels serve tensors like this."""
-    return tensor.dtype in (torch.float32, torch.int32, torch.bool) and has_kernel(tensor.device.type)
+    device = tensor.device.type
+    return tensor.dtype in _DTYPES.get(device, ()) and has_kernel(device)
 
 
 def _choose(name: str, tensor: Tensor):
     """The operator where a compiled kernel serves, else its reference."""
-    return getattr(torch.ops.timm_dynamic, name) if kernels_serve(tensor) else _OPERATORS[name][0]
+    serves = kernels_serve(tensor) and name not in _NO_KERNEL[tensor.device.type]
+    return getattr(torch.ops.timm_dynamic, name) if serves else _OPERATORS[name][0]
+
+
+def gather_rows(source: Tensor, *args) -> Tensor:
+    """See `gather_rows_reference`."""
+    return _choose("gather_rows", source)(source, *args)
+
+
+def scatter_rows_(out: Tensor, *args) -> None:
+    """See `scatter_rows_reference_`."""
+    _choose("scatter_rows_", out)(out, *args)
 
 
 def gather_conv(source: Tensor, *args) -> Tensor:

@@ -1,0 +1,364 @@
+"""The CUDA kernels of sparse execution against the references on the CPU. `benchmarks/gpu.sh tests` runs these."""
+
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
+from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
+from timm_dynamic.ops import backend_info, mask_logits, mask_logits_reference, reference_only, sparse
+
+
+def _why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device here"
+    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
+
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
+
+DEVICE = "cuda"
+OPS = torch.ops.timm_dynamic
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+RELU6 = (0.0, 6.0)
+NO_LIMITS = (-math.inf, math.inf)
+LIMITS = pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
+CHANNELS = pytest.mark.parametrize("C", [1, 3, 8, 12, 24, 96, 130, 520, 1000])
+ROWS = pytest.mark.parametrize("M", [0, 1, 2, 31, 100, 1030])
+
+
+@pytest.fixture(autouse=True)
+def _setup():
+    torch.manual_seed(0)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def randn(*shape, dtype=torch.float32):
+    """In float64 on the CPU, but rounded to `dtype`."""
+    return torch.randn(shape).to(dtype).double()
+
+
+def table(M, T, P):
+    """Rows of a source, one in four outside; row 0 is never named, such that it may hold anything."""
+    return torch.where(torch.rand(M, T) < 0.25, -1, torch.randint(1, P, (M, T))).int()
+
+
+def on_gpu(tensors, dtype):
+    """Float tensors in `dtype`, the others as they are."""
+    return [
+        t if not isinstance(t, torch.Tensor) else t.to(DEVICE, dtype if t.is_floating_point() else t.dtype)
+        for t in tensors
+    ]
+
+
+def misaligned(t):
+    """The same numbers at an address that no vector of them can have."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+def check(actual, expected, dtype):
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    scale = expected.abs().max().clamp(min=1).item() if expected.numel() else 1.0
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@DTYPES
+@CHANNELS
+@ROWS
+class TestRows:
+    def test_gather_rows(self, M, C, dtype):
+        source, rows = torch.randn(40, C).to(dtype), table(M, 3, 40)
+        expected = sparse.gather_rows_reference(source, rows)
+        source[0] = math.nan
+        source, rows = source.to(DEVICE), rows.to(DEVICE)
+        for from_ in (source, misaligned(source)):
+            assert torch.equal(OPS.gather_rows(from_, rows).cpu(), expected)
+
+    def test_scatter_rows(self, M, C, dtype):
+        out, positions = randn(M + 3, C, dtype=dtype), torch.randperm(M + 3)[:M].int()
+        rows = randn(M, C, dtype=dtype)
+        out[0, 0] = math.nan
+        for limits in (RELU6, NO_LIMITS):
+            for place in (lambda t: t, misaligned):
+                expected, actual = out.clone(), place(out.to(DEVICE, dtype))
+                sparse.scatter_rows_reference_(expected, positions, rows, *limits)
+                OPS.scatter_rows_(actual, *on_gpu([positions, rows], dtype), *limits)
+                where_nan = expected.isnan()
+                assert torch.equal(actual.isnan().cpu(), where_nan)
+                check(actual.nan_to_num(0), expected.masked_fill(where_nan, 0), dtype)
+                untouched = torch.ones(M + 3, dtype=torch.bool)
+                untouched[positions.long()] = False
+                assert torch.equal(actual.cpu().double().nan_to_num(9)[untouched], out.nan_to_num(9)[untouched])
+
+    def test_gather_depthwise(self, M, C, dtype):
+        source, rows = randn(40, C, dtype=dtype), table(M, 9, 40)
+        weight, bias = randn(9, C, dtype=dtype), randn(C, dtype=dtype)
+        for limits in (RELU6, NO_LIMITS):
+            expected = sparse.gather_depthwise_reference(source, rows, weight, bias, *limits)
+            args = on_gpu([source, rows, weight, bias], dtype)
+            args[0][0] = math.nan
+            check(OPS.gather_depthwise(*args, *limits), expected, dtype)
+            args[0] = misaligned(args[0])
+            check(OPS.gather_depthwise(*args, *limits), expected, dtype)
+
+
+@DTYPES
+@LIMITS
+@pytest.mark.parametrize("size", [(0, 9, 5, 7), (1, 9, 24, 16), (70, 9, 16, 24), (300, 1, 130, 40)], ids=str)
+def test_products(size, limits, dtype):
+    M, T, C, N = size
+    source, rows = randn(40, C, dtype=dtype), table(M, T, 40)
+    matrix, bias = randn(T * C, N, dtype=dtype) / 16, randn(N, dtype=dtype)
+    expected = sparse.gather_conv_reference(source, rows, sparse.pack_matrix(matrix), bias, *limits)
+    args = on_gpu([source, rows, matrix, bias], dtype)
+    args[0][0], args[2] = math.nan, sparse.pack_matrix(args[2])
+    check(sparse.gather_conv(*args, *limits), expected, dtype)
+    check(OPS.gather_conv(*args, *limits), expected, dtype)
+    positions, out = torch.randperm(M + 3)[:M].int(), randn(M + 3, N, dtype=dtype)
+    actual = out.to(DEVICE, dtype)
+    sparse.scatter_conv_reference_(out, positions, source, rows, sparse.pack_matrix(matrix), bias, *limits)
+    sparse.scatter_conv_(actual, positions.to(DEVICE), *args, *limits)
+    check(actual, out, dtype)
+
+
+# Batch, map, kernel size, stride, dilation.
+CONVOLUTIONS = [
+    (0, (5, 4), (3, 3), (1, 1), (1, 1)),
+    (1, (1, 1), (3, 3), (2, 2), (1, 1)),
+    (2, (7, 9), (1, 1), (1, 1), (1, 1)),
+    (3, (8, 5), (3, 3), (2, 2), (1, 1)),
+    (3, (13, 8), (3, 5), (1, 3), (2, 1)),
+    (5, (57, 40), (3, 3), (1, 1), (1, 1)),
+    (2, (200, 100), (3, 3), (1, 1), (3, 3)),  # sets of more words than a block counts at once
+    (9, (14, 14), (5, 5), (2, 2), (50, 1)),
+]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_tables(case, density):
+    B, size, kernel, stride, dilation = case
+    padding = tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))
+    output, window = tuple((n - 1) // s + 1 for n, s in zip(size, stride, strict=True)), (kernel, stride, dilation)
+    mask = torch.rand(B, 1, *output) < density
+    expected = sparse.neighbour_table_reference(mask, size, *window, padding)
+    signed = torch.where(mask, 1.0, -0.0)
+    for own in (mask, signed, signed.half(), signed.bfloat16()):
+        actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding)
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
+    positions = expected[0]
+    geometry = (size, output, *window, padding)
+    actual = OPS.window_table(positions.to(DEVICE), *geometry)
+    assert actual.dtype == torch.int32
+    assert torch.equal(actual.cpu(), sparse.window_table_reference(positions, *geometry))
+
+
+# B, C, H, W, stride.
+MASK_UNITS = [
+    (1, 16, 32, 32, 1),
+    (3, 24, 7, 57, 2),
+    (2, 130, 5, 9, 1),
+    (1, 5, 1, 1, 2),
+    (2, 304, 8, 6, 2),
+    (1, 1, 3, 2, 1),
+    (2, 2048, 7, 7, 1),
+    (70, 8, 20, 13, 3),
+]
+
+
+def mask_arguments(B, C, H, W, stride, dtype=torch.float32):
+    x = randn(B, C, H, W, dtype=dtype).to(memory_format=torch.channels_last)
+    shapes = ((1, C, 3, 3), (1,), (1, C), (1,))
+    return [x, *(randn(*shape, dtype=dtype) for shape in shapes), stride]
+
+
+@DTYPES
+@pytest.mark.parametrize("case", MASK_UNITS, ids=str)
+def test_mask_logits(case, dtype):
+    args = mask_arguments(*case, dtype)
+    expected = mask_logits_reference(*args)
+    own = on_gpu(args, dtype)
+    check(OPS.mask_logits(*own), expected, dtype)
+    own[1] = own[1].to(memory_format=torch.channels_last)
+    check(OPS.mask_logits(*own), expected, dtype)
+    own[1:5] = [t.float() for t in own[1:5]]  # under autocast
+    check(OPS.mask_logits(*own), expected, dtype)
+
+
+def test_nan_stays_in_its_sample():
+    args = on_gpu(mask_arguments(3, 16, 5, 5, 1), torch.float32)
+    args[0][1, 3, 2, 2] = math.nan
+    out = OPS.mask_logits(*args)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_who_takes_the_kernel_for_masks(dtype):
+    args = on_gpu(mask_arguments(2, 16, 7, 6, 2), torch.float32)
+    x = args[0] if dtype is None else args[0].to(dtype)
+    calls = mock.Mock(wraps=OPS.mask_logits)
+    with mock.patch.object(OPS, "mask_logits", calls), torch.autocast(DEVICE, dtype, dtype is not None):
+        mask_logits(x, *args[1:])
+        assert calls.call_count == 1
+        mask_logits(x.contiguous(), *args[1:])
+        with reference_only():
+            mask_logits(x, *args[1:])
+        with torch.enable_grad():
+            mask_logits(x, *args[1:])
+    assert calls.call_count == 1
+
+
+def arguments(dtype=torch.float32):
+    """Of every operator, on the GPU."""
+    source, rows, bias = randn(30, 5), table(6, 9, 30), randn(5)
+    window = ([3, 3], [2, 2], [1, 1], [1, 1])
+    every = {
+        "gather_rows": (source, rows),
+        "scatter_rows_": (randn(8, 7), torch.arange(6).int(), randn(6, 7), *RELU6),
+        "gather_depthwise": (source, rows, randn(9, 5), bias, *RELU6),
+        "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
+        "neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window),
+        "mask_logits": mask_arguments(2, 24, 7, 9, 2),
+    }
+    return {name: on_gpu(args, dtype) for name, args in every.items()}
+
+
+OPERATORS = ["gather_rows", "scatter_rows_", "gather_depthwise", "window_table", "neighbour_table", "mask_logits"]
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+
+@every_operator
+def test_opcheck(name):
+    torch.library.opcheck(getattr(OPS, name).default, tuple(arguments()[name]))
+
+
+@every_operator
+def test_another_stream(name):
+    """Inputs that another stream has yet to write."""
+    args = arguments()[name]
+    late = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args]
+
+    def call(args):
+        result = getattr(OPS, name)(*args)
+        return args[0] if name == "scatter_rows_" else result
+
+    expected = call([a.clone() if isinstance(a, torch.Tensor) else a for a in args])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # a kernel on the default stream would overtake this
+        for to, from_ in zip(late, args, strict=True):
+            if isinstance(to, torch.Tensor):
+                to.copy_(from_)
+        actual = call(late)
+    stream.synchronize()
+    for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+@every_operator
+def test_another_device(name):
+    args = [a.to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments()[name]]
+    with torch.cuda.device(0):
+        getattr(OPS, name)(*args)
+    torch.cuda.synchronize(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "change", "message"),
+    [
+        ("gather_rows", 0, lambda t: t.t().contiguous().t(), "source must be contiguous"),
+        ("gather_rows", 0, torch.Tensor.double, "source must be contiguous float32, float16 or bfloat16"),
+        ("gather_rows", 1, torch.Tensor.long, "table must be contiguous int32"),
+        ("scatter_rows_", 0, lambda t: t.t().contiguous().t(), "out must be contiguous"),
+        ("scatter_rows_", 1, lambda t: t[:5], "rows must be 35 contiguous"),
+        ("scatter_rows_", 2, torch.Tensor.half, "rows must be 42 contiguous"),
+        ("gather_depthwise", 1, lambda t: t[:, :8], "table must be contiguous"),
+        ("gather_depthwise", 2, lambda t: t[:8], "weight must be 45 contiguous"),
+        ("gather_depthwise", 3, torch.Tensor.cpu, "bias must be 5 contiguous elements of the same dtype and device"),
+        ("window_table", 0, torch.Tensor.long, "positions must be contiguous int32"),
+        ("window_table", 4, lambda stride: [1 << 16, 1], "stride must be in .1, 32768., got 65536"),
+        ("neighbour_table", 0, torch.Tensor.double, "mask must be"),
+        ("neighbour_table", 0, lambda t: t.transpose(2, 3), "mask must be"),
+        ("neighbour_table", 1, lambda size: size + [1], "must be pairs, got 3"),
+        ("mask_logits", 0, lambda t: t.contiguous(), "x must be .* channels_last and not empty"),
+        ("mask_logits", 1, torch.Tensor.half, "conv_weight must be .* in float32 or the dtype of x"),
+        ("mask_logits", 4, torch.Tensor.half, "fc_bias must be 1 contiguous"),
+        ("mask_logits", 5, lambda stride: 0, "stride must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(name, index, change, message):
+    args = arguments()[name]
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=message):
+        getattr(OPS, name)(*args)
+
+
+def down(make):
+    conv = nn.Conv2d(24, 32, 1, 2, bias=False)
+    return make(24, 8 if make is SparseBottleneck else 32, 2, nn.Sequential(conv, nn.BatchNorm2d(32)))
+
+
+BLOCKS = {
+    "basic": lambda: SparseBasicBlock(24, 24),
+    "basic, stride 2": lambda: down(SparseBasicBlock),
+    "basic, dilated": lambda: SparseBasicBlock(24, 24, dilation=2),
+    "bottleneck": lambda: SparseBottleneck(24, 6),
+    "bottleneck, stride 2": lambda: down(SparseBottleneck),
+    "inverted": lambda: SparseInvertedResidual(24, 24, exp_ratio=2.0, act_layer=nn.ReLU6),
+}
+every_block = pytest.mark.parametrize("name", BLOCKS)
+
+
+@every_block
+class TestBlocks:
+    @torch.no_grad()
+    def run(self, block, x, execution):
+        block.execution = execution
+        with mock.patch.object(sparse, "scatter_conv_", wraps=sparse.scatter_conv_) as spy:
+            y = block(x)
+        assert spy.called == (execution == "sparse")
+        return y
+
+    def make(self, name):
+        block = BLOCKS[name]()
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.weight, 1, 0.3)
+                nn.init.normal_(norm.bias, 0, 0.3)
+                nn.init.uniform_(norm.running_var, 0.5, 2)
+        return block.eval().to(DEVICE)
+
+    @pytest.mark.parametrize("size", [(57, 57), (7, 7), (5, 9), (1, 1)], ids=str)
+    def test_sparse_is_dense(self, name, size):
+        block, x = self.make(name), torch.randn(3, 24, *size, device=DEVICE)
+        expected = self.run(copy.deepcopy(block).cpu().double(), x.cpu().double(), "dense")
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = self.run(block, x.to(memory_format=layout), "sparse")
+            torch.testing.assert_close(y.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_nothing_active(self, name):
+        block, x = self.make(name), torch.randn(2, 24, 9, 9, device=DEVICE)
+        with torch.no_grad():
+            block.masker.maskconv.fc.bias.fill_(-1e4)
+        torch.testing.assert_close(self.run(block, x, "sparse"), self.run(block, x, "dense"), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision(self, name, dtype):
+        block, x = self.make(name), torch.randn(3, 24, 13, 13, device=DEVICE)
+        x = x.to(dtype).to(memory_format=torch.channels_last)
+        with torch.autocast(DEVICE, dtype):
+            autocast = [self.run(block, x, execution) for execution in ("sparse", "dense")]
+        block = block.to(dtype)
+        for sparse_run, dense_run in (autocast, [self.run(block, x, execution) for execution in ("sparse", "dense")]):
+            assert sparse_run.dtype == dtype
+            torch.testing.assert_close(sparse_run, dense_run.to(dtype), rtol=0.1, atol=0.1)

@@ -6,7 +6,6 @@ named as in the authors' ResNets.
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -14,9 +13,10 @@ from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import shortcut_serves
 from timm_dynamic.ops._linear import linear
-from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference
-from timm_dynamic.ops.pool_and_project import pool, pool_and_project, project
-from timm_dynamic.ops.scaled_conv import combine, conv_sample, is_product, scaled_conv2d
+from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
+from timm_dynamic.ops.dcd_training import dcd_conv, serves
+from timm_dynamic.ops.pool_and_project import pool, project
+from timm_dynamic.ops.scaled_conv import combine, conv_sample, is_product
 
 
 class _Factors(nn.Module):
@@ -33,11 +33,8 @@ class _Factors(nn.Module):
 
     def _factors(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, pooled]` to Phi, `[B, L, L]`, and scale, `[B, outputs]`."""
-        # Functions, not modules: at batch 1 the time goes into calls.
-        z = F.linear(pooled.to(self.fc_phi.weight.dtype), self.fc["0"].weight)
-        z = z * _hsig(F.linear(z, self.fc["1"]["fc"]["0"].weight))
-        phi, scale = F.linear(z, self.fc_phi.weight), F.linear(z, self.fc_scale.weight)
-        return phi.view(-1, self.latent_dim, self.latent_dim), _hsig(scale)
+        fc = self.fc
+        return factors(pooled, [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight])
 
     def _branch_arguments(self, pool_size: int) -> tuple:
         """What the operators of `timm_dynamic.ops.dcd_branch` take between the input and their own arguments."""
@@ -53,11 +50,6 @@ class _Factors(nn.Module):
         """For `timm_dynamic.record`: the scale of the outputs, `[B, outputs]`."""
         with no_autocast(x):
             return self._factors(self._pool(x))[1]
-
-
-def _hsig(t: Tensor) -> Tensor:
-    """0 to 2, and 1 at 0: twice the usual hard sigmoid."""
-    return (t + 3).clamp(0, 6) / 3  # F.hardsigmoid's derivative is of single precision in float64 too
 
 
 @register_notrace_module
@@ -178,17 +170,17 @@ class DCDConv2d(DropInConv2d, _Factors):
                         x, *self._branch_arguments(self.pool_size), self.weight, self.bias
                     )
                 return self._convolve_each(x, *own)
-        uniform = x.dtype == autocast_dtype(x) == self.weight.dtype
-        if uniform and x.requires_grad and torch.is_grad_enabled() and x.is_contiguous() and not _in_a_graph():
-            x, pooled, z = pool_and_project(x, self.q.weight, self.pool_size, self.stride)
-        else:
-            pooled, z = self._pool(x), self._project(x)
+        if not in_a_graph and torch.is_grad_enabled() and self._is_plain(x):
+            options = (self.stride, self._padding, self.dilation, self.groups)
+            fc, q, *_, p = self._branch_arguments(self.pool_size)
+            own_weights = self._makes_sample_weights(x)
+            return dcd_conv(
+                x, self.weight, self.bias, q, p, fc, self.bn1, self.bn2, self.pool_size, own_weights, options
+            )
+        pooled, z = self._pool(x), self._project(x)
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
             phi, scale = self._factors(pooled)
             v = self._fuse(z, phi)
-        if not in_a_graph and uniform and torch.is_grad_enabled() and self._makes_sample_weights(x):
-            options = (self.stride, self._padding, self.dilation)
-            return scaled_conv2d(self._pad(x), scale, self.weight, self.bias, self.p.weight, v, *options)
         y = self.conv(x)
         scale, v = scale.to(y.dtype), _finite(v, y.dtype)
         if _in_a_graph():
@@ -215,6 +207,12 @@ class DCDConv2d(DropInConv2d, _Factors):
             raise ValueError("DCD normalises over batch and positions: training needs more than one sample of 1x1 maps")
         u = self.bn1(z).flatten(2)
         return (self.bn2(torch.bmm(phi, u)) + u).view(B, L, H, W)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether `dcd_conv` serves: no autocast, zero padding, usual norms with more than one number to normalise."""
+        uniform = x.dtype == autocast_dtype(x) == self.weight.dtype
+        several = x[:, 0, :: self.stride[0], :: self.stride[1]].numel() > 1
+        return uniform and several and self._explicit_padding is None and serves(self.bn1) and serves(self.bn2)
 
     def _has_large_maps(self, x: Tensor) -> bool:
         """Whether to make a weight for every sample: maps are large beside it."""

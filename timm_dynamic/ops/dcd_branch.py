@@ -17,14 +17,17 @@ from timm_dynamic.ops._library import NAMESPACE
 
 
 def _hsig(t: Tensor) -> Tensor:
-    return (t + 3).clamp(0, 6) / 3
+    """0 to 2, and 1 at 0: twice the usual hard sigmoid."""
+    return (t + 3).clamp(0, 6) / 3  # F.hardsigmoid's derivative is of single precision in float64 too
 
 
-def _factors(x: Tensor, fc: list[Tensor], pool_size: int) -> tuple[Tensor, Tensor]:
-    z = F.linear(F.adaptive_avg_pool2d(x, pool_size).flatten(1).to(fc[0].dtype), fc[0])
+def factors(pooled: Tensor, fc: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`[B, pooled]` to Phi, `[B, L, L]`, and scale, `[B, outputs]`."""
+    # Functions, not modules: at batch 1 the time goes into calls.
+    z = F.linear(pooled.to(fc[0].dtype), fc[0])
     z = z * _hsig(F.linear(z, fc[1]))
     phi = F.linear(z, fc[2])
-    L = round(phi.shape[1] ** 0.5)
+    L = int(phi.shape[1] ** 0.5 + 0.5)  # round gives TorchScript a float
     return phi.view(-1, L, L), _hsig(F.linear(z, fc[3]))
 
 
@@ -61,7 +64,7 @@ def dcd_branch_reference(
         stride_y, stride_x: Of Q.
         y: `[B, O, ceil(H/stride_y), ceil(W/stride_x)]`; becomes the layer's output.
     """
-    phi, scale = _factors(x, fc, pool_size)
+    phi, scale = factors(F.adaptive_avg_pool2d(x, pool_size).flatten(1), fc)
     z = F.conv2d(x, q.flatten(1)[:, :, None, None], None, (stride_y, stride_x))
     (s1, t1), (s2, t2) = _affine(norm1, eps1), _affine(norm2, eps2)
     u = z.flatten(2) * s1[:, None] + t1[:, None]
@@ -91,7 +94,7 @@ def dcd_sample_weights_reference(
     Returns:
         Weights `[B, O, C, Kh, Kw]` and biases `[B, O]`.
     """
-    phi, scale = _factors(x, fc, pool_size)
+    phi, scale = factors(F.adaptive_avg_pool2d(x, pool_size).flatten(1), fc)
     (s1, t1), (s2, t2) = _affine(norm1, eps1), _affine(norm2, eps2)
     # The branch is affine, v = R Q x + r. Its columns, and r as one more: (S2 Phi + I) [S1 Q, t1] + [0, t2].
     base = torch.cat([q.flatten(1) * s1[:, None], t1[:, None]], 1).expand(x.shape[0], -1, -1)

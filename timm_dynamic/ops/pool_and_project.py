@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops.scaled_conv import in_cache
+
 
 def pool(x: Tensor, size: int) -> Tensor:
     """`[B, C, H, W]`, averaged down to size x size positions, as `[B, C * size * size]`."""
@@ -17,40 +19,24 @@ def project(x: Tensor, q: Tensor, stride: tuple[int, int]) -> Tensor:
     return torch.bmm(q.flatten(1).expand(B, -1, -1), x.flatten(2)).view(B, len(q), H, W)
 
 
-def pool_and_project(x: Tensor, q: Tensor, pool_size: int, stride: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """`x` itself, `pool(x, pool_size)` and `project(x, q, stride)`; differentiable once, not for torch.compile.
-
-    Whoever goes on with this `x` saves the backward pass two maps of its size: the gradients of the two small results
-    are added to that of `x` in its place.
-    """
-    return _PoolAndProject.apply(x, q, pool_size, stride)
-
-
-class _PoolAndProject(torch.autograd.Function):
-    @staticmethod
-    def forward(x, q, pool_size, stride):
-        return x.view_as(x), pool(x, pool_size), project(x, q, stride)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, q, *ctx.options = inputs
-        ctx.save_for_backward(x, q)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gx, gpooled, gz):
-        x, q = ctx.saved_tensors
-        pool_size, (sy, sx) = ctx.options
-        gx, gz = gx.contiguous(), gz.flatten(2)
-        read = x[:, :, ::sy, ::sx]
-        gq = torch.bmm(gz, read.flatten(2).mT).sum(0).view_as(q)
-        qt = q.flatten(1).t().expand(len(x), -1, -1)
-        if read.shape == x.shape:
-            gx.flatten(2).baddbmm_(qt, gz)
+def pool_and_project_backward(
+    dpooled: Tensor, dz: Tensor, x: Tensor, q: Tensor, pool_size: int, stride: tuple[int, int], dx: Tensor | None
+) -> Tensor:
+    """The gradient of `q`; that of `x` is added to `dx`, in its place: it never is a map of its own."""
+    sy, sx = stride
+    dq, transposed = torch.zeros_like(q), q.flatten(1).t()
+    for x_, dz_, dpooled_, dx_ in in_cache(x, dz.flatten(2), dpooled, x if dx is None else dx):
+        read = x_[:, :, ::sy, ::sx]
+        dq += torch.bmm(dz_, read.flatten(2).mT).sum(0).view_as(q)
+        if dx is None:
+            continue
+        matrix = transposed.expand(len(x_), -1, -1)
+        if read.shape == x_.shape and dx.is_contiguous():
+            dx_.flatten(2).baddbmm_(matrix, dz_)
         else:
-            gx[:, :, ::sy, ::sx].add_(torch.bmm(qt, gz).view(read.shape))
+            dx_[:, :, ::sy, ::sx].add_(torch.bmm(matrix, dz_).view(read.shape))
         if pool_size == 1:
-            gx += (gpooled / x[0, 0].numel())[:, :, None, None]
+            dx_ += (dpooled_ / x_[0, 0].numel())[:, :, None, None]
         else:
-            gx += torch.ops.aten._adaptive_avg_pool2d_backward(gpooled.view(*x.shape[:2], pool_size, -1), x)
-        return gx, gq, None, None
+            dx_ += torch.ops.aten._adaptive_avg_pool2d_backward(dpooled_.view(*x_.shape[:2], pool_size, -1), x_)
+    return dq

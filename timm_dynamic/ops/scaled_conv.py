@@ -1,9 +1,9 @@
-"""`scaled_conv2d`: DCD's two terms in training, where maps are large beside the weight.
+"""DCD's two terms in training, forwards and backwards.
 
     out[b] = scale[b] * (conv2d(x[b], weight) + bias) + P v[b]
 
 (Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021.) Scaling weights, not maps, leaves no
-map to keep for the backward pass but `x`.
+map to keep for the backward pass but `x`; where maps are small beside the weight, that of the convolution is kept.
 """
 
 import torch
@@ -12,121 +12,131 @@ from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._linear import linear
-from timm_dynamic.ops.per_sample_conv import Pair, memory_format
+from timm_dynamic.ops.per_sample_conv import memory_format
 
 # Up to so many multiplications a sample and positions of its map, all samples are one batched product; above, their
 # maps leave the cache between its steps.
 _SMALL_PRODUCT, _SMALL_MAP = 11 * 10**6, 28 * 28
+_IN_CACHE = 2**18  # numbers of a map
 
 
-def scaled_conv2d(
+def scaled_conv(
+    x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, v: Tensor, own_weights: bool, options
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve, rescale the output channels of every sample, and add a 1x1 convolution of other maps; without autograd.
+
+    Args:
+        x: `[B, C, H, W]`.
+        scale: `[B, O]`.
+        weight, bias: `[O, C / groups, Kh, Kw]` and `[O]`.
+        p: `[O, L, 1, 1]`.
+        v: `[B, L, Ho * Wo]`.
+        own_weights: Make a weight for every sample; without groups only.
+        options: Stride, padding, dilation and groups as for `conv2d`; the padding is of zeros.
+
+    Returns:
+        `[B, O, Ho, Wo]`, and with `own_weights` None, else the convolution's result, for the backward pass.
+    """
+    if not own_weights:
+        y = F.conv2d(x, weight, bias, *options)
+        out = torch.empty_like(y)
+        for y_, scale_, v_, out_ in in_cache(y, scale, v, out):
+            combine(torch.mul(y_, scale_[:, :, None, None], out=out_), p, v_)
+        return out, y
+    stride = options[0]
+    if _is_small_product(x, weight, stride):
+        y = torch.bmm(weight.flatten(1) * scale[:, :, None], x.flatten(2))
+        y.baddbmm_(p.flatten(1).expand(len(x), -1, -1), v)
+        if bias is not None:
+            y += (bias * scale)[:, :, None]
+        return y.view(len(x), len(weight), *x.shape[2:]), None
+    out = None
+    # Sample by sample: as long as its map is in the cache, nothing of its size is read from memory twice.
+    for b in range(len(x)):
+        own_bias = None if bias is None else bias * scale[b]
+        y = conv_sample(x[b : b + 1], weight * scale[b, :, None, None, None], own_bias, *options[:3])
+        y = combine(y, p, v[b : b + 1])
+        if out is None:  # filled at once, not joined at the end: the samples' own memory is used again and again
+            shape = (len(x), *y.shape[1:])
+            out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format(y))
+        out[b] = y[0]
+    return out, None
+
+
+def scaled_conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
     x: Tensor,
     scale: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     p: Tensor,
     v: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> Tensor:
-    """Convolve, rescale the output channels of every sample, and add a 1x1 convolution of other maps.
+    needs_x: bool,
+    options,
+) -> tuple:
+    """The gradients of `x` (or None), `scale`, `weight`, `bias`, `p` and `v`; `y` is what `scaled_conv` returned."""
+    transposed = p.flatten(1).t()
+    if y is not None:
+        dy, dscale, dp, dv = torch.empty_like(y), torch.empty_like(scale), torch.zeros_like(p), torch.empty_like(v)
+        for g, y_, scale_, v_, dy_, dscale_, dv_ in in_cache(grad, y, scale, v, dy, dscale, dv):
+            torch.sum(g * y_, (2, 3), out=dscale_)
+            torch.mul(g, scale_[:, :, None, None], out=dy_)
+            g = g.flatten(2)
+            dp += torch.bmm(g, v_.mT).sum(0).view_as(p)
+            torch.bmm(transposed.expand(len(g), -1, -1), g, out=dv_)
+        *conv, groups = options
+        sizes, mask = None if bias is None else list(bias.shape), (needs_x, True, bias is not None)
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, x, weight, sizes, *conv, False, (0, 0), groups, mask
+        )
+        return dx, dscale, dweight, dbias, dp, dv
+    if _is_small_product(x, weight, options[0]):
+        return _small_product_backward(grad, x, scale, weight, bias, p, v, needs_x)
+    dx, dv, dscale = torch.empty_like(x) if needs_x else None, torch.empty_like(v), torch.empty_like(scale)
+    dweight, dp = torch.zeros_like(weight), torch.zeros_like(p)
+    dbias = None if bias is None else torch.zeros_like(bias)
+    for b in range(len(x)):
+        g, s = grad[b : b + 1], scale[b, :, None, None, None]
+        dx_b, dw = _conv_sample_backward(g, x[b : b + 1], weight * s, needs_x, *options[:3])
+        if needs_x:
+            dx[b] = dx_b[0]
+        dweight.addcmul_(dw, s)
+        dscale[b] = (dw * weight).sum((1, 2, 3))
+        g = g[0].flatten(1)
+        if bias is not None:
+            db = g.sum(1)
+            dbias.addcmul_(db, scale[b])
+            dscale[b].addcmul_(db, bias)
+        dp.flatten(1).addmm_(g, v[b].t())
+        torch.mm(transposed, g, out=dv[b])
+    return dx, dscale, dweight, dbias, dp, dv
 
-    Differentiable once; not for torch.compile.
 
-    Args:
-        x: `[B, C, H, W]`.
-        scale: `[B, O]`.
-        weight, bias: `[O, C, Kh, Kw]` and `[O]`.
-        p: `[O, L, 1, 1]`.
-        v: `[B, L, Ho, Wo]`.
-        stride, padding, dilation: As for `conv2d`; the padding is of zeros.
+def _small_product_backward(grad, x, scale, weight, bias, p, v, needs_x):
+    g, matrix = grad.flatten(2), weight.flatten(1)
+    dw = torch.bmm(g, x.flatten(2).mT)
+    dscale, dweight, dbias, dx = (dw * matrix).sum(2), (dw * scale[:, :, None]).sum(0), None, None
+    if bias is not None:
+        db = g.sum(2)
+        dscale, dbias = dscale + db * bias, (db * scale).sum(0)
+    if needs_x:
+        dx = torch.bmm((matrix * scale[:, :, None]).mT, g).view_as(x)
+    dp = torch.bmm(g, v.mT).sum(0).view_as(p)
+    dv = torch.bmm(p.flatten(1).t().expand(len(x), -1, -1), g)
+    return dx, dscale, dweight.view_as(weight), dbias, dp, dv
 
-    Returns:
-        `[B, O, Ho, Wo]`.
-    """
+
+def in_cache(*tensors: Tensor):
+    """Their parts, of so many samples that the first one's maps stay in a CPU's cache from an operation to the next."""
+    maps = tensors[0]
+    samples = max(_IN_CACHE // max(maps[0].numel(), 1), 1) if maps.device.type == "cpu" else len(maps)
+    return zip(*(t.split(samples) for t in tensors), strict=True)
+
+
+def _is_small_product(x: Tensor, weight: Tensor, stride) -> bool:
     small = x.shape[2] * x.shape[3] <= _SMALL_MAP and weight[..., 0].numel() * x[0, 0].numel() <= _SMALL_PRODUCT
-    with torch.no_grad():
-        product = small and is_product(x, weight, stride)
-    if product:
-        return _ScaledProduct.apply(x, scale, weight, bias, p, v)
-    return _ScaledConv.apply(x, scale, weight, bias, p, v, stride, padding, dilation)
-
-
-class _ScaledProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(x, scale, weight, bias, p, v):
-        y = torch.bmm(weight.flatten(1) * scale[:, :, None], x.flatten(2))
-        y.baddbmm_(p.flatten(1).expand(len(x), -1, -1), v.flatten(2))
-        if bias is not None:
-            y += (bias * scale)[:, :, None]
-        return y.view(len(x), len(weight), *x.shape[2:])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, scale, weight, bias, p, v = ctx.saved_tensors
-        g, matrix = grad.flatten(2), weight.flatten(1)
-        dw = torch.bmm(g, x.flatten(2).mT)
-        dscale, dweight, dbias, dx = (dw * matrix).sum(2), (dw * scale[:, :, None]).sum(0), None, None
-        if bias is not None:
-            db = g.sum(2)
-            dscale, dbias = dscale + db * bias, (db * scale).sum(0)
-        if ctx.needs_input_grad[0]:
-            dx = torch.bmm((matrix * scale[:, :, None]).mT, g).view_as(x)
-        dp = torch.bmm(g, v.flatten(2).mT).sum(0).view_as(p)
-        dv = torch.bmm(p.flatten(1).t().expand(len(x), -1, -1), g).view_as(v)
-        return dx, dscale, dweight.view_as(weight), dbias, dp, dv
-
-
-class _ScaledConv(torch.autograd.Function):
-    """Sample by sample: as long as its map is in the cache, nothing of its size is read from memory twice."""
-
-    @staticmethod
-    def forward(x, scale, weight, bias, p, v, stride, padding, dilation):
-        out = None
-        for b in range(len(x)):
-            own_bias = None if bias is None else bias * scale[b]
-            y = conv_sample(x[b : b + 1], weight * scale[b, :, None, None, None], own_bias, stride, padding, dilation)
-            y = combine(y, p, v[b : b + 1])
-            if out is None:  # filled at once, not joined at the end: the samples' own memory is used again and again
-                shape = (len(x), *y.shape[1:])
-                out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format(y))
-            out[b] = y[0]
-        return out
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, scale, weight, bias, p, v, *ctx.options = inputs
-        ctx.save_for_backward(x, scale, weight, bias, p, v)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, scale, weight, bias, p, v = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        dx, dv, dscale = torch.empty_like(x) if needs_x else None, torch.empty_like(v), torch.empty_like(scale)
-        dweight, dp = torch.zeros_like(weight), torch.zeros_like(p)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for b in range(len(x)):
-            g, s = grad[b : b + 1], scale[b, :, None, None, None]
-            dx_b, dw = _conv_sample_backward(g, x[b : b + 1], weight * s, needs_x, *ctx.options)
-            if needs_x:
-                dx[b] = dx_b[0]
-            dweight.addcmul_(dw, s)
-            dscale[b] = (dw * weight).sum((1, 2, 3))
-            g = g[0].flatten(1)
-            if bias is not None:
-                db = g.sum(1)
-                dbias.addcmul_(db, scale[b])
-                dscale[b].addcmul_(db, bias)
-            dp.flatten(1).addmm_(g, v[b].flatten(1).t())
-            dv[b] = torch.mm(p.flatten(1).t(), g).view_as(dv[b])
-        return dx, dscale, dweight, dbias, dp, dv, None, None, None
+    return small and is_product(x, weight, stride)
 
 
 def conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:

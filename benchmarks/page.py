@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from page_sparse import sparse_text
+
 HERE = Path(__file__).parent
 HEAD = """# Measurements
 
@@ -139,6 +141,9 @@ def main() -> None:
         if (HERE / "results" / name).exists():
             page += models_table(name, where, command)
             page += WARM_HEAP if name == "models_cpu.json" else ""
+    for path in sorted(HERE.glob("results/sparse_*.json")):
+        report = load(path.name)
+        page += sparse_text(report, path.name, machine(report), path.parent)
     page += digits_table("digits_budgets_cpu.json")
     (HERE / "README.md").write_text(page + GPU)
 

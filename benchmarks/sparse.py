@@ -1,6 +1,7 @@
 """Times spatially sparse networks against the share of active positions, with masks of a given shape.
 
-    python benchmarks/sparse.py [--device cpu|cuda] [--threads N] [--models NAME ...] [--quick] [--output FILE.json]
+    python benchmarks/sparse.py [--device cpu|cuda] [--dtype float32|bfloat16] [--threads N] [--models NAME ...] \
+        [--quick] [--output FILE.json]
 
 The mask units run, but their masks are replaced: one blob, or scattered positions. Beside the sparse executor run, in
 turn: the same network dense, with its batch norms folded, in channels_last ("folded dense"), and the static twin,
@@ -66,16 +67,18 @@ def masks(model: nn.Module, share: float, pattern: str) -> Iterator[None]:
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy without batch norms, in channels_last."""
-    return folded_copy(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    return folded_copy(copy.deepcopy(model), by_rows=False).to(memory_format=torch.channels_last)
 
 
-def measure_model(name: str, batch_size: int, device: torch.device, quick: bool, bar: tqdm) -> Iterator[dict]:
+def measure_model(name: str, batch_size: int, to: dict, quick: bool, bar: tqdm) -> Iterator[dict]:
+    """Rows of the report; `to` is the device and the dtype."""
+    device = to["device"]
     torch.manual_seed(0)
-    model = timm.create_model(name).eval().to(device)
-    dense, twin = folded(model), folded(timm.create_model(static_twin(name)).eval().to(device))
+    model = timm.create_model(name).eval().to(**to)
+    dense, twin = folded(model), folded(timm.create_model(static_twin(name)).eval().to(**to))
     if hasattr(dense, "execution"):
-        dense.execution = "dense"
-    x = torch.randn(batch_size, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
+        model.execution, dense.execution = "sparse", "dense"
+    x = torch.randn(batch_size, 3, 224, 224, **to).contiguous(memory_format=torch.channels_last)
     candidates = {"sparse": lambda: model(x), "folded dense": lambda: dense(x), "static twin": lambda: twin(x)}
     for pattern in ("blob",) if quick else ("blob", "scattered"):
         for share in (0.3, 1.0) if quick else SHARES:
@@ -104,6 +107,7 @@ def measure_model(name: str, batch_size: int, device: torch.device, quick: bool,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--quick", action="store_true", help="a blob at 0.3 and 1.0 only")
@@ -112,12 +116,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     output = args.output or Path(__file__).parent / "results" / f"sparse_{args.device}.json"
-    report = {**environment(device), "kernels": backend_info()[args.device], "rows": []}
+    to = {"device": device, "dtype": getattr(torch, args.dtype)}
+    report = {**environment(device), "kernels": backend_info()[args.device], "dtype": args.dtype, "rows": []}
     batches = (1, 8) if args.device == "cpu" else (1, 32, 128)
     with tqdm(total=len(args.models) * len(batches) * (2 if args.quick else 20), disable=None) as bar:
         for name in args.models:
             for batch_size in batches:
-                for row in measure_model(name, batch_size, device, args.quick, bar):
+                for row in measure_model(name, batch_size, to, args.quick, bar):
                     tqdm.write(
                         f"{name}, batch {batch_size}, {row['pattern']} {row['share']}: "
                         f"{row['times']['sparse']['median_ms']:.1f} ms, {row['speedup_over_folded_dense']:.2f}x faster "

@@ -153,12 +153,11 @@ class _Pointwise(nn.Module):
         return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[tuple[nn.Module, str, str]]:
+def foldable_pairs(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """The convolutions that a batch norm follows at once, in the order of definition.
 
     Args:
         model: Whose modules run in the order in which they are defined.
-        shared: Parts to leave out.
 
     Returns:
         The module they are in, and the names of both.
@@ -166,7 +165,7 @@ def foldable_pairs(model: nn.Module, shared: Iterable[nn.Module] = ()) -> list[t
     pairs = []
     # A dynamic layer's parts run in an order of their own.
     dynamic = [module for module in model.modules() if isinstance(module, DropInConv2d)]
-    for parent in modules_without(model, (*shared, *dynamic)):
+    for parent in modules_without(model, dynamic):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.training:
@@ -182,22 +181,23 @@ def modules_without(model: nn.Module, left_out: Iterable[nn.Module]) -> list[nn.
     return [module for module in model.modules() if id(module) not in ignored]
 
 
-def folded_copy(model: nn.Module, shared: Iterable[nn.Module] = ()) -> nn.Module:
+def folded_copy(model: nn.Module, by_rows: bool = True) -> nn.Module:
     """A copy of a model in eval mode in which convolutions have taken over the batch norms behind them.
 
     All other parameters and buffers are those of the model itself.
 
     Args:
         model: As for `foldable_pairs`.
-        shared: Parts that the copy has as they are.
+        by_rows: On a CPU, run 1x1 convolutions by `ops.sparse` where its kernels serve.
     """
-    memo = {id(item): item for item in (*shared, *model.parameters(), *model.buffers())}
+    memo = {id(item): item for item in (*model.parameters(), *model.buffers())}
     folded = copy.deepcopy(model, memo)
-    for parent, name, norm_name in foldable_pairs(folded, shared):
+    for parent, name, norm_name in foldable_pairs(folded):
         conv, norm = getattr(parent, name), getattr(parent, norm_name)
         pointwise = is_foldable(conv, norm, None) and conv.groups == 1
         pointwise = pointwise and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
-        if pointwise and sparse.kernels_serve(conv.weight):
+        # On a GPU cuDNN's convolution is as good, and may use TF32 where a product may not.
+        if by_rows and pointwise and conv.weight.device.type == "cpu" and sparse.kernels_serve(conv.weight):
             setattr(parent, name, _Pointwise(fold(conv, norm, None, conv.weight.dtype)))
             setattr(parent, norm_name, nn.Identity())
         else:

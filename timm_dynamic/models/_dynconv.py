@@ -1,5 +1,6 @@
 """What the networks with learned masks share."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -153,5 +154,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if model.budget < 0:
         return {key: value for key, value in state.items() if ".masker." not in key}
     static = not any(".masker." in key for key in state)
+    if static:
+        warnings.warn(
+            "timm_dynamic: static weights: the mask units keep their own, untrained ones. Train the model, or create "
+            "it with budget=-1 for the static network.",
+            stacklevel=2,
+        )
     kept = [key for key in own if key.endswith(".step") or (static and ".masker." in key)]
     return {**{key: own[key] for key in kept}, **state}

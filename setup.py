@@ -65,7 +65,7 @@ def extensions() -> list[Extension]:
     if problem is None:
         say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
         libraries = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-        sources = ["cuda_ops/ddf_cuda.cu", "cuda_ops/ddf_cuda_ops.cpp"]
+        sources = sorted(str(p) for p in Path("cuda_ops").glob("*_cuda*.c*"))
         flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
         found.append(extension("_cuda", sources, "cuda", libraries, **flags))
     elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":

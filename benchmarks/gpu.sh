@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [tests|ops|models]...
+# Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [tests|ops|models|sparse]...
 #
 # Wants a GPU, nvcc, and a python3 (or $PYTHON) with torch >= 2.11, timm, pytest and setuptools >= 77; no network. Each
 # part takes less than 9 minutes and stands alone: one that was interrupted is run again. JSON goes to
@@ -83,12 +83,28 @@ models() {
   run "weight-dynamic models" 500 "$PYTHON" benchmarks/models.py --device cuda --output "$RESULTS/models_cuda.json"
 }
 
+sparse() {
+  local suite=tests/ops/test_sparse_cuda.py pytest=("$PYTHON" -m pytest -p no:cacheprovider) tool dtype
+  run "tests of sparse execution" 120 "${pytest[@]}" -m cuda "$suite"
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool of sparse execution" 60 compute-sanitizer --tool "$tool" \
+        --error-exitcode 1 "${pytest[@]}" -x "$suite" \
+        -k "(test_mask_logits or TestRows) and float32 and not 1030 or test_tables"
+    done
+  fi
+  for dtype in float32 bfloat16; do
+    run "sparse execution, $dtype" 140 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
+      --output "$RESULTS/sparse_cuda_$dtype.json"
+  done
+}
+
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests ops models)
+[[ $# -gt 0 ]] || parts=(tests ops models sparse)
 for part in "${parts[@]}"; do
   case $part in
-    tests | ops | models) ;;
-    *) echo "gpu.sh: unknown part '$part'; choose from tests, ops, models" >&2 && exit 2 ;;
+    tests | ops | models | sparse) ;;
+    *) echo "gpu.sh: unknown part '$part'; choose from tests, ops, models, sparse" >&2 && exit 2 ;;
   esac
 done
 check_machine

@@ -48,11 +48,6 @@ constexpr int kAhead = K == 3 ? 2 : 1;
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <typename T, int V>
-struct alignas(sizeof(T) * V) Vec {  // loaded and stored by one instruction
-  T at[V];
-};
-
 // Where a block is in the grid and on its walk from `begin` to `end`. Shared memory keeps it:
 // registers are dear, and it is seldom read.
 struct Block {
@@ -182,26 +177,6 @@ struct Own {
     return column[k * Stride];
   }
 };
-
-// Sums values[0..N) over groups of `lanes` >= N adjacent lanes: lane l of a group returns sum
-// l / (lanes / N). Each exchange halves the values a lane carries, so that the sums together cost
-// N - 1 + log2(lanes / N) shuffles.
-template <int N>
-__device__ float lane_sums(float (&values)[N], int lanes) {
-  int offset = lanes / 2;
-#pragma unroll
-  for (int n = N / 2; n >= 1; n /= 2, offset /= 2) {
-    const bool upper = threadIdx.x & offset;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const float keep = upper ? values[i + n] : values[i];
-      const float give = upper ? values[i] : values[i + n];
-      values[i] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
-    }
-  }
-  for (; offset >= 1; offset /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
-  return values[0];
-}
 
 // A row of K taps is padded to a power of two for lane_sums.
 template <int K>

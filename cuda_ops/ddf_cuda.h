@@ -2,15 +2,12 @@
 // kernels) share. Torch's headers are kept from the kernels, which are compiled once a GPU model.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "cuda_kernels.h"
 #include "ddf_index.h"
 
 namespace timm_dynamic {
-
-enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 // One pass over `from`, K * K times an element of `to`. A gather writes `to`; for the gradients of
 // the filters `to` is the incoming gradient.
@@ -46,7 +43,6 @@ struct Plan {
 };
 
 constexpr int kVector = 4;
-constexpr int kWarp = 32;
 constexpr int64_t kMaxOffset = 1 << 30;  // of the specialised kernels, within a plane
 
 // The most threads of a block. The gather of K = 3: 7 warps are 7 rows of channels, which suits

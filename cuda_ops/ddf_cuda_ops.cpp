@@ -1,52 +1,16 @@
 // timm_dynamic::ddf and ::ddf_backward on CUDA: checks, memory, and the choice of a kernel of
 // ddf_cuda.cu and of how to cut the work.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <tuple>
 
+#include "cuda_device.h"
 #include "ddf_args.h"
 #include "ddf_cuda.h"
 
 namespace timm_dynamic {
 namespace {
-
-// Makes the tensor's device current, and says what a launch there needs to know.
-class Device {
- public:
-  explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
-    const int index = t.get_device_index();
-    // This binary has a CUDA runtime of its own, linked statically: tell it too.
-    STD_CUDA_CHECK(cudaSetDevice(index));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-    void* current;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-
-  int processors;
-  cudaStream_t stream;
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      return Dtype::kFloat32;
-  }
-}
 
 Call make_call(DdfShape s, const Tensor& from, const Tensor& to, const Tensor& channel_filter,
                const Tensor& spatial_filter, bool transposed) {

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_dynamic.ops import backend_info, sparse
+from timm_dynamic.ops._library import operators_only
 
 needs_kernels = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 OPS = torch.ops.timm_dynamic
@@ -112,6 +113,31 @@ def test_pack_matrix(N):
     assert columns.shape[1] - N < 16
 
 
+@pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
+@pytest.mark.parametrize("M", [0, 1, 9])
+def test_products_of_three_parts(monkeypatch, M, limits):
+    """As on a GPU: every element by the definition; only the parts are dispatched."""
+    monkeypatch.setattr(sparse, "_NO_KERNEL", {"cpu": sparse._NO_KERNEL["cuda"]})
+    source, rows, matrix, bias = (t.double() if t.is_floating_point() else t for t in product(M, 3, 5, 7))
+    out, positions = torch.randn(M + 4, 7).double(), torch.randperm(M + 4)[:M].int()
+    expected, scattered = torch.empty(M, 7).double(), out.clone()
+    for m in range(M):
+        taps = [source[at] if at >= 0 else torch.zeros(5).double() for at in rows[m].tolist()]
+        expected[m] = bias + torch.cat(taps) @ matrix
+        scattered[positions[m]] = (out[positions[m]] + expected[m]).clamp(*limits)
+    args = [t.float() if t.is_floating_point() else t for t in (source, rows, matrix[None], bias)]
+    calls = []
+    for name in ("gather_rows", "scatter_rows_", "gather_conv", "scatter_conv_"):
+        own = getattr(OPS, name)
+        monkeypatch.setattr(OPS, name, lambda *a, own=own, name=name: calls.append(name) or own(*a), raising=False)
+    with operators_only():
+        check(sparse.gather_conv(*args, *limits), expected.clamp(*limits))
+        actual = out.float()
+        sparse.scatter_conv_(actual, positions, *args, *limits)
+    check(actual, scattered)
+    assert calls == ["gather_rows", "gather_rows", "scatter_rows_"]
+
+
 SMALL = st.integers(1, 3)
 
 
@@ -172,6 +198,13 @@ def arguments(dtype=torch.float32):
     window = ([3, 3], [2, 2], [1, 1], [1, 1])
     mask = torch.rand(2, 1, 3, 4) < 0.5
     return {
+        "gather_rows": (source, rows),
+        "scatter_rows_": (
+            torch.randn(8, 7, dtype=dtype),
+            torch.arange(6).int(),
+            torch.randn(6, 7, dtype=dtype),
+            *RELU6,
+        ),
         "gather_conv": conv,
         "scatter_conv_": (torch.randn(8, 7, dtype=dtype), torch.arange(6).int(), *conv),
         "gather_depthwise": (source, rows, torch.randn(9, 5, dtype=dtype), bias[:5].contiguous(), *RELU6),
@@ -187,12 +220,12 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gather_conv", "scatter_conv_", "gather_depthwise"])
+@pytest.mark.parametrize("name", ["gather_rows", "scatter_rows_", "gather_conv", "scatter_conv_", "gather_depthwise"])
 def test_other_dtypes_are_left_to_the_reference(name, dtype):
     args = arguments(dtype)[name]
     copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     result, expected = getattr(sparse, name)(*args), sparse._OPERATORS[name][0](*copies)
-    if name == "scatter_conv_":
+    if name.startswith("scatter"):
         result, expected = args[0], copies[0]
     assert torch.equal(result, expected) and result.dtype == dtype
 

@@ -1,0 +1,98 @@
+// What the CUDA kernels of sparse execution (sparse_cuda.cu, no torch) and the operators
+// (sparse_cuda_ops.cpp, no kernels) share. Sizes and strides are of elements.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_kernels.h"
+#include "window.h"
+
+namespace timm_dynamic {
+
+// out[m] = source[table[m]], zeros where the table holds -1. Rows are copied `unit` bytes at a
+// time, of which they have `units`.
+struct GatherRows {
+  int64_t M;
+  int unit, units;
+  const void* source;
+  const int* table;
+  void* out;
+};
+
+// out[positions[m]] = clamp(out[positions[m]] + rows[m])
+struct ScatterRows {
+  int64_t M;
+  int C;
+  bool aligned;  // whether 16 bytes may be loaded at once
+  float low, high;
+  const void* rows;
+  const int* positions;
+  void* out;
+};
+
+// out[m] = clamp(bias + sum_t source[table[m, t]] * weight[t])
+struct GatherDepthwise {
+  int64_t M;
+  int T, C;
+  bool aligned;
+  float low, high;
+  const void *source, *weight, *bias;
+  const int* table;
+  void* out;
+};
+
+struct WindowTable {
+  Window<int> window;
+  int M;
+  const int* positions;
+  int* table;
+};
+
+// Sets of positions are words of 32 bits, with the number of set bits before each word.
+DDF_HOST_DEVICE constexpr int64_t words_of(int64_t positions) { return (positions + 31) / 32; }
+
+struct NeighbourTable {
+  Window<int> window;
+  int outputs, inputs;  // positions of the whole batch
+  int mask_bytes;       // of an element: 1, 2 or 4
+  const void* mask;
+  unsigned* words;  // [words_of(outputs) + words_of(inputs)]: the active ones, the needed ones
+  int* before;      // likewise
+  int* sizes;       // [2]: how many are active, how many needed
+  int *positions, *needed, *table;  // with room for all
+};
+
+constexpr int kDots = 10;  // nine taps and the linear layer of a mask unit
+
+// The weights of a mask unit, in the dtype of x or float32; `conv_weight` is [1, C, 3, 3].
+struct MaskWeights {
+  int C;
+  int64_t stride_c, stride_y, stride_x;
+  const void *conv_weight, *conv_bias, *fc_weight, *fc_bias;
+  float* out;  // [kDots, C], then the sum of both biases
+};
+
+struct MaskLogits {
+  Window<int> window;
+  int B, C;
+  bool aligned;
+  const void* x;
+  const float* weights;  // of MaskWeights
+  float* dots;           // [B, H * W, kDots]
+  float* sums;           // [B, blocks()]: of the last dot product, over the positions of a block
+  void* out;
+
+  DDF_HOST_DEVICE int map() const { return window.H * window.W; }
+  int lanes() const;   // that share a position
+  int blocks() const;  // of a sample
+};
+
+void launch(const GatherRows& op, cudaStream_t stream);
+void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream);
+void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream);
+void launch(const WindowTable& op, cudaStream_t stream);
+void launch(const NeighbourTable& op, cudaStream_t stream);
+void launch(const MaskWeights& op, Dtype dtype, cudaStream_t stream);
+void launch(const MaskLogits& op, Dtype dtype, cudaStream_t stream);
+
+}  // namespace timm_dynamic

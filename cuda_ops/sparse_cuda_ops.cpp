@@ -1,0 +1,244 @@
+// The operators of timm_dynamic/ops/sparse.py and mask_logits.py on CUDA: checks and memory. Their
+// kernels are in sparse_cuda.cu.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "cuda_device.h"
+#include "sparse_args.h"
+#include "sparse_cuda.h"
+
+namespace timm_dynamic {
+namespace {
+
+bool is_served(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Half ||
+         t.scalar_type() == ScalarType::BFloat16;
+}
+
+// The elements of a matrix.
+const void* matrix(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && is_served(t), name,
+                  " must be contiguous float32, float16 or bfloat16 of 2 dimensions, got ",
+                  shape_text(t));
+  return t.const_data_ptr();
+}
+
+// The elements of a tensor that has to have `count` of them, and all else as `like`.
+const void* operand(const char* name, const Tensor& t, int64_t count, const Tensor& like) {
+  STD_TORCH_CHECK(t.numel() == count && t.is_contiguous() &&
+                      t.scalar_type() == like.scalar_type() && t.device() == like.device(),
+                  name, " must be ", count,
+                  " contiguous elements of the same dtype and device, got ", shape_text(t));
+  return t.const_data_ptr();
+}
+
+// `indices`, on the device of `like`.
+const int* indices_beside(const char* name, const Tensor& t, int64_t dim, const Tensor& like) {
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the same device as the rest");
+  return indices(name, t, dim);
+}
+
+// The most bytes, of 16, that every row of `bytes` and every address can be cut into.
+template <typename... Pointers>
+int largest_unit(int64_t bytes, Pointers... at) {
+  const uintptr_t bits = (reinterpret_cast<uintptr_t>(at) | ... | uintptr_t(16 | bytes));
+  return bits & -bits;
+}
+
+// For 32-bit arithmetic.
+Window<int> small_window(const Window<int64_t>& w) {
+  const auto in_range = [](int64_t v, int64_t least, const char* name) {
+    STD_TORCH_CHECK(v >= least && v <= 1 << 15, name, " must be in [", least, ", 32768], got ", v);
+    return static_cast<int>(v);
+  };
+  return {in_range(w.H, 0, "height"),
+          in_range(w.W, 0, "width"),
+          in_range(w.Ho, 0, "height"),
+          in_range(w.Wo, 0, "width"),
+          in_range(w.Ky, 1, "kernel_size"),
+          in_range(w.Kx, 1, "kernel_size"),
+          in_range(w.stride_y, 1, "stride"),
+          in_range(w.stride_x, 1, "stride"),
+          in_range(w.dilation_y, 1, "dilation"),
+          in_range(w.dilation_x, 1, "dilation"),
+          in_range(w.padding_y, 0, "padding"),
+          in_range(w.padding_x, 0, "padding")};
+}
+
+void check_entries(int64_t entries) {
+  STD_TORCH_CHECK(entries <= INT32_MAX, "too many positions and taps for int32: ", entries);
+}
+
+Tensor gather_rows(const Tensor& source, const Tensor& table) {
+  GatherRows op;
+  op.source = matrix("source", source);
+  op.table = indices_beside("table", table, 2, source);
+  const int64_t bytes = source.size(1) * source.element_size();
+  op.M = table.numel();
+  const Tensor out = empty(source, {table.size(0), table.size(1) * source.size(1)});
+  if (out.numel() == 0) return out;
+  op.out = out.mutable_data_ptr();
+  op.unit = largest_unit(bytes, op.source, op.out);
+  STD_TORCH_CHECK(bytes / op.unit <= INT32_MAX, "rows too long: ", bytes, " bytes");
+  op.units = bytes / op.unit;
+  launch(op, Device(source).stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+void scatter_rows_(Tensor& out, const Tensor& positions, const Tensor& rows, double low,
+                   double high) {
+  ScatterRows op;
+  matrix("out", out);
+  op.positions = indices_beside("positions", positions, 1, out);
+  op.M = positions.numel(), op.C = out.size(1);
+  op.rows = operand("rows", rows, op.M * op.C, out);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  if (rows.numel() == 0) return;
+  op.out = out.mutable_data_ptr();
+  op.aligned = largest_unit(op.C * out.element_size(), op.out, op.rows) == 16;
+  launch(op, dtype_of(out), Device(out).stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor gather_depthwise(const Tensor& source, const Tensor& table, const Tensor& weight,
+                        const Tensor& bias, double low, double high) {
+  GatherDepthwise op;
+  op.source = matrix("source", source), op.C = source.size(1);
+  op.table = indices_beside("table", table, 2, source);
+  op.M = table.size(0), op.T = table.size(1);
+  op.weight = operand("weight", weight, int64_t(op.T) * op.C, source);
+  op.bias = operand("bias", bias, op.C, source);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  const Tensor out = empty(source, {op.M, op.C});
+  if (out.numel() == 0) return out;
+  op.out = out.mutable_data_ptr();
+  op.aligned = largest_unit(op.C * source.element_size(), op.source, op.weight, op.bias) == 16;
+  launch(op, dtype_of(source), Device(source).stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size, Sizes kernel_size,
+                    Sizes stride, Sizes dilation, Sizes padding) {
+  WindowTable op;
+  op.window =
+      small_window(make_window(input_size, output_size, kernel_size, stride, dilation, padding));
+  op.positions = indices("positions", positions, 1);
+  check_entries(positions.numel() * op.window.taps());
+  op.M = positions.numel();
+  const Tensor table = empty_indices(positions, {op.M, op.window.taps()});
+  if (op.M == 0) return table;
+  op.table = static_cast<int*>(table.mutable_data_ptr());
+  launch(op, Device(positions).stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return table;
+}
+
+// Tables with room for all positions come back cut to what there are: the host waits once, for the
+// two sizes.
+std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
+                                                   Sizes kernel_size, Sizes stride, Sizes dilation,
+                                                   Sizes padding) {
+  STD_TORCH_CHECK(
+      mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
+          (mask.scalar_type() == ScalarType::Bool || is_served(mask)),
+      "mask must be [B, 1, H, W], boolean, float32, float16 or bfloat16, and contiguous, "
+      "got ",
+      shape_text(mask));
+  NeighbourTable op;
+  const Window<int>& w = op.window = small_window(make_window(
+      input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding));
+  const int64_t inputs = mask.size(0) * w.H * w.W, taps = w.taps();
+  check_entries(std::max(mask.numel() * taps, inputs));
+  op.outputs = mask.numel(), op.inputs = inputs;
+  Tensor positions = empty_indices(mask, {op.outputs}), needed = empty_indices(mask, {inputs}),
+         table = empty_indices(mask, {op.outputs, taps});
+  int sizes[2] = {};
+  if (op.outputs > 0) {
+    const int64_t words = words_of(op.outputs) + words_of(inputs);
+    const Tensor scratch = empty_indices(mask, {2 * words + 2});
+    op.before = static_cast<int*>(scratch.mutable_data_ptr());
+    op.words = reinterpret_cast<unsigned*>(op.before + words);
+    op.sizes = op.before + 2 * words;
+    op.mask = mask.const_data_ptr(), op.mask_bytes = mask.element_size();
+    op.positions = static_cast<int*>(positions.mutable_data_ptr());
+    op.needed = static_cast<int*>(needed.mutable_data_ptr());
+    op.table = static_cast<int*>(table.mutable_data_ptr());
+    const Device device(mask);
+    launch(op, device.stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_CHECK(
+        cudaMemcpyAsync(sizes, op.sizes, sizeof sizes, cudaMemcpyDeviceToHost, device.stream));
+    STD_CUDA_CHECK(cudaStreamSynchronize(device.stream));
+  }
+  return {torch::stable::narrow(positions, 0, 0, sizes[0]),
+          torch::stable::narrow(needed, 0, 0, sizes[1]),
+          torch::stable::narrow(table, 0, 0, sizes[0])};
+}
+
+Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias,
+                   const Tensor& fc_weight, const Tensor& fc_bias, int64_t stride) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_served(x) && x.stride(1) == 1 &&
+                      x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
+                      x.stride(0) == x.size(1) * x.size(2) * x.size(3),
+                  "x must be [B, C, H, W], float32, float16 or bfloat16, channels_last and not "
+                  "empty, got ",
+                  shape_text(x));
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  const auto dtype = conv_weight.scalar_type();
+  STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(0) == 1 && conv_weight.size(1) == C &&
+                      conv_weight.size(2) == 3 && conv_weight.size(3) == 3 &&
+                      (dtype == ScalarType::Float || dtype == x.scalar_type()) &&
+                      conv_weight.device() == x.device(),
+                  "conv_weight must be [1, ", C, ", 3, 3] in float32 or the dtype of x, got ",
+                  shape_text(conv_weight));
+  STD_TORCH_CHECK(stride > 0, "stride must be positive, got ", stride);
+  MaskLogits op;
+  op.window = small_window(
+      {H, W, (H - 1) / stride + 1, (W - 1) / stride + 1, 3, 3, stride, stride, 1, 1, 1, 1});
+  check_entries(std::max({B, (C + 1) * kDots, H * W * kDots}));
+  op.B = B, op.C = C;
+  op.x = x.const_data_ptr();
+  op.aligned = largest_unit(C * x.element_size(), op.x) == 16;
+  check_entries(B * std::max<int64_t>(op.blocks(), op.window.Ho * op.window.Wo));
+
+  const auto floats = [&](int64_t count) {
+    return torch::stable::empty({count}, ScalarType::Float, std::nullopt, x.device());
+  };
+  const Tensor weights = floats(kDots * C + 1), dots = floats(B * H * W * kDots),
+               sums = floats(B * op.blocks());
+  const Tensor out = empty(x, {B, 1, op.window.Ho, op.window.Wo});
+  MaskWeights packing;
+  packing.C = C;
+  packing.stride_c = conv_weight.stride(1), packing.stride_y = conv_weight.stride(2);
+  packing.stride_x = conv_weight.stride(3);
+  packing.conv_weight = conv_weight.const_data_ptr();
+  packing.conv_bias = operand("conv_bias", conv_bias, 1, conv_weight);
+  packing.fc_weight = operand("fc_weight", fc_weight, C, conv_weight);
+  packing.fc_bias = operand("fc_bias", fc_bias, 1, conv_weight);
+  packing.out = static_cast<float*>(weights.mutable_data_ptr());
+  op.weights = packing.out;
+  op.dots = static_cast<float*>(dots.mutable_data_ptr());
+  op.sums = static_cast<float*>(sums.mutable_data_ptr());
+  op.out = out.mutable_data_ptr();
+  const Device device(x);
+  launch(packing, dtype_of(conv_weight), device.stream);
+  launch(op, dtype_of(x), device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+}  // namespace
+}  // namespace timm_dynamic
+
+STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CUDA, m) {
+  m.impl("gather_rows", TORCH_BOX(&timm_dynamic::gather_rows));
+  m.impl("scatter_rows_", TORCH_BOX(&timm_dynamic::scatter_rows_));
+  m.impl("gather_depthwise", TORCH_BOX(&timm_dynamic::gather_depthwise));
+  m.impl("window_table", TORCH_BOX(&timm_dynamic::window_table));
+  m.impl("neighbour_table", TORCH_BOX(&timm_dynamic::neighbour_table));
+  m.impl("mask_logits", TORCH_BOX(&timm_dynamic::mask_logits));
+}

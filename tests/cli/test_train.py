@@ -157,7 +157,7 @@ def test_schedules_follow_the_epochs(capsys, monkeypatch):
         set_progress(model, epoch, epochs)
         told.append(model.progress().item() * epochs)
 
-    monkeypatch.setattr("timm_dynamic.cli.train.set_progress", listen)
+    monkeypatch.setattr("timm_dynamic.cli.train_epoch.set_progress", listen)
     flags = "--model dynconv_resnet8 --epochs 2 --cooldown-epochs 1"
     _, rows, last = train(capsys, flags)
     assert told == pytest.approx(sum(by_epoch, []))

@@ -4,8 +4,6 @@ import argparse
 import csv
 import logging
 import time
-from collections import defaultdict
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -17,31 +15,26 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
 from timm.utils import (
     CheckpointSaver,
     NativeScaler,
-    dispatch_clip_grad,
     distribute_bn,
     get_outdir,
     init_distributed_device,
     is_primary,
     random_seed,
-    reduce_tensor,
-    unwrap_model,
     update_summary,
 )
 from torch import nn
-from tqdm import tqdm
 
 from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
 from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, resolve_data
 from timm_dynamic.cli.train_arguments import make_parser
+from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import extract_state_dict, read_checkpoint
-from timm_dynamic.training import auxiliary_loss, set_progress
 
 _logger = logging.getLogger(__name__)
 
@@ -315,99 +308,6 @@ def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) 
         for prefix in ("train_", "eval_")
     )
     update_summary(epoch, train, evaluated, path, lr=lr, write_header=not path.exists())
-
-
-def tell_progress(model: nn.Module, epoch: float, epochs: int, args: argparse.Namespace) -> None:
-    """Let the schedules in a model follow the epochs, unless it was built to count steps for them."""
-    if args.model_kwargs.keys().isdisjoint({"anneal_steps", "total_steps"}):
-        set_progress(model, epoch, epochs)
-
-
-def train_one_epoch(
-    epoch: int,
-    epochs: int,
-    task: TrainingTask,
-    loader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler | None,
-    scaler: NativeScaler | None,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> dict[str, float]:
-    """One pass over the training data.
-
-    Returns:
-        Means over the epoch and all processes: the task's `loss`, and the model's auxiliary terms, weighted, those of
-        one name added up over the layers.
-    """
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        loader.mixup_enabled = False
-    model = unwrap_model(task.get_trainable_module().train())
-    autocast = amp_autocast(args, device)
-    second_order = getattr(optimizer, "is_second_order", False)
-    steps, accumulate = len(loader), args.grad_accum_steps
-    done = epoch * -(-steps // accumulate)  # updates so far
-    sums, images_seen = defaultdict(lambda: torch.zeros((), device=device)), 0
-    optimizer.zero_grad()
-    bar = tqdm(
-        total=steps * args.batch_size * args.world_size,
-        desc=f"epoch {epoch}",
-        unit="img",
-        leave=False,
-        disable=None if is_primary(args) else True,
-    )
-    with bar:
-        for step, (images, target) in enumerate(loader):
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            group = min(accumulate, steps - step + step % accumulate)  # batches of this update
-            update = step % accumulate == group - 1
-            tell_progress(model, epoch + step / steps, epochs, args)
-            with nullcontext() if update else task.no_sync():
-                with autocast:
-                    loss = task(images, target)["loss"]
-                clipped = None
-                if args.clip_grad is not None:
-                    clipped = task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
-                if scaler:
-                    scaler(
-                        loss / group,
-                        optimizer,
-                        clip_grad=args.clip_grad,
-                        clip_mode=args.clip_mode,
-                        parameters=clipped,
-                        create_graph=second_order,
-                        need_update=update,
-                    )
-                else:
-                    (loss / group).backward(create_graph=second_order)
-                    if update:
-                        if clipped is not None:
-                            dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
-                        optimizer.step()
-            sums["loss"] += loss.detach() * len(images)
-            for name, term in auxiliary_loss(model).items():
-                sums[name.rpartition(".")[2]] += term * len(images)
-            images_seen += len(images)
-            bar.update(len(images) * args.world_size)
-            if not update:
-                continue
-            done += 1
-            optimizer.zero_grad()
-            task.update_ema(step=done)
-            if done % args.log_interval == 0:
-                mean, lr = sums["loss"].item() / images_seen, optimizer.param_groups[0]["lr"]
-                state = {"loss": f"{mean:.4g}", "lr": f"{lr:.3g}"}
-                bar.set_postfix(state)
-                if bar.disable:
-                    _logger.info(f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}")
-            if scheduler:
-                scheduler.step_update(done)
-    if hasattr(optimizer, "sync_lookahead"):
-        optimizer.sync_lookahead()
-    means = torch.stack(list(sums.values())) / images_seen
-    means = reduce_tensor(means, args.world_size) if args.distributed else means
-    return dict(zip(sums, means.tolist(), strict=True))
 
 
 def _mixing(args: argparse.Namespace) -> bool:

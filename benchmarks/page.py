@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 HEAD = """# Measurements
 
 Written by `benchmarks/page.py` from the files under `results/`, which name machine, versions and commit. Times are
-medians of interleaved rounds in one process. The CPU is a shared, noisy virtual machine: a ratio differs by some 5 %,
-at batch 16 by up to 20 %, from run to run.
+medians of interleaved rounds in one process. The CPU is a shared, noisy virtual machine: a ratio differs by up to
+15 %, at batch 16 by up to 25 %, from run to run.
 """
 OPERATOR = """
 ## The ddf operator on a CPU

@@ -91,7 +91,7 @@ def routing_layers(model: nn.Module) -> dict[str, nn.Module]:
     if not layers:
         raise ValueError(
             f"no layer with attention, gates or masks in this {type(model).__name__}: it takes DY, PED, DCD or DynConv "
-            "layers"
+            "layers (those with a budget, not -1)"
         )
     return layers
 

@@ -269,6 +269,17 @@ def pruning(block):
     nn.init.normal_(block.conv1.weight_orig)
 
 
+def fused_step_in_eval_mode(block):
+    """Which leaves the parameters' version counters alone."""
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(block.parameters(), lr=0.1, fused=True).step()
+
+
+def other_eps(block):
+    block.bn1.eps = 0.5
+
+
 def norm_in_training_mode(block):
     block.bn1.train()
 
@@ -277,7 +288,7 @@ CHANGES = [training_step, step_in_eval_mode, training_forward, load_state_dict, 
 CHANGES += [change_of_a_copy, averaging, other_statistics, other_module, other_parameter, weight_norm, pruning]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, norm_in_training_mode])
+@pytest.mark.parametrize("change", [*CHANGES, fused_step_in_eval_mode, other_eps, norm_in_training_mode])
 def test_notices_that_the_block_has_changed(change):
     block, x = make("basic"), torch.randn(2, 24, 9, 9).double()
     y = run(block, x)

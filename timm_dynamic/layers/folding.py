@@ -11,6 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import sparse
@@ -50,7 +51,8 @@ class Watch:
 
     def _counts(self) -> tuple:
         versions = [tensor._version for tensor in self._tensors]
-        return versions, [own["training"] for own in self._attributes], sum(map(len, self._hooks))
+        modes = [(own["training"], own.get("eps")) for own in self._attributes]
+        return versions, modes, sum(map(len, self._hooks))
 
     def sees_change(self) -> bool:
         """Whether something has changed since it was made."""
@@ -61,6 +63,10 @@ class Watch:
 
 # Not in the modules, whose copies must not share it: what it was made for, what could change it, and what was made.
 _KEPT: "WeakKeyDictionary[KeepsFolded, tuple[Any, Watch, Any]]" = WeakKeyDictionary()
+
+
+# Fused optimizers change parameters behind their version counters.
+register_optimizer_step_post_hook(lambda *args: _KEPT.clear())
 
 
 class KeepsFolded(nn.Module):

@@ -45,8 +45,8 @@ class MaskedModel(nn.Module):
         check_budget(budget)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if not aux_scale >= 0:
-            raise ValueError(f"aux_scale must not be negative, got {aux_scale}")
+        if not isinstance(aux_scale, (int, float)) or not aux_scale >= 0:
+            raise ValueError(f"aux_scale must be a number and not negative, got {aux_scale!r}")
         self.budget, self.aux_scale = budget, aux_scale
         self.auxiliary_terms = () if budget < 0 else ("network_budget", "block_budget")
         self._costs = _Costs()
@@ -93,8 +93,8 @@ class MaskedModel(nn.Module):
 
     @max_active.setter
     def max_active(self, value: float | None) -> None:
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"max_active must be between 0 and 1, or None, got {value}")
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ValueError(f"max_active must be between 0 and 1, or None, got {value!r}")
         self._max_active = value
         for block in self.masked_blocks():
             block.max_active = value
@@ -137,8 +137,8 @@ class _Costs:
 
 
 def check_budget(budget: float) -> None:
-    if not (0 <= budget <= 1 or budget == -1):
-        raise ValueError(f"budget must be between 0 and 1, or -1 for a network without masks, got {budget}")
+    if not isinstance(budget, (int, float)) or not (0 <= budget <= 1 or budget == -1):
+        raise ValueError(f"budget must be between 0 and 1, or -1 for a network without masks, got {budget!r}")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -151,9 +151,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if all(key in own for key in state_dict) and len(state_dict) == len(own):
         return state_dict
     state = extract_state_dict(state_dict)
-    if model.budget < 0:
-        return {key: value for key, value in state.items() if ".masker." not in key}
     static = not any(".masker." in key for key in state)
+    if model.budget < 0:
+        if not static:
+            warnings.warn(
+                "timm_dynamic: these weights were trained with masks; with budget=-1 the network computes everywhere, "
+                "and gives other results.",
+                stacklevel=2,
+            )
+        return {key: value for key, value in state.items() if ".masker." not in key}
     if static:
         warnings.warn(
             "timm_dynamic: static weights: the mask units keep their own, untrained ones. Train the model, or create "

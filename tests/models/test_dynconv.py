@@ -221,7 +221,7 @@ class TestArchitecture:
             ({"budget": float("nan")}, "budget must be between 0 and 1"),
             ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
             ({"aux_scale": -1}, "aux_scale must be a number and not negative, got -1"),
-            ({"aux_scale": float("nan")}, "aux_scale must not be negative"),
+            ({"aux_scale": float("nan")}, "aux_scale must be a number and not negative, got nan"),
             ({"temperature": 0}, "temperature must be positive"),
             ({"temperature": (1.0, 2.0)}, "temperature must be positive, one number or three"),
         ],

@@ -159,7 +159,7 @@ class _Pointwise(nn.Module):
         return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def foldable_pairs(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+def _foldable_pairs(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
     """The convolutions that a batch norm follows at once, in the order of definition.
 
     Args:
@@ -193,12 +193,12 @@ def folded_copy(model: nn.Module, by_rows: bool = True) -> nn.Module:
     All other parameters and buffers are those of the model itself.
 
     Args:
-        model: As for `foldable_pairs`.
+        model: As for `_foldable_pairs`.
         by_rows: On a CPU, run 1x1 convolutions by `ops.sparse` where its kernels serve.
     """
     memo = {id(item): item for item in (*model.parameters(), *model.buffers())}
     folded = copy.deepcopy(model, memo)
-    for parent, name, norm_name in foldable_pairs(folded):
+    for parent, name, norm_name in _foldable_pairs(folded):
         conv, norm = getattr(parent, name), getattr(parent, norm_name)
         pointwise = is_foldable(conv, norm, None) and conv.groups == 1
         pointwise = pointwise and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
@@ -13,9 +14,6 @@ from timm_dynamic.layers.auxiliary import warn_about_float16
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
-
-AUTHORS_URL = "https://github.com/thomasverelst/dynconv"
-PAPER = "arXiv:1912.03203"
 
 
 class MaskedModel(nn.Module):
@@ -168,3 +166,21 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         )
     kept = [key for key in own if key.endswith(".step") or (static and ".masker." in key)]
     return {**{key: own[key] for key in kept}, **state}
+
+
+def dynconv_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+    """A model's cfg, for `generate_default_cfgs`."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        "origin_url": "https://github.com/thomasverelst/dynconv",
+        "paper_ids": "arXiv:1912.03203",
+        **kwargs,
+    }

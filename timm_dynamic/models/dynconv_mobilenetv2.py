@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
-from timm_dynamic.models._dynconv import AUTHORS_URL, PAPER, MaskedModel, check_budget, checkpoint_filter_fn
+from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 
 __all__ = ["DynConvMobileNetV2", "SparseInvertedResidual"]
@@ -133,24 +132,8 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
         self.setup_masks("conv_stem", stages, budget, total_steps, aux_scale)
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv_stem",
-        "classifier": "classifier",
-        "origin_url": AUTHORS_URL,
-        "paper_ids": PAPER,
-    }
-
-
 default_cfgs = generate_default_cfgs(
-    {"dynconv_mobilenetv2.untrained": _cfg(), "dynconv_mobilenetv2_050.untrained": _cfg()}
+    {f"{name}.untrained": dynconv_cfg("conv_stem", "classifier", interpolation="bicubic") for name in STATIC_TWINS}
 )
 
 

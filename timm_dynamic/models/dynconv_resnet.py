@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
-from timm_dynamic.models._dynconv import AUTHORS_URL, PAPER, MaskedModel, check_budget, checkpoint_filter_fn
+from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
 __all__ = ["DynConvResNet", "DynConvResNetSmall", "SparseBasicBlock", "SparseBottleneck"]
@@ -197,20 +196,7 @@ class DynConvResNetSmall(DynConvResNet):
 
 
 def _cfg(**kwargs) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "origin_url": AUTHORS_URL,
-        "paper_ids": PAPER,
-        **kwargs,
-    }
+    return dynconv_cfg("conv1", "fc", **kwargs)
 
 
 def _small_cfg(**kwargs) -> dict[str, Any]:
@@ -300,35 +286,31 @@ def dynconv_resnet32(pretrained: bool = False, **kwargs) -> DynConvResNetSmall:
     return _create_small("dynconv_resnet32", pretrained, kwargs, 5)
 
 
-def _create_large(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> DynConvResNet:
-    return _create(DynConvResNet, variant, pretrained, kwargs, **model_args)
-
-
 @register_model
 def dynconv_resnet18(pretrained: bool = False, **kwargs) -> DynConvResNet:
     """DynConv-ResNet-18."""
-    return _create_large("dynconv_resnet18", pretrained, kwargs, block=SparseBasicBlock, layers=(2, 2, 2, 2))
+    return _create(DynConvResNet, "dynconv_resnet18", pretrained, kwargs, block=SparseBasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def dynconv_resnet34(pretrained: bool = False, **kwargs) -> DynConvResNet:
     """DynConv-ResNet-34."""
-    return _create_large("dynconv_resnet34", pretrained, kwargs, block=SparseBasicBlock, layers=(3, 4, 6, 3))
+    return _create(DynConvResNet, "dynconv_resnet34", pretrained, kwargs, block=SparseBasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
 def dynconv_resnet50(pretrained: bool = False, **kwargs) -> DynConvResNet:
     """DynConv-ResNet-50."""
-    return _create_large("dynconv_resnet50", pretrained, kwargs, block=SparseBottleneck, layers=(3, 4, 6, 3))
+    return _create(DynConvResNet, "dynconv_resnet50", pretrained, kwargs, block=SparseBottleneck, layers=(3, 4, 6, 3))
 
 
 @register_model
 def dynconv_resnet101(pretrained: bool = False, **kwargs) -> DynConvResNet:
     """DynConv-ResNet-101."""
-    return _create_large("dynconv_resnet101", pretrained, kwargs, block=SparseBottleneck, layers=(3, 4, 23, 3))
+    return _create(DynConvResNet, "dynconv_resnet101", pretrained, kwargs, block=SparseBottleneck, layers=(3, 4, 23, 3))
 
 
 @register_model
 def dynconv_resnet152(pretrained: bool = False, **kwargs) -> DynConvResNet:
     """DynConv-ResNet-152."""
-    return _create_large("dynconv_resnet152", pretrained, kwargs, block=SparseBottleneck, layers=(3, 8, 36, 3))
+    return _create(DynConvResNet, "dynconv_resnet152", pretrained, kwargs, block=SparseBottleneck, layers=(3, 8, 36, 3))

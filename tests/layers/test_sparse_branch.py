@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import downsample_avg, downsample_conv
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from timm_dynamic.layers import SparseStage, load_reference
+from timm_dynamic.layers import SparseStage, folding, load_reference, sparse_branch
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
 from timm_dynamic.ops import sparse
@@ -154,6 +155,14 @@ class TestSparseIsDense:
         assert_sparse_is_dense(block, x)
         assert_sparse_is_dense(block, x * math.nan)
 
+    def test_large_batches_run_in_parts(self, name, monkeypatch):
+        monkeypatch.setattr(sparse_branch, "_WIDE_BYTES", 2 * 7 * 9 * 48 * 8)  # two samples of the inverted residual
+        block, x = make(name), torch.randn(4, 24, 7, 9).double()
+        give_mask(block, x)
+        with mock.patch.object(sparse, "neighbour_table", wraps=sparse.neighbour_table) as spy:
+            assert_sparse_is_dense(block, x)
+        assert spy.call_count == (2 if name.startswith("inverted") else 1)
+
     def test_garbage_where_nothing_is_computed(self, name):
         """What no active position depends on may be anything."""
         block, x = make(name), torch.randn(4, 24, 14, 11).double()
@@ -182,6 +191,23 @@ class TestSparseIsDense:
         other, x = make(name, torch.float32), torch.randn(2, 24, 6, 6)
         load_reference(block, other.state_dict())
         assert torch.equal(run(block.eval(), x), run(other, x))
+
+
+def test_blocks_without_masks_run_in_parts(monkeypatch):
+    sizes = []
+
+    def recording(block):
+        folded = folding.folded_copy(block)
+        folded.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        return folded
+
+    monkeypatch.setattr(sparse_branch, "folded_copy", recording)
+    monkeypatch.setattr(sparse_branch, "_WIDE_BYTES", 2 * 8 * 6 * 144 * 4)  # two samples
+    plain = randomize(InvertedResidual(24, 32, stride=2, exp_ratio=6.0))
+    stage, x = SparseStage(plain).eval(), torch.randn(5, 24, 8, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(stage(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert sizes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("act", [nn.SiLU, nn.LeakyReLU], ids=lambda act: act.__name__)

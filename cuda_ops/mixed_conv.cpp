@@ -11,8 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "ddf_args.h"
-#include "ddf_cpu.h"
+#include "hidden_layer.h"
 
 namespace timm_dynamic {
 
@@ -21,16 +20,14 @@ constexpr int64_t kMixBlock = 1024;  // elements of a kernel, the unit of mixing
 constexpr int64_t kPacked = 1 << 16;  // elements of a block of positions, to stay in the cache
 
 struct KernelAttention {
-  int64_t B, C, positions, hidden_size, N;
+  HiddenLayer layer;
+  int64_t N;
   float temperature;
-  const float *x, *hidden_weight, *hidden_bias, *score_weight, *score_bias;
-  float *pooled, *hidden, *out;
+  const float *score_weight, *score_bias;
+  float* out;
 };
 
-struct KernelAttentionKernels {
-  using Kernel = void (*)(const KernelAttention&, int64_t begin, int64_t end);
-  Kernel pool, hidden_layer, scores;
-};
+using KernelAttentionScores = void (*)(const KernelAttention&, int64_t begin, int64_t end);
 
 // The samples [first, first + B) of the batch.
 struct MixedPointwise {
@@ -53,37 +50,19 @@ struct MixedPointwiseKernels {
 namespace timm_dynamic {
 namespace {
 
-void check_input(const Tensor& x) {
-  STD_TORCH_CHECK(
-      x.dim() == 4 && x.numel() > 0 && x.is_contiguous() && x.scalar_type() == ScalarType::Float,
-      "x must be [B, C, H, W], float32, contiguous and not empty, got ", shape_text(x));
-}
-
 Tensor kernel_attention(const Tensor& x, const Tensor& hidden_weight, const Tensor& hidden_bias,
                         const Tensor& score_weight, const Tensor& score_bias, double temperature) {
-  check_input(x);
   KernelAttention op;
-  op.B = x.size(0), op.C = x.size(1), op.positions = x.size(2) * x.size(3);
-  op.hidden_size = hidden_bias.numel(), op.N = score_bias.numel();
-  op.temperature = static_cast<float>(temperature);
-  op.x = static_cast<const float*>(x.const_data_ptr());
-  op.hidden_weight = parameter("hidden_weight", hidden_weight, op.hidden_size * op.C, x);
-  op.hidden_bias = parameter("hidden_bias", hidden_bias, op.hidden_size, x);
-  op.score_weight = parameter("score_weight", score_weight, op.N * op.hidden_size, x);
+  const HiddenLayerKernels hidden = CHOOSE_KERNELS(hidden_layer_kernels());
+  const Tensor scratch = run_hidden_layer(op.layer, hidden, x, hidden_weight, hidden_bias);
+  op.N = score_bias.numel(), op.temperature = static_cast<float>(temperature);
+  op.score_weight = parameter("score_weight", score_weight, op.N * op.layer.hidden_size, x);
   op.score_bias = parameter("score_bias", score_bias, op.N, x);
-
-  const Tensor scratch = empty(x, {op.B * (op.C + op.hidden_size)}), out = empty(x, {op.B, op.N});
-  op.pooled = static_cast<float*>(scratch.mutable_data_ptr());
-  op.hidden = op.pooled + op.B * op.C;
+  const Tensor out = empty(x, {op.layer.B, op.N});
   op.out = static_cast<float*>(out.mutable_data_ptr());
-
-  const KernelAttentionKernels kernels = CHOOSE_KERNELS(kernel_attention_kernels());
-  const auto run = [&](int64_t units, int64_t work, KernelAttentionKernels::Kernel kernel) {
-    parallel(units, work, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
-  };
-  run(op.B * op.C, op.positions, kernels.pool);
-  run(op.hidden_size, op.B * op.C, kernels.hidden_layer);
-  run(op.B, op.N * op.hidden_size, kernels.scores);
+  const KernelAttentionScores scores = CHOOSE_KERNELS(attention_scores_kernel());
+  parallel(op.layer.B, op.N * op.layer.hidden_size,
+           [&](int64_t begin, int64_t end) { scores(op, begin, end); });
   return out;
 }
 

@@ -1,33 +1,19 @@
 // How kernels are weighed, mixed and applied, for one instruction set; see cpu_vectors.h for what
 // the includer defines, and mixed_conv.cpp for the operators.
 
-#include "cpu_vectors.h"
+#include "hidden_layer_cpu.h"
 
 namespace timm_dynamic::ISA {
 
-// The mean of every map; units are maps.
-inline void attention_pool(const KernelAttention& op, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    op.pooled[i] = sum_of(op.x + i * op.positions, op.positions) / op.positions;
-}
-
-// Units are the hidden layer's channels.
-inline void attention_hidden(const KernelAttention& op, int64_t begin, int64_t end) {
-  for (int64_t h = begin; h < end; ++h)
-    for (int64_t b = 0; b < op.B; ++b)
-      op.hidden[b * op.hidden_size + h] = std::max(
-          dot(op.hidden_weight + h * op.C, op.pooled + b * op.C, op.C) + op.hidden_bias[h], 0.0f);
-}
-
 // The softmax of the scores; units are samples.
 inline void attention_scores(const KernelAttention& op, int64_t begin, int64_t end) {
+  const int64_t size = op.layer.hidden_size;
   for (int64_t b = begin; b < end; ++b) {
     float* const out = op.out + b * op.N;
     for (int64_t n = 0; n < op.N; ++n)
-      out[n] = (dot(op.score_weight + n * op.hidden_size, op.hidden + b * op.hidden_size,
-                    op.hidden_size) +
-                op.score_bias[n]) /
-               op.temperature;
+      out[n] =
+          (dot(op.score_weight + n * size, op.layer.hidden + b * size, size) + op.score_bias[n]) /
+          op.temperature;
     const float largest = *std::max_element(out, out + op.N);
     float sum = 0;
     for (int64_t n = 0; n < op.N; ++n) sum += out[n] = std::exp(out[n] - largest);
@@ -35,9 +21,7 @@ inline void attention_scores(const KernelAttention& op, int64_t begin, int64_t e
   }
 }
 
-inline KernelAttentionKernels kernel_attention_kernels() {
-  return {attention_pool, attention_hidden, attention_scores};
-}
+inline KernelAttentionScores attention_scores_kernel() { return attention_scores; }
 
 // Elements [begin, end) of the weights of kSamples samples, or of the B <= kSamples there are.
 template <int64_t kSamples>

@@ -108,7 +108,7 @@ def is_foldable(conv: nn.Module | None, norm: nn.Module | None, act: nn.Module |
     own = isinstance(conv, nn.Conv2d) and type(conv).forward is nn.Conv2d.forward
     if not own or not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.training:
         return False
-    act = _activation(norm, act)
+    act = activation(norm, act)
     if type(act) not in LIMITS or any(has_hooks(module) for module in (conv, norm, act) if module is not None):
         return False
     return conv.padding_mode == "zeros" and conv.groups in (1, conv.in_channels)
@@ -119,7 +119,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
 
 
-def _activation(norm: nn.Module, act: nn.Module | None) -> nn.Module | None:
+def activation(norm: nn.Module, act: nn.Module | None = None) -> nn.Module | None:
     return norm.act if isinstance(norm, BatchNormAct2d) else act
 
 
@@ -130,16 +130,22 @@ def fold(conv: nn.Conv2d, norm: nn.Module, act: nn.Module | None, dtype: torch.d
         conv, norm, act: Such that `is_foldable`.
         dtype: Of the result.
     """
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    bias = bias * scale if norm.bias is None else bias * scale + norm.bias
+    scale, bias = affine(norm)
+    bias = bias if conv.bias is None else bias + conv.bias * scale
     kernel = conv.weight * scale[:, None, None, None]
     if conv.groups == 1:
         weight = sparse.pack_matrix(kernel.permute(2, 3, 1, 0).flatten(0, 2).to(dtype))
     else:
         weight = kernel.flatten(1).t().contiguous().to(dtype)
-    return Folded(weight, bias.to(dtype), *LIMITS[type(_activation(norm, act))])
+    return Folded(weight, bias.to(dtype), *LIMITS[type(activation(norm, act))])
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Slope and offset of a batch norm in eval mode, `[C]`."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -159,11 +165,12 @@ class _Pointwise(nn.Module):
         return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def _foldable_pairs(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """The convolutions that a batch norm follows at once, in the order of definition.
+def normed_pairs(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> list[tuple[nn.Module, str, str]]:
+    """The convolutions that a batch norm in eval mode follows at once, in the order of definition.
 
     Args:
         model: Whose modules run in the order in which they are defined.
+        kind: Of convolution.
 
     Returns:
         The module they are in, and the names of both.
@@ -174,7 +181,7 @@ def _foldable_pairs(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
     for parent in modules_without(model, dynamic):
         children = list(parent.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
-            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.training:
+            if not isinstance(conv, kind) or not isinstance(norm, nn.BatchNorm2d) or norm.training:
                 continue
             if norm.running_mean is not None:
                 pairs.append((parent, name, norm_name))
@@ -193,12 +200,12 @@ def folded_copy(model: nn.Module, by_rows: bool = True) -> nn.Module:
     All other parameters and buffers are those of the model itself.
 
     Args:
-        model: As for `_foldable_pairs`.
+        model: As for `normed_pairs`.
         by_rows: On a CPU, run 1x1 convolutions by `ops.sparse` where its kernels serve.
     """
     memo = {id(item): item for item in (*model.parameters(), *model.buffers())}
     folded = copy.deepcopy(model, memo)
-    for parent, name, norm_name in _foldable_pairs(folded):
+    for parent, name, norm_name in normed_pairs(folded):
         conv, norm = getattr(parent, name), getattr(parent, norm_name)
         pointwise = is_foldable(conv, norm, None) and conv.groups == 1
         pointwise = pointwise and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))

@@ -15,6 +15,7 @@ from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import factored_conv2d
 from timm_dynamic.ops._autocast import no_autocast
+from timm_dynamic.ops._library import shortcut_serves
 
 RECONSTRUCTION_WEIGHT = 0.001
 
@@ -43,6 +44,15 @@ class _Gates(nn.Module):
     def forward(self, pooled: Tensor) -> list[Tensor]:
         hidden = F.relu(self.fc_share(pooled))
         return [self.fc_inp(hidden), self.fc_oup(hidden), self.fc_k(hidden)]
+
+    def gates(self, logits: list[Tensor]) -> list[Tensor]:
+        return [torch.sigmoid(z) for z in logits]
+
+    @torch.jit.unused
+    def parameters_of_heads(self) -> list[Tensor]:
+        """As `torch.ops.timm_dynamic.factored_gates` takes them."""
+        layers = (self.fc_share, self.fc_inp, self.fc_oup, self.fc_k)
+        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
     def reconstruct(self, logits: list[Tensor]) -> Tensor:
         return self.decoder(torch.cat(logits, 1))
@@ -150,11 +160,15 @@ class PEDConv2d(DropInConv2d):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
         if torch.jit.is_scripting():
-            return self._convolve(x, self.attn(_pool(x)))
+            return self._convolve(x, self.attn.gates(self.attn(_pool(x))))
         else:
             return self._dynamic(x)
 
     def _dynamic(self, x: Tensor) -> Tensor:
+        if not self.training:
+            heads = self.attn.parameters_of_heads()
+            if shortcut_serves(x, self.weight, *heads):
+                return self._convolve(x, torch.ops.timm_dynamic.factored_gates(x, *heads))
         with no_autocast(x):
             pooled = _pool(x)
             logits = self.attn(pooled)
@@ -166,13 +180,14 @@ class PEDConv2d(DropInConv2d):
                 self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
                 # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
                 logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
-        y = self._convolve(x, logits)
+            gates = self.attn.gates(logits)
+        y = self._convolve(x, gates)
         if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
             warn_about_float16("PED's reconstruction loss")
         return y
 
-    def _convolve(self, x: Tensor, logits: list[Tensor]) -> Tensor:
-        a_in, a_out, a_tap = [torch.sigmoid(z).unflatten(1, (-1, self.rank)) for z in logits]
+    def _convolve(self, x: Tensor, gates: list[Tensor]) -> Tensor:
+        a_in, a_out, a_tap = [gate.unflatten(1, (-1, self.rank)) for gate in gates]
         arguments = (self._pad(x), self.weight, a_in, a_tap, a_out, self.stride, self._padding, self.dilation)
         if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
             y = torch.ops.timm_dynamic.factored_conv2d(*arguments, self.groups)[0]

@@ -7,6 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from timm_dynamic.layers import CountingConv2d, DynamicConv2d
+from timm_dynamic.layers.folded_stage import fold_stages
 
 
 def make_dynamic(
@@ -43,6 +44,7 @@ def make_dynamic(
         if anneal_steps is not None:
             layer.anneal(counter, anneal_steps)
         model.set_submodule(name, layer)
+    fold_stages(model)
 
 
 def with_step(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
 from timm_dynamic.layers import DCDConv2d
+from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
 from timm_dynamic.models._resnet import use_small_stem
 
@@ -67,6 +68,7 @@ class DCDResNet(DynamicClassifier, ResNet):
         super().__init__(*args, **kwargs)
         if small_stem:
             use_small_stem(self)
+        fold_stages(self)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

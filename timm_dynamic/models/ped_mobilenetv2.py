@@ -8,6 +8,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
 
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 
@@ -33,6 +34,7 @@ class PEDMobileNetV2(EfficientNet):
         for block in self.modules():
             if isinstance(block, InvertedResidual):
                 make_dynamic(block, ("conv_pw", "conv_dw", "conv_pwl"), options)
+        fold_stages(self)
 
 
 default_cfgs = generate_default_cfgs({"ped_mobilenetv2.untrained": ped_cfg("conv_stem", "classifier")})

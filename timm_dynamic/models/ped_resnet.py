@@ -9,6 +9,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 from timm_dynamic.models._resnet import use_small_stem
 
@@ -68,6 +69,7 @@ class PEDResNet(ResNet):
         super().__init__(*args, block_args=block_args, **kwargs)
         if small_stem:
             use_small_stem(self)
+        fold_stages(self)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> PEDResNet:

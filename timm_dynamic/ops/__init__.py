@@ -1,9 +1,11 @@
 """Operators of dynamic convolution: one public function each, a plain-PyTorch reference, and kernels where built."""
 
 from timm_dynamic.ops._library import backend_info, load_kernels, reference_only
+from timm_dynamic.ops.affine import affine_reference_
 from timm_dynamic.ops.ddf import ddf, ddf_reference
 from timm_dynamic.ops.ddf_filters import ddf_filters_reference
 from timm_dynamic.ops.factored_conv import factored_conv2d, factored_conv2d_reference
+from timm_dynamic.ops.factored_gates import factored_gates_reference
 from timm_dynamic.ops.filter_norm import filter_norm, filter_norm_reference
 from timm_dynamic.ops.kernel_attention import kernel_attention_reference
 from timm_dynamic.ops.mask_logits import mask_logits, mask_logits_reference
@@ -13,12 +15,14 @@ from timm_dynamic.ops.per_sample_conv import per_sample_conv2d, per_sample_conv2
 load_kernels()
 
 __all__ = [
+    "affine_reference_",
     "backend_info",
     "ddf",
     "ddf_filters_reference",
     "ddf_reference",
     "factored_conv2d",
     "factored_conv2d_reference",
+    "factored_gates_reference",
     "filter_norm",
     "filter_norm_reference",
     "kernel_attention_reference",

@@ -1,0 +1,83 @@
+"""Inference of blocks with dynamic convolutions: the batch norms behind these in the place of their output."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.layers.folding import LIMITS, KeepsFolded, activation, affine, has_hooks, normed_pairs
+from timm_dynamic.ops._library import inference_kernel_serves
+from timm_dynamic.ops.affine import affine_reference_
+
+
+class _AffineNorm(nn.Module):
+    """A batch norm in eval mode, and the activation within it, in the place of its input."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.scale, self.shift = (t.detach() for t in affine(norm))
+        act = activation(norm)
+        self.low, self.high = LIMITS.get(type(act), LIMITS[nn.Identity])
+        self.act = nn.Identity() if type(act) in LIMITS else act
+
+    def forward(self, y: Tensor) -> Tensor:
+        run = torch.ops.timm_dynamic.affine_ if y.is_contiguous() else affine_reference_
+        run(y, self.scale, self.shift, self.low, self.high)
+        return self.act(y)
+
+
+@register_notrace_module
+class FoldedStage(KeepsFolded, nn.Sequential):
+    """A sequence of blocks with dynamic convolutions; in inference, the norms behind these work in place.
+
+    That is float32 and NCHW on a CPU, in eval mode and without gradients. The results are the same up to rounding. Not
+    if somebody may look: a block with hooks in it runs as it is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(x, Tensor):  # not a proxy of torch.fx
+                if not self.training and inference_kernel_serves(x) and x.is_contiguous():
+                    return self._run_folded(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.unused
+    def _run_folded(self, x: Tensor) -> Tensor:
+        folded = self._keep(None, self._within_layers, self._fold)
+        for name, block in self._modules.items():
+            x = folded.get(name, block)(x)
+        return x
+
+    @torch.jit.unused
+    def _within_layers(self) -> Iterable[nn.Module]:
+        """What the folded blocks share with the blocks themselves."""
+        return [part for layer in self.modules() if isinstance(layer, DropInConv2d) for part in layer.children()]
+
+    @torch.jit.unused
+    def _fold(self) -> dict[str, nn.Module]:
+        return {
+            name: _folded(block) for name, block in self._modules.items() if not any(map(has_hooks, block.modules()))
+        }
+
+
+def _folded(block: nn.Module) -> nn.Module:
+    """The block with other norms behind its dynamic convolutions; all else in it is its own."""
+    own = [module for module in block.modules() if isinstance(module, DropInConv2d) or not module._modules]
+    folded = copy.deepcopy(block, {id(item): item for item in (*own, *block.parameters(), *block.buffers())})
+    for parent, _, name in normed_pairs(folded, DropInConv2d):
+        norm = getattr(parent, name)
+        if norm.running_mean.dtype == torch.float32:
+            setattr(parent, name, _AffineNorm(norm))
+    return folded
+
+
+def fold_stages(model: nn.Module) -> None:
+    """Make a `FoldedStage` of every stage of a new ResNet, EfficientNet or MobileNetV3 of timm's."""
+    efficient = hasattr(model, "blocks")
+    for name in [f"blocks.{i}" for i in range(len(model.blocks))] if efficient else [f"layer{i}" for i in range(1, 5)]:
+        model.set_submodule(name, FoldedStage(*model.get_submodule(name)))

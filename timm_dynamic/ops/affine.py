@@ -1,0 +1,35 @@
+"""`affine_`: a batch norm in eval mode, and the clamp behind it, in the place of the map, for inference.
+
+    y = clamp(scale * y + shift)
+
+PyTorch's own give a new map, whose memory often is mapped afresh, and read it once more for the activation.
+"""
+
+import torch
+from torch import Tensor
+
+from timm_dynamic.ops._library import NAMESPACE
+
+
+def affine_reference_(y: Tensor, scale: Tensor, shift: Tensor, low: float, high: float) -> None:
+    """Defines the operator `torch.ops.timm_dynamic.affine_`, which writes into `y`.
+
+    Args:
+        y: `[B, C, H, W]`.
+        scale, shift: `[C]`.
+        low, high: Limits of the result.
+    """
+    y.mul_(scale[:, None, None]).add_(shift[:, None, None]).clamp_(low, high)
+
+
+torch.library.define(
+    f"{NAMESPACE}::affine_",
+    "(Tensor(a!) y, Tensor scale, Tensor shift, float low, float high) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(f"{NAMESPACE}::affine_", "CompositeExplicitAutograd")(affine_reference_)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::affine_")
+def _affine_fake(*args):
+    return None

@@ -30,6 +30,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path / "weights"))
         monkeypatch.setenv("TIMM_DYNAMIC_HUB_ORG", "mirror")
@@ -82,20 +83,25 @@ def run(capsys, *argv):
 # Pushing, and pulling in another process.
 
 PULL = """
-import json, sys, timm, timm_dynamic, torch
-results, labels = {}, None
-for name in sys.argv[2:]:
+import sys, timm, timm_dynamic, torch
+from huggingface_hub import constants
+
+@torch.no_grad()
+def pull(name):
     model = timm.create_model(name, pretrained=True).eval()
     size = model.pretrained_cfg["input_size"]
-    with torch.no_grad():
-        x = torch.linspace(-2, 2, 2 * size[0] * size[1] * size[2]).reshape(2, *size)
-        results[name] = {"output": model(x), "cfg": model.pretrained_cfg, "budget": getattr(model, "budget", None)}
-torch.save(results, sys.argv[1])
+    output = model(torch.linspace(-2, 2, 2 * size[0] * size[1] * size[2]).reshape(2, *size))
+    return {"output": output, "cfg": model.pretrained_cfg, "budget": getattr(model, "budget", None)}
+
+pulled = [{name: pull(name) for name in sys.argv[2:]}]
+constants.HF_HUB_OFFLINE = True  # from now on, from the cache
+pulled.append({name: pull(name) for name in sys.argv[2:]})
+torch.save(pulled, sys.argv[1])
 """
 
 
 def pull(folder, names, **environment):
-    """What another process gets: for each name the output, the cfg and the budget."""
+    """What another process gets, from the Hub and then offline: for each name the output, the cfg and the budget."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TIMM_DYNAMIC_")) or k == "HF_TOKEN"}
     environment = {**kept, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
     command = [sys.executable, "-c", PULL, folder / "pulled.pt", *names]
@@ -153,20 +159,15 @@ def test_push_and_pull_in_another_process(hub, tmp_path, capsys):
     names = {repo: f"hf-hub:{repo}" for repo in models}
     names["me/stem"] += "@v2"
     names[f"mirror/{TAG}"] = TAG
-    environment = {"HF_ENDPOINT": hub.url, "TIMM_DYNAMIC_HUB_ORG": "mirror"}
-    pulled = pull(tmp_path, names.values(), **environment)
+    pulled, offline = pull(tmp_path, names.values(), HF_ENDPOINT=hub.url, TIMM_DYNAMIC_HUB_ORG="mirror")
     for repo, (model, *_) in models.items():
-        assert torch.equal(pulled[names[repo]]["output"], output(model)), repo
+        expected = output(model)
+        assert torch.equal(pulled[names[repo]]["output"], expected), repo
+        assert torch.equal(offline[names[repo]]["output"], expected), repo
     cfg = pulled["hf-hub:me/labels"]["cfg"]
     assert list(cfg["label_names"])[:2] == ["n0", "n1"] and cfg["label_descriptions"]["n9"] == "digit 9"
     assert cfg["tag"] == "digits" and "tag" not in pulled["hf-hub:me/masks"]["cfg"]
     assert pulled["hf-hub:me/masks"]["budget"] == 0.3
-
-    # The same offline, from the cache; and what the cache does not have.
-    requests = len(hub.requests)
-    again = pull(tmp_path, names.values(), HF_HUB_OFFLINE="1", **environment)
-    assert all(torch.equal(again[name]["output"], pulled[name]["output"]) for name in again)
-    assert len(hub.requests) == requests
 
 
 def test_offline_with_a_cold_cache(tag_on_hub, hub, monkeypatch, capsys, tmp_path):
@@ -213,6 +214,16 @@ def test_a_download_cut_once_is_resumed(tag_on_hub, hub):
     hub.faults.append(Fault("GET /large", "close", times=1))
     assert same_weights(timm.create_model(TAG, pretrained=True), tag_on_hub)
     assert sum("GET /large" in request for request in hub.requests) == 3
+
+
+def test_a_hub_that_hangs(tag_on_hub, hub, tmp_path, monkeypatch):
+    hub.faults.append(Fault("GET /large", "hang"))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="did not give .*ReadTimeout"):
+        patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        timm.create_model(TAG, pretrained=True)
+    assert blobs(tmp_path) == []
+    hub.faults.clear()
+    assert same_weights(timm.create_model(TAG, pretrained=True), tag_on_hub)
 
 
 def test_weights_that_changed_in_the_cache(tag_on_hub, hub, tmp_path):

@@ -12,7 +12,7 @@ import timm
 from torch import nn
 
 from timm_dynamic.card import model_card
-from timm_dynamic.cli.common import KeyValues, Parser, create_model, replacing
+from timm_dynamic.cli.common import KeyValues, Parser, check_output_file, create_model, replacing
 from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.hub import check_repo_id, file_sha256, is_ours
 
@@ -24,9 +24,11 @@ def main(argv: list[str]) -> None:
     add_model_arguments(parser)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="the weights (default: those of the tag)")
     parser.add_argument("--repo", metavar="ORG/NAME", help="their repository (default: the tag's)")
-    parser.add_argument("--out", metavar="FILE", help="file to write (default: standard output)")
+    parser.add_argument("--out", metavar="FILE", help="file to write, *.md (default: standard output)")
     add_card_arguments(parser)
     args = parser.parse_args(argv)
+    if args.out:
+        check_output_file("--out", args.out, (".md",))
 
     model, tag = make_model(args), named_tag(args)
     if not args.checkpoint:
@@ -51,16 +53,24 @@ def main(argv: list[str]) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="their model; with a tag if they are that tag's weights")
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="what the model is created with, as in training; kept for those who pull it",
+    )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
 
 
-def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+def add_card_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("card")
     group.add_argument("--license", metavar="ID", help="licence of the weights, as the Hub names it (default: unknown)")
     group.add_argument("--source", metavar="TEXT", help="where the weights come from (default: as known of the tag)")
     group.add_argument("--dataset", metavar="NAME", help="dataset they were trained on, as the Hub names it")
     group.add_argument("--results-file", metavar="FILE", help="what `validate --results-file` measured, .json or .csv")
+    return group
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:

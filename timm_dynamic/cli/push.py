@@ -35,21 +35,23 @@ def main(argv: list[str]) -> None:
     group.add_argument("--private", action="store_true", help="make a new repository private")
     group.add_argument("--revision", metavar="BRANCH", help="branch to push to, made if missing (default: main)")
     group.add_argument("--token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
-    add_card_arguments(parser)
-    parser.add_argument("--card", metavar="FILE", help="use this file as the model card")
+    add_card_arguments(parser).add_argument("--card", metavar="FILE", help="instead of all this: the model card itself")
     args = parser.parse_args(argv)
 
     check_repo_id(args.repo)
-    if args.out and os.path.lexists(args.out):
-        raise ValueError(f"--out {args.out} exists already: name a new folder")
+    if args.out and (os.path.lexists(args.out) or not Path(args.out).absolute().parent.is_dir()):
+        raise ValueError(f"--out {args.out}: name a new folder, in one that is there")
     names, descriptions = _read_labels(args.labels) if args.labels else (None, None)
     model = make_model(args)
-    card = Path(args.card).read_text(encoding="utf-8") if args.card else make_card(args, model, named_tag(args), args.repo)
     with TemporaryDirectory(prefix=".push-", dir=Path(args.out).parent if args.out else None) as temporary:
         folder = Path(temporary) / "files"
         folder.mkdir()
         with explain_dynamized(model):
             save_for_hub(model, args.checkpoint, folder, model_args(args), names, descriptions, args.use_ema)
+        if args.card:
+            card = Path(args.card).read_text(encoding="utf-8")
+        else:
+            card = make_card(args, model, named_tag(args), args.repo)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if args.out:
             folder.rename(args.out)

@@ -1,4 +1,4 @@
-"""Where `pretrained=True` looks for weights. Nothing here touches the network."""
+"""Where `pretrained=True` looks for weights. Nothing here touches the network: tests/test_hub_http.py does."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_then_the_hub(weights, hub_tag, organisation, monkeypatch):
         monkeypatch.setenv("TIMM_DYNAMIC_HUB_ORG", organisation)
     monkeypatch.setattr(hub, "get_hf_file_metadata", asked.append)
 
-    def download(repo_id, filename, cache_dir=None):
+    def download(repo_id, filename, revision=None, cache_dir=None):
         asked.append((repo_id, filename, cache_dir))
         return str(weights)
 
@@ -90,9 +90,14 @@ def test_then_the_hub(weights, hub_tag, organisation, monkeypatch):
 def test_what_to_do_when_there_are_none(folder):
     with pytest.raises(ValueError) as error:
         timm.create_model("ddf_mul_resnet50.in1k", pretrained=True)
-    path = folder / "ddf_mul_resnet50.in1k.safetensors"
-    assert f"timm-dynamic convert SRC {path} --model ddf_mul_resnet50" in str(error.value)
+    assert str(folder / "ddf_mul_resnet50.in1k.safetensors") in str(error.value)
+    assert str(error.value).endswith("timm-dynamic convert SRC --install --model ddf_mul_resnet50.in1k")
     assert "timm-dynamic/ddf_mul_resnet50.in1k" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_to_do_for_dynconv_without_masks():
+    with pytest.raises(ValueError, match="--install --model dynconv_resnet32.base_cifar10 --model-kwargs budget=-1$"):
+        timm.create_model("dynconv_resnet32.base_cifar10", pretrained=True)
 
 
 def test_a_tag_without_weights():

@@ -1,12 +1,28 @@
-"""Where `pretrained=True` finds weights: the local folder first, then the package, then the Hugging Face hub."""
+"""The Hugging Face Hub: where `pretrained=True` finds weights (local folder, package, Hub), and how ours get there."""
 
+import hashlib
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+import timm
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import EntryNotFoundError, OfflineModeIsEnabled, validate_repo_id
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import save_config_for_hf
 from torch import nn
+
+from timm_dynamic.convert import convert
+from timm_dynamic.version import __version__
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
 _FILENAME = "model.safetensors"  # timm's name for weights in a hub repository
@@ -24,6 +40,12 @@ def local_weights(name: str) -> Path:
     return Path(folder).expanduser() / f"{name}.safetensors"
 
 
+def is_ours(name: str) -> bool:
+    """Whether a model of that name, with or without a tag, is registered by this package."""
+    architecture = name.partition(".")[0]
+    return timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith("timm_dynamic.")
+
+
 def build_model(
     model_cls: type[nn.Module],
     variant: str,
@@ -35,20 +57,25 @@ def build_model(
 ) -> nn.Module:
     """timm's `build_model_with_cfg` with our places to look for weights. Every model of this package is made by it.
 
-    A source that the caller names (a cfg of its own, or a source in the overlay) is left to timm.
+    A source that the caller names (a cfg of its own, or a source in the overlay) is left to timm; the download of an
+    `hf-hub:` name is checked first.
 
     Args:
         model_cls, variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir: As in timm.
         **kwargs: For timm's function and the model.
 
     Raises:
-        ValueError: If weights are wanted and neither the local folder nor the hub has them.
+        ValueError: If weights are wanted and neither the local folder nor the hub has them, or they are damaged.
     """
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay = pretrained_cfg_overlay or {}
         if not any(overlay.get(key) for key in ("file", "url", "state_dict", "hf_hub_id", "source")):
             cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
             pretrained_cfg_overlay = {**overlay, "file": _find_weights(cfg, cache_dir)}
+    elif pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "hf-hub":
+        repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+        with suppress(EntryNotFoundError):  # timm knows other file names, too
+            _check_content(_download(repo_id, revision or None, cache_dir), repo_id)
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -71,12 +98,135 @@ def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> st
     organisation, repository = cfg.hf_hub_id.split("/")
     repo_id = f"{os.environ.get('TIMM_DYNAMIC_HUB_ORG') or organisation}/{repository}"
     try:
-        if not isinstance(try_to_load_from_cache(repo_id, _FILENAME, cache_dir), str):
-            get_hf_file_metadata(hf_hub_url(repo_id, _FILENAME))  # fails at once; hf_hub_download retries for 25 s
-        return hf_hub_download(repo_id, _FILENAME, cache_dir=cache_dir)
+        path = _download(repo_id, None, cache_dir)
     except Exception as error:  # which one depends on huggingface_hub's version and the HTTP library under it
+        static = " --model-kwargs budget=-1" if cfg.tag.startswith("base_") else ""  # DynConv without masks
         raise ValueError(
-            f"no weights for {name}: {local} does not exist, and the Hugging Face hub did not give {repo_id} "
-            f"({type(error).__name__}). Convert the authors' file: "
-            f"timm-dynamic convert SRC {local} --model {cfg.architecture}"
+            f"no weights for {name}: {local} does not exist, and the Hugging Face Hub did not give {repo_id} "
+            f"({why_failed(error)}). Convert the authors' file: "
+            f"timm-dynamic convert SRC --install --model {name}{static}"
         ) from error
+    _check_content(path, repo_id)
+    return path
+
+
+def _download(repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None) -> str:
+    if not isinstance(try_to_load_from_cache(repo_id, _FILENAME, cache_dir, revision), str):
+        # Fails at once; hf_hub_download retries for 25 s.
+        get_hf_file_metadata(hf_hub_url(repo_id, _FILENAME, revision=revision))
+    return hf_hub_download(repo_id, _FILENAME, revision=revision, cache_dir=cache_dir)
+
+
+def _check_content(path: str, repo_id: str) -> None:
+    """Raise a `ValueError`, and remove the file, if its content is not what the Hub announced.
+
+    huggingface_hub compares sizes only. It caches a file under its SHA-256, which a link points to.
+    """
+    link = Path(path)
+    if not link.is_symlink():
+        return  # a file system without links
+    blob = link.parent / os.readlink(link)
+    if not re.fullmatch("[0-9a-f]{64}", blob.name) or file_sha256(blob) == blob.name:
+        return
+    with suppress(OSError):
+        blob.unlink()
+        link.unlink()
+    removed = "it was removed, try again" if not blob.exists() else "delete it and try again"
+    raise ValueError(f"the weights of {repo_id} are damaged: {blob} has not the SHA-256 that the Hub states; {removed}")
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def why_failed(error: Exception) -> str:
+    """In a few words, why a request to the Hub failed."""
+    while getattr(error, "response", None) is None and error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"HTTP {status}: it is not there, or you need access: `hf auth login` or HF_TOKEN, and its conditions"
+    if status == 404:
+        return "HTTP 404: it is not there"
+    if status:
+        return f"HTTP {status}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and the cache does not have it"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` if `repo_id` is not of the form ORG/NAME."""
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise ValueError("ORG/NAME is expected")
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} cannot be a repository: {error}") from None
+
+
+def save_for_hub(
+    model: nn.Module,
+    checkpoint: str | os.PathLike,
+    folder: str | os.PathLike,
+    model_args: dict[str, Any],
+    label_names: list[str] | None = None,
+    label_descriptions: dict[str, str] | None = None,
+    use_ema: bool = False,
+) -> None:
+    """Write a model in timm's format for the Hub: `model.safetensors` and `config.json`.
+
+    Args:
+        model: As `timm.create_model` made it with `model_args`; it holds the checkpoint's weights afterwards.
+        checkpoint: File to load, strictly (see `timm_dynamic.convert.load_checkpoint`).
+        folder: Existing folder to write to.
+        model_args: What the model was created with and has to be created with again.
+        label_names: One for each class; None: those in the model's cfg, if any.
+        label_descriptions: By label name.
+        use_ema: Take the averaged weights of the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `load_checkpoint`, or the number of labels is not that of the classes.
+        OSError: The files cannot be written.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f"{len(label_names)} labels for {model.num_classes} classes")
+    convert(checkpoint, Path(folder) / _FILENAME, model, use_ema)
+    labels = {"label_names": label_names, "label_descriptions": label_descriptions}
+    save_config_for_hf(model, Path(folder) / "config.json", {k: v for k, v in labels.items() if v}, model_args)
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a folder to a repository of the Hub, which is made if missing, and return the address of the commit.
+
+    Args:
+        folder: What to upload, in one commit.
+        repo_id: ORG/NAME.
+        private: Make a new repository private.
+        revision: Branch, made if missing; None: main.
+        token: None: the one of huggingface_hub's login.
+
+    Raises:
+        ValueError: The Hub does not take it.
+    """
+    api = HfApi(token=token, library_name="timm-dynamic", library_version=__version__)
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload by timm-dynamic push"
+        ).commit_url
+    except Exception as error:  # see _find_weights
+        raise ValueError(f"cannot push to {repo_id}: {why_failed(error)}") from error

@@ -57,10 +57,35 @@ def test_model_kwargs_and_use_ema(tmp_path, capsys, checkpoint):
 
 
 @pytest.mark.parametrize(
+    "name, file, flags",
+    [
+        ("test_ddf_resnet", "test_ddf_resnet.digits", ""),
+        ("dynconv_resnet8.budget30_digits", "dynconv_resnet8.budget30_digits", ""),
+        ("dynconv_resnet32.base_cifar10", "dynconv_resnet32.base_cifar10", "--model-kwargs budget=-1"),
+    ],
+)
+def test_install(tmp_path, capsys, monkeypatch, name, file, flags):
+    monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path / "weights"))
+    options = {"budget": -1} if flags else {}
+    source = timm.create_model(name, **options)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "authors.pth")
+    status, out, err = run(capsys, tmp_path / "authors.pth", "--install", "-m", name, *flags.split())
+    installed = tmp_path / "weights" / f"{file}.safetensors"
+    assert (status, err) == (0, "") and out.endswith(f" -> {installed}\n")
+    model = timm.create_model(name, pretrained=True, **options)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
     "argv, expected",
     [
         ("SRC DST", "required: -m/--model"),
-        ("SRC", "required: DST"),
+        ("SRC -m test_ddf_resnet", "required: DST"),
+        ("SRC DST --install -m test_ddf_resnet", "give either DST or --install"),
+        ("SRC --install -m test_ddf_resnet", "num_classes=5 (--num-classes 5)"),
+        ("SRC --install -m test_ddf_resnet --num-classes 5", "test_ddf_resnet.digits have 10 classes, not 5: give DST"),
+        ("SRC --install -m test_ddf_resnet.none", "Invalid pretrained tag (none)"),
+        ("SRC --install -m test_resnet", "for the models of timm-dynamic, and test_resnet is none"),
         ("SRC DST -m ddf_mull_resnet50", "unknown model 'ddf_mull_resnet50'; did you mean ddf_mul_resnet50"),
         ("SRC DST -m test_ddf_resnet", "num_classes=5 (--num-classes 5)"),
         ("SRC DST -m test_ddf_resnet --num-classes 5 --model-kwargs nonsense=1", "cannot create test_ddf_resnet"),
@@ -73,7 +98,8 @@ def test_model_kwargs_and_use_ema(tmp_path, capsys, checkpoint):
         ("SRC SRC/b.safetensors -m test_ddf_resnet --num-classes 5", "authors.pth.tar"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, capsys, checkpoint, argv, expected):
+def test_bad_input_is_one_line(tmp_path, capsys, checkpoint, argv, expected, monkeypatch):
+    monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path / "weights"))
     path = checkpoint[0]
     names = {"MISSING": tmp_path / "missing.pth", "SRC": path, "DST": tmp_path / "new" / "b.safetensors"}
     for name, value in names.items():

@@ -8,6 +8,8 @@ COMMANDS = {
     "validate": "measure a model's accuracy on a dataset (flags as in timm's validate.py)",
     "benchmark": "time models side by side, as ratios to a baseline",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",
+    "push": "upload weights and their card to the Hugging Face Hub, in timm's format",
+    "card": "write the model card of weights",
     "digits": "write scikit-learn's digits as an image folder",
     "inspect": "measure the entropy of a model's attention, or draw the masks of its blocks",
     "env": "print versions and which kernels are loaded",

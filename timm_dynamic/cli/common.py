@@ -10,6 +10,7 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -138,12 +139,15 @@ def create_model(
         **kwargs: For the model; those that are None are left out.
     """
     arch = timm.models.get_arch_name(name)
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(arch):
+    elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not elsewhere and not timm.is_model(arch):
         close = difflib.get_close_matches(arch, timm.list_models(), n=3)
         raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    # What was downloaded, and downloading itself, can fail in any way.
+    failures = Exception if elsewhere else (RuntimeError, TypeError, OSError, SafetensorError)
     try:
         model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
-    except (RuntimeError, TypeError, OSError) as error:
+    except failures as error:
         raise ValueError(f"cannot create {name}: {str(error) or type(error).__name__}") from error
     if dynamize:
         timm_dynamic.dynamize(model, dynamize)

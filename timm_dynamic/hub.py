@@ -8,6 +8,8 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
+from timm_dynamic.convert import check_finite, extract_state_dict, one_line, read_checkpoint
+
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
 _FILENAME = "model.safetensors"  # timm's name for weights in a hub repository
 
@@ -42,22 +44,38 @@ def build_model(
         **kwargs: For timm's function and the model.
 
     Raises:
-        ValueError: If weights are wanted and neither the local folder nor the hub has them.
+        ValueError: If weights are wanted and neither the local folder nor the hub has them, or if their file is
+            damaged, is another model's, or holds NaN or infinity.
     """
+    file = None
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay = pretrained_cfg_overlay or {}
         if not any(overlay.get(key) for key in ("file", "url", "state_dict", "hf_hub_id", "source")):
             cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-            pretrained_cfg_overlay = {**overlay, "file": _find_weights(cfg, cache_dir)}
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+            file = _find_weights(cfg, cache_dir)
+            pretrained_cfg_overlay = {**overlay, "file": file}
+    try:
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    except Exception as error:
+        if file:
+            extract_state_dict(read_checkpoint(file))  # says what is wrong with a damaged file
+            if "state_dict" in str(error):
+                raise ValueError(f"{file} does not load into {variant}: {one_line(error)}") from error
+        raise
+    if file:
+        try:
+            check_finite(model.state_dict())
+        except ValueError as error:
+            raise ValueError(f"{file} does not load into {variant}: {error}") from error
+    return model
 
 
 def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> str | None:

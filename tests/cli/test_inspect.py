@@ -209,7 +209,7 @@ def test_both_kinds(tmp_path, capsys, small_digits):
         ("--images 0", "argument --images: 0 is not 1 or more"),
         ("--checkpoint huge.pth", "the attention of conv1.3 is not finite"),
         ("--checkpoint a.pth --out a.pth", "File exists: 'a.pth'"),
-        ("--checkpoint a.pth --data-dir nowhere", "no such data folder: nowhere"),
+        ("--checkpoint a.pth --data-dir nowhere", "no such image or data folder: nowhere"),
         ("--checkpoint a.pth --data-dir a.pth", "cannot read image a.pth"),
     ],
 )

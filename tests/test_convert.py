@@ -130,7 +130,7 @@ def test_a_model_that_timm_does_not_know(tmp_path):
         ({"epoch": 3, "optimizer": {}}, "holds epoch, optimizer"),
         ({"state_dict": {}}, "holds nothing"),
         ({"state_dict": {"a": torch.ones(1), "b": 3}}, "a int at 'b'"),
-        ({"a": torch.ones(1), 5: torch.ones(1)}, "at 5"),
+        ({"a": torch.ones(1), 5: torch.ones(1)}, "at '<int>'"),
         ({"a": torch.ones(3).to_sparse()}, "'a' is sparse"),
         ({"a": torch.ones(3, device="meta")}, "'a' is sparse, quantized or without data"),
     ],
@@ -206,7 +206,7 @@ UNREADABLE = {
     "truncated legacy": ("a.pth", truncated(legacy=True), "is damaged"),
     "tensor": ("a.pth", lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
     "module": ("a.pth", lambda path: torch.save(nn.Linear(2, 2), path), "'torch.nn.modules.linear.Linear'"),
-    "numpy": ("a.pth", lambda path: torch.save({"acc": np.float64(3)}, path), r"multiarray\.scalar'"),
+    "numpy": ("a.pth", lambda path: torch.save({"acc": np.float64(3)}, path), r"calls '_codecs\.encode'"),
     "pickle as safetensors": ("a.safetensors", lambda path: torch.save({}, path), "is not a safetensors file"),
     "torchscript": ("a.pth", lambda path: torch.jit.save(torch.jit.script(nn.ReLU()), path), "TorchScript archive"),
 }

@@ -368,7 +368,7 @@ BOMBS = {
         "_codecs.encode"),
     "copied tensor": (zip_with(b"}K\x01" + _CPU_COPY + b")Rs"), "_rebuild_device_tensor_from_cpu_tensor"),
     "compressed": (zip_with(b"}X\x00\x00\x40\x00" + bytes(2**22) + b"Ns", zipfile.ZIP_DEFLATED), "unpacks to more"),
-    "tuples within tuples": (zip_with(b"})" + b"q\x00h\x00\x86" * 14 + b"Ns"), "which holds a tuple"),
+    "tuples within tuples": (zip_with(b"})" + b"q\x00h\x00\x86" * 14 + b"Ns"), "which holds <tuple>"),
 }  # fmt: skip
 
 
@@ -489,6 +489,24 @@ def test_harmful_files_would_be_run_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.load(io.BytesIO(harmful()), weights_only=False)
     assert Path("canary").exists()
+
+
+def test_weights_from_a_url(tmp_path, monkeypatch, capsys, small_digits):
+    """timm answers a TypeError from the safe unpickler, which a file can provoke, with the one that runs code."""
+    provocation = b"ccollections\nOrderedDict\n)RN}X\x01\x00\x00\x00xK\x01s\x86b"  # BUILD with the state of slots
+    cached = tmp_path / "hub" / "checkpoints" / "w.pth"  # as if downloaded
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(zip_with(b"(" + provocation + _PIECES[0] + b"t"))
+    cfg = timm.get_pretrained_cfg("test_resnet")
+    cfg.url, cfg.hf_hub_id = "http://127.0.0.1/w.pth", None
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, f"test_resnet.{cfg.tag}", cfg)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, "validate", small_digits, "--model", f"test_resnet.{cfg.tag}")
+    assert not Path("canary").exists()
+    with pytest.raises(TypeError):
+        timm.create_model(f"test_resnet.{cfg.tag}", pretrained=True)
+    assert Path("canary").exists(), "the trap does not work"
 
 
 @pytest.mark.parametrize("name", ["local-dir:{}", "hf-hub:a/b"])

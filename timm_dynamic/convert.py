@@ -77,6 +77,8 @@ def _refuse_enlarging(path: Path) -> None:
             members = archive.infolist()
     except Exception:  # no zip archive, or a damaged one
         members = []
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        return  # TorchScript compresses; torch.load refuses it without reading on
     # torch.save does not compress; what is compressed, or lies in the file twice, can be far larger than the file.
     size = path.stat().st_size
     if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
@@ -120,9 +122,9 @@ def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> 
         raise ValueError(f"no weights found under {' or '.join(wanted)}, nor at the top, which holds {names}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"the state dict holds a {type(value).__name__} at {_name(key)!r}: expected a tensor")
+            raise ValueError(f"the state dict holds a {type(value).__name__} at '{_name(key)}': expected a tensor")
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise ValueError(f"the tensor {_name(key)!r} is sparse, quantized or without data: expected a dense one")
+            raise ValueError(f"the tensor '{_name(key)}' is sparse, quantized or without data: expected a dense one")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # Not `value.detach()`: unpickling can set attributes on a tensor too.
@@ -207,7 +209,7 @@ def _some(keys: list[str]) -> str:
 
 def _name(key: Any) -> str:
     # A key can be anything: a long text of many lines, or tuples within tuples of which a text would fill the memory.
-    return repr(key)[1:-1][:100] if isinstance(key, str) else f"a {type(key).__name__}"
+    return repr(key)[1:-1][:100] if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
 def _num_classes_hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> str:

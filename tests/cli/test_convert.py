@@ -62,6 +62,7 @@ def test_model_kwargs_and_use_ema(tmp_path, capsys, checkpoint):
         ("SRC DST", "required: -m/--model"),
         ("SRC", "required: DST"),
         ("SRC DST -m ddf_mull_resnet50", "unknown model 'ddf_mull_resnet50'; did you mean ddf_mul_resnet50"),
+        ("SRC DST -m zzzzzzzz", "unknown model 'zzzzzzzz'; to list the names: python -c"),
         ("SRC DST -m test_ddf_resnet", "num_classes=5 (--num-classes 5)"),
         ("SRC DST -m test_ddf_resnet --num-classes 5 --model-kwargs nonsense=1", "cannot create test_ddf_resnet"),
         ("SRC DST -m test_ddf_resnet --num-classes 0", "num_classes=5 (--num-classes 5)"),

@@ -157,7 +157,8 @@ def create_model(
     # Other people's files break timm in many ways; without them, anything else is a bug, and not to be hidden.
     expected = Exception if pretrained or from_folder else (RuntimeError, TypeError, OSError)
     try:
-        model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
+        with _safe_unpickling():
+            model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
         if pretrained:
             check_finite(model.state_dict())
     except expected as error:
@@ -167,6 +168,20 @@ def create_model(
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return model
+
+
+@contextmanager
+def _safe_unpickling() -> Iterator[None]:
+    """No `torch.load` runs code: that of timm does, for weights from a URL that begin with a `TypeError`."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _check_name(name: str, pretrained: bool) -> None:

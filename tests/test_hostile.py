@@ -341,11 +341,11 @@ def test_attributes_of_tensors_are_not_used(tmp_path, attribute):
 def test_mutated_files(tmp_path):
     """In a process of its own, with little memory: a crash, a hang or a huge allocation would end that one alone."""
     environment = {**os.environ, "PYTHONPATH": str(Path(timm_dynamic.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "0", "1000"]
+    command = [sys.executable, __file__, "0", "700"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = json.loads(done.stdout)
-    assert counts["loaded"] > 30 and counts["refused"] > 800
+    assert counts["loaded"] > 30 and counts["refused"] > 500
 
 
 def zip_with(pickle_body: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:

@@ -92,14 +92,14 @@ def compile_backend(name: str) -> str:
     return name
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "ddf_mul_resnet50") -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
         metavar="NAME",
-        default="ddf_mul_resnet50",
-        help="any timm or timm-dynamic model (default: ddf_mul_resnet50)",
+        default=default,
+        help="any timm or timm-dynamic model" + (f" (default: {default})" if default else ""),
     )
     group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     group.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")

@@ -54,8 +54,7 @@ def make_parser() -> Parser:
     )
     add_data_arguments(parser, batch_size=64)
     parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
-    add_model_arguments(parser)
-    parser.set_defaults(model=None)
+    add_model_arguments(parser, default=None)
     parser.add_argument(
         "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
     )

@@ -2,14 +2,9 @@
 
 import argparse
 import collections
-import io
 import json
 import os
-import pickle
-import random
 import struct
-import subprocess
-import tarfile
 
 import numpy as np
 import pytest
@@ -135,7 +130,7 @@ def test_a_model_that_timm_does_not_know(tmp_path):
         ({"epoch": 3, "optimizer": {}}, "holds epoch, optimizer"),
         ({"state_dict": {}}, "holds nothing"),
         ({"state_dict": {"a": torch.ones(1), "b": 3}}, "a int at 'b'"),
-        ({"a": torch.ones(1), 5: torch.ones(1)}, "at 5"),
+        ({"a": torch.ones(1), 5: torch.ones(1)}, "at '<int>'"),
         ({"a": torch.ones(3).to_sparse()}, "'a' is sparse"),
         ({"a": torch.ones(3, device="meta")}, "'a' is sparse, quantized or without data"),
     ],
@@ -211,7 +206,7 @@ UNREADABLE = {
     "truncated legacy": ("a.pth", truncated(legacy=True), "is damaged"),
     "tensor": ("a.pth", lambda path: torch.save(torch.ones(3), path), "holds a Tensor"),
     "module": ("a.pth", lambda path: torch.save(nn.Linear(2, 2), path), "'torch.nn.modules.linear.Linear'"),
-    "numpy": ("a.pth", lambda path: torch.save({"acc": np.float64(3)}, path), r"multiarray\.scalar'"),
+    "numpy": ("a.pth", lambda path: torch.save({"acc": np.float64(3)}, path), r"calls '_codecs\.encode'"),
     "pickle as safetensors": ("a.safetensors", lambda path: torch.save({}, path), "is not a safetensors file"),
     "torchscript": ("a.pth", lambda path: torch.jit.save(torch.jit.script(nn.ReLU()), path), "TorchScript archive"),
 }
@@ -225,140 +220,6 @@ def test_unreadable_files(tmp_path, case):
     with pytest.raises((ValueError, FileNotFoundError), match=expected) as error:
         read_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
-
-
-class Malicious:
-    """Unpickling one calls `function(*args)`."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-class OtherNamespace(argparse.Namespace):
-    """Not exactly argparse's."""
-
-
-def save_tar(value, path):
-    """torch's oldest format."""
-    members = {"storages": pickle.dumps(value), "tensors": pickle.dumps(0), "pickle": pickle.dumps(value)}
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-FORMATS = {
-    "zip": torch.save,
-    "legacy": lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    "pickle": lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
-    "tar": save_tar,
-}
-HIDING_PLACES = {
-    "top": lambda thing: thing,
-    "value": lambda thing: {"state_dict": {}, "epoch": thing},
-    "namespace": lambda thing: authors({"w": torch.ones(1)}, args=argparse.Namespace(lr=0.1, aa=[(thing,)])),
-    "nested namespace": lambda thing: {"args": argparse.Namespace(inner=argparse.Namespace(deep={"x": thing}))},
-    "tensor attribute": lambda thing: {"w": nn.Parameter(torch.ones(1)), "o": collections.OrderedDict(a=thing)},
-}
-
-
-@pytest.mark.parametrize("place", HIDING_PLACES)
-@pytest.mark.parametrize("format", FORMATS)
-def test_malicious_files_are_not_run(tmp_path, format, place):
-    path, trace = tmp_path / "a.pth", tmp_path / "trace"
-    calls = [
-        (os.mkdir, str(trace)),
-        (os.system, f"mkdir {trace}"),
-        (subprocess.getoutput, f"mkdir {trace}"),
-        (exec, f"import os; os.mkdir({str(trace)!r})"),
-        (open, str(trace), "w"),
-        (io.FileIO, str(trace), "w"),
-        (np.save, str(trace) + ".npy", 0),
-    ]
-    for call in calls:
-        FORMATS[format](HIDING_PLACES[place](Malicious(*call)), path)
-        if call[0] is os.mkdir and format in ("zip", "legacy"):  # the trap works
-            torch.load(path, weights_only=False)
-            trace.rmdir()
-        with pytest.raises(ValueError, match="refused|archive|not a PyTorch checkpoint") as error:
-            load_checkpoint(make_model(), path)
-        assert "\n" not in str(error.value)
-        if format in ("zip", "legacy"):
-            assert "refused: it needs '" in str(error.value)
-        assert [left.name for left in tmp_path.iterdir()] == ["a.pth"]
-
-
-@pytest.mark.parametrize("harmless", [OtherNamespace(a=1), argparse.FileType("w"), argparse.Action])
-def test_nothing_but_namespace_is_allowed(tmp_path, harmless):
-    torch.save({"args": harmless}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="refused"):
-        read_checkpoint(tmp_path / "a.pth")
-
-
-def test_namespace_is_not_allowed_afterwards(tmp_path):
-    torch.save(authors({}), tmp_path / "a.pth")
-    read_checkpoint(tmp_path / "a.pth")
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-
-class Attributed:
-    """Unpickles as `cls()` with the given instance attributes and items."""
-
-    def __init__(self, cls, attributes, **items):
-        self.reduced = cls, (), attributes, None, iter(items.items())
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.mark.parametrize("attribute", ["items", "keys", "get", "copy", "__iter__", "__class__", "__setstate__"])
-def test_attributes_set_by_unpickling_are_not_used(tmp_path, attribute):
-    """BUILD can put anything on an OrderedDict or a Namespace; none of it may reach the loader."""
-    harm = {attribute: "harmful"}
-    weights = Attributed(collections.OrderedDict, harm, w=torch.ones(2))
-    args = Attributed(argparse.Namespace, harm)
-    torch.save(Attributed(collections.OrderedDict, harm, state_dict=weights, args=args), tmp_path / "a.pth")
-    state = extract_state_dict(read_checkpoint(tmp_path / "a.pth"))
-    assert type(state) is dict and torch.equal(state["w"], torch.ones(2))
-
-
-@pytest.mark.parametrize("attribute", ["detach", "to", "clone"])
-def test_attributes_of_tensors_are_not_used(tmp_path, attribute):
-    state = make_model(seed=1).state_dict()
-    state["fc.bias"] = nn.Parameter(state["fc.bias"])
-    state["fc.bias"].__dict__[attribute] = "harmful"
-    torch.save(state, tmp_path / "a.pth")
-    model = make_model()
-    load_checkpoint(model, tmp_path / "a.pth")
-    assert torch.equal(model.fc.bias, make_model(seed=1).fc.bias)
-
-
-def test_mutated_files_fail_cleanly(tmp_path):
-    """Truncations and flipped bits: a result, or a ValueError of one line; never another exception."""
-    checkpoint = authors({f"module.{i}": torch.randn(3, 2) for i in range(3)})
-    torch.save(checkpoint, tmp_path / "zip.pth")
-    torch.save(checkpoint, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    save_file(checkpoint["state_dict"], tmp_path / "plain.safetensors")
-    rng, failures = random.Random(0), 0
-    for path in list(tmp_path.iterdir()):
-        original = path.read_bytes()
-        for i in range(400):
-            mutated = bytearray(original)
-            if i % 3 == 0:
-                del mutated[rng.randrange(len(mutated)) :]
-            for _ in range(rng.randint(1, 4) if mutated and i % 3 else 0):
-                mutated[rng.randrange(len(mutated))] ^= 1 << rng.randrange(8)
-            path.write_bytes(mutated)
-            try:
-                extract_state_dict(read_checkpoint(path))
-            except ValueError as error:
-                assert "\n" not in str(error)
-                failures += 1
-    assert failures > 600
 
 
 @pytest.mark.parametrize("name, expected", [("b.pth", "must end in .safetensors"), ("d.safetensors", "is a folder")])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import timm_dynamic
-from timm_dynamic.training import attach_loss, auxiliary_loss
+from timm_dynamic.layers.progress import Progress
+from timm_dynamic.training import attach_loss, auxiliary_loss, budget_loss
 
 
 def test_they_are_public():
@@ -48,3 +49,17 @@ def test_terms_are_named_after_layers():
     layer.b.fill_(5)
     assert terms["1.0.b"] == 1.0, "a later forward must not change what was returned"
     assert auxiliary_loss(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.2, 1])
+def test_budget_loss_takes_a_number(progress):
+    costs = [(torch.tensor(3.0), torch.tensor(4.0)), (torch.tensor(1.0), torch.tensor(8.0))]
+    assert budget_loss(costs, 0.5, progress) == budget_loss(costs, 0.5, torch.tensor(float(progress)))
+
+
+def test_epochs_beyond_the_last_are_the_end():
+    """timm trains on for `--cooldown-epochs`."""
+    progress = Progress()
+    for epoch in (10, 10.5, 13):
+        timm_dynamic.set_progress(nn.Sequential(progress), epoch, 10)
+        assert progress() == 1

@@ -1,10 +1,12 @@
 """Checkpoints: reading ours, timm's and the original authors' without running what is in them, and converting them."""
 
 import argparse
+import mmap
 import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,18 @@ _EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's, and its scripts' older na
 _STATE_KEYS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 _SHOWN = 3  # names given per kind of mismatch
+# Allowed by torch, needed by no checkpoint of weights, and able to turn a small file into any amount of memory.
+_ENLARGING = re.compile(
+    rb"c(_codecs\nencode|(?:__builtin__|builtins)\nbytearray|torch\._utils\n_rebuild_device_tensor_from_\w+)\n"
+)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """What a checkpoint file holds, on the CPU, without running any code in it.
 
     A `.safetensors` file is read as such, any other through `torch.load(weights_only=True)` with `argparse.Namespace`
-    (timm's scripts save their arguments as one) as the only class allowed beyond torch's own list.
+    (timm's scripts save their arguments as one) as the only class allowed beyond torch's own list. Sizes that the file
+    merely claims take no memory. (A pickle made for that can still take time; safetensors cannot.)
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -51,6 +58,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file or is damaged ({error}): download it again") from error
+    _refuse_enlarging(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
@@ -61,6 +69,24 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}: expected a dict with the model's weights")
     # Unpickling can set attributes on an OrderedDict, `items` among them; a plain dict has none.
     return dict(dict.items(checkpoint))
+
+
+def _refuse_enlarging(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception:  # no zip archive, or a damaged one
+        members = []
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        return  # TorchScript compresses; torch.load refuses it without reading on
+    # torch.save does not compress; what is compressed, or lies in the file twice, can be far larger than the file.
+    size = path.stat().st_size
+    if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
+        raise ValueError(f"{path} is refused: it unpacks to more than its {size} bytes. Save it with torch.save again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if found := _ENLARGING.search(data):
+            name = found[1].decode().replace("\n", ".")
+            raise ValueError(f"{path} is refused: it calls {name!r}, which weights do not need. Save the weights alone")
 
 
 def _why_unreadable(message: str) -> str:
@@ -92,13 +118,13 @@ def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> 
         raise ValueError(f"the checkpoint has no averaged weights ({' or '.join(wanted)}): load it without use_ema")
     state = checkpoint if state is None else dict(dict.items(state))
     if not any(isinstance(value, Tensor) for value in state.values()):
-        names = ", ".join(map(str, list(state)[:8])) or "nothing"
+        names = ", ".join(map(_name, list(state)[:8])) or "nothing"
         raise ValueError(f"no weights found under {' or '.join(wanted)}, nor at the top, which holds {names}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"the state dict holds a {type(value).__name__} at {key!r}: expected a tensor")
+            raise ValueError(f"the state dict holds a {type(value).__name__} at '{_name(key)}': expected a tensor")
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise ValueError(f"the tensor {key!r} is sparse, quantized or without data: expected a dense one")
+            raise ValueError(f"the tensor '{_name(key)}' is sparse, quantized or without data: expected a dense one")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     # Not `value.detach()`: unpickling can set attributes on a tensor too.
@@ -129,7 +155,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
     except ValueError as error:
         raise ValueError(f"{path} does not load into {name}: {error}") from error
     except Exception as error:  # timm's filters expect one format and break in their own ways on others
-        raise ValueError(f"{path} does not load into {name} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} does not load into {name} ({type(error).__name__}: {one_line(error)})") from error
     model.load_state_dict(state)
 
 
@@ -146,7 +172,7 @@ def _filter_fn(name: str) -> Callable | None:
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
     own = model.state_dict()
     wrong_shape = [
-        f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+        f"{key} {str(list(state[key].shape))[:60]} instead of {list(value.shape)}"
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
@@ -161,13 +187,29 @@ def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
     for key, value in own.items():
         if value.is_floating_point() and not state[key].is_floating_point():
             raise ValueError(f"{key} holds {state[key].dtype}: expected floating-point weights")
-        # In the model's dtype: a float64 can be too large for it.
-        if not torch.isfinite(state[key].to(value.dtype)).all():
+        check_finite({key: state[key].to(value.dtype)})  # in the model's dtype: a float64 can be too large for it
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` that names the first tensor with NaN or infinity, if there is one."""
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
             raise ValueError(f"{key} holds NaN or infinity: the file is damaged or its training diverged")
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error, or its type if it has none, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")
+    return ", ".join(map(_name, keys[:_SHOWN])) + (", ..." if len(keys) > _SHOWN else "")
+
+
+def _name(key: Any) -> str:
+    # A key can be anything: a long text of many lines, or tuples within tuples of which a text would fill the memory.
+    return repr(key)[1:-1][:100] if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
 def _num_classes_hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> str:

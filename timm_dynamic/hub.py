@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from timm_dynamic.convert import convert
+from timm_dynamic.convert import check_finite, convert, extract_state_dict, one_line, read_checkpoint
 from timm_dynamic.version import __version__
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
@@ -65,26 +65,42 @@ def build_model(
         **kwargs: For timm's function and the model.
 
     Raises:
-        ValueError: If weights are wanted and neither the local folder nor the hub has them, or they are damaged.
+        ValueError: If weights are wanted and neither the local folder nor the hub has them, or if their file is
+            damaged, is another model's, or holds NaN or infinity.
     """
+    file = None
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay = pretrained_cfg_overlay or {}
         if not any(overlay.get(key) for key in ("file", "url", "state_dict", "hf_hub_id", "source")):
             cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-            pretrained_cfg_overlay = {**overlay, "file": _find_weights(cfg, cache_dir)}
+            file = _find_weights(cfg, cache_dir)
+            pretrained_cfg_overlay = {**overlay, "file": file}
     elif pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "hf-hub":
         repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
         with suppress(EntryNotFoundError):  # timm knows other file names, too
             _check_content(_download(repo_id, revision or None, cache_dir), repo_id)
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+    try:
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    except Exception as error:
+        if file:
+            extract_state_dict(read_checkpoint(file))  # says what is wrong with a damaged file
+            if "state_dict" in str(error):
+                raise ValueError(f"{file} does not load into {variant}: {one_line(error)}") from error
+        raise
+    if file:
+        try:
+            check_finite(model.state_dict())
+        except ValueError as error:
+            raise ValueError(f"{file} does not load into {variant}: {error}") from error
+    return model
 
 
 def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> str | None:

@@ -15,7 +15,7 @@ BUDGET_WEIGHT = 10.0
 _ANNEALED = 0.33  # share of the training in which the blocks' bounds open
 
 
-def budget_loss(costs: Sequence[Cost], budget: float, progress: Tensor) -> tuple[Tensor, Tensor]:
+def budget_loss(costs: Sequence[Cost], budget: float, progress: float | Tensor) -> tuple[Tensor, Tensor]:
     """DynConv's loss for executing a given share of the masked computations (arXiv 1912.03203, section 3.3).
 
     With p the share that a block executes, over the batch, and P that of all blocks together: the network's term is
@@ -25,13 +25,13 @@ def budget_loss(costs: Sequence[Cost], budget: float, progress: Tensor) -> tuple
     Args:
         costs: Of every masked block.
         budget: Between 0 and 1.
-        progress: Share of the training that is done.
+        progress: Share of the training that is done, a number or a tensor `[]`.
 
     Returns:
         The term of the network and that of the blocks, without the weight `BUDGET_WEIGHT`.
     """
     executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
-    q = torch.cos((progress / _ANNEALED).clamp(max=1) * (math.pi / 2)) ** 2
+    q = torch.cos((torch.as_tensor(progress) / _ANNEALED).clamp(max=1) * (math.pi / 2)) ** 2
     upper, lower = 1 - q * (1 - budget), q * budget
     share = executed / total
     network = (executed.sum() / total.sum() - budget) ** 2
@@ -61,7 +61,8 @@ def set_progress(model: nn.Module, epoch: float, epochs: float) -> None:
 
     Args:
         model: Any model, wrapped or not.
-        epoch: Epochs done, from 0; may be fractional.
+        epoch: Epochs done, from 0; may be fractional. It may exceed `epochs`, as in epochs to cool down: what follows
+            the share of the training that is done then stays as at the end.
         epochs: In the whole training.
 
     Raises:

@@ -197,6 +197,21 @@ def test_model_kwargs_and_num_classes(run):
     assert plain[0]["macs_linear"] % 7 == 0
 
 
+def test_dynamize(run):
+    """The baseline is the model without the layer, of the same arguments."""
+    flags = ["--models", "test_resnet", "--dynamize", "dcd", "--baseline", "static", "--model-kwargs", "num_classes=7"]
+    rows = run(*flags)["rows"]
+    assert [(row["model"], row["baseline"]) for row in rows] == [
+        ("test_resnet", "test_resnet"),
+        ("test_resnet+dcd", "test_resnet"),
+    ]
+    assert rows[0]["params"] < rows[1]["params"] and rows[0]["macs_linear"] % 7 == 0
+    assert [row["model"] for row in run(*flags[:4], "--baseline", "test_vit")["rows"]] == [
+        "test_vit",
+        "test_resnet+dcd",
+    ]
+
+
 def test_a_model_of_fixed_size_is_made_for_the_images(run):
     assert run("--models", "test_vit")["rows"][0]["img_size"] == 32
 
@@ -272,7 +287,7 @@ def test_bad_flags_are_refused_before_anything_runs(flags, message, monkeypatch,
     "flags, message",
     [
         (["--models", "test_resnet", "test_resne"], "unknown model 'test_resne'; did you mean"),
-        (["--models", "test_resnet", "--baseline", "nothing_like_it"], "unknown model 'nothing_like_it'"),
+        (["--models", "test_resnet", "--baseline", "nothing_like_it"], "unknown model 'nothing_like_it'; to list"),
         (["--models", "test_ddf_resnet", "--baseline", "static"], "test_ddf_resnet has no static twin"),
         (["--models", "test_resnet", "--model-kwargs", "wings=2"], "unexpected keyword argument 'wings'"),
         (["--models", "test_vit", "--img-size", "31"], "test_vit does not run on images [1, 3, 31, 31]"),

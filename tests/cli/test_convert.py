@@ -87,6 +87,7 @@ def test_install(tmp_path, capsys, monkeypatch, name, file, flags):
         ("SRC --install -m test_ddf_resnet.none", "Invalid pretrained tag (none)"),
         ("SRC --install -m test_resnet", "for the models of timm-dynamic, and test_resnet is none"),
         ("SRC DST -m ddf_mull_resnet50", "unknown model 'ddf_mull_resnet50'; did you mean ddf_mul_resnet50"),
+        ("SRC DST -m zzzzzzzz", "unknown model 'zzzzzzzz'; to list the names: python -c"),
         ("SRC DST -m test_ddf_resnet", "num_classes=5 (--num-classes 5)"),
         ("SRC DST -m test_ddf_resnet --num-classes 5 --model-kwargs nonsense=1", "cannot create test_ddf_resnet"),
         ("SRC DST -m test_ddf_resnet --num-classes 0", "num_classes=5 (--num-classes 5)"),

@@ -11,6 +11,7 @@ from timm.data import create_dataset, create_transform
 
 import timm_dynamic
 from timm_dynamic import cli
+from timm_dynamic.cli import inspect
 
 MODEL = "test_dy_resnet"
 FLAGS = ["--model", MODEL, "--img-size", "32", "--workers", "0", "--device", "cpu"]
@@ -94,6 +95,15 @@ def test_images_without_classes_and_a_single_one(tmp_path, capsys, small_digits,
         assert report["images"] == images
         found = {row["layer"]: row["entropy"] for row in report["layers"]}
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_single_image_starts_no_processes(tmp_path, capsys, small_digits, checkpoint, monkeypatch):
+    seen, make_loader = [], inspect.make_loader
+    monkeypatch.setattr(inspect, "make_loader", lambda *args: seen.append(make_loader(*args)) or seen[-1])
+    image = small_digits / "val" / "3" / "4.png"
+    flags = ["--model", MODEL, "--img-size", "32", "--device", "cpu", "--checkpoint", checkpoint, "--out", tmp_path]
+    assert run(capsys, image, *flags, "--workers", "2")[0] == 0
+    assert [loader.loader.num_workers if hasattr(loader, "loader") else loader.num_workers for loader in seen] == [0]
 
 
 @pytest.mark.parametrize("name", ["test_dcd_resnet", "test_ped_resnet"])
@@ -209,8 +219,13 @@ def test_both_kinds(tmp_path, capsys, small_digits):
         ("--images 0", "argument --images: 0 is not 1 or more"),
         ("--checkpoint huge.pth", "the attention of conv1.3 is not finite"),
         ("--checkpoint a.pth --out a.pth", "File exists: 'a.pth'"),
-        ("--checkpoint a.pth --data-dir nowhere", "no such data folder: nowhere"),
+        ("--checkpoint a.pth --data-dir nowhere", "no such image or data folder: nowhere"),
+        ("--checkpoint a.pth --data-dir cat.png", "no such image or data folder: cat.png"),
         ("--checkpoint a.pth --data-dir a.pth", "cannot read image a.pth"),
+        (
+            "--model dcd_resnet18",
+            "no pretrained weights exist for dcd_resnet18: give a file of weights with --checkpoint",
+        ),
     ],
 )
 def test_errors(tmp_path, capsys, monkeypatch, small_digits, checkpoint, argv, expected):

@@ -207,6 +207,11 @@ def inputs(tmp_path, monkeypatch, small_digits):
         ("data --num-classes 9 --checkpoint nine.pth", "has 10 classes, the model 9: pass --num-classes 10"),
         ("data --class-map nowhere.txt", "Cannot locate specified class map file"),
         ("data --model resnet5O", "unknown model 'resnet5O'; did you mean"),
+        ("data --model zzzzzzzz", "unknown model 'zzzzzzzz'; to list the names: python -c"),
+        (
+            "data --checkpoint= --model dcd_resnet18",
+            "no pretrained weights exist for dcd_resnet18: give a file of weights",
+        ),
         ("data --nonsense", "unrecognized arguments: --nonsense"),
         ("data --device nonsense", "--device nonsense"),
         ("data --batch-size 0", "argument -b/--batch-size: 0 is not 1 or more"),

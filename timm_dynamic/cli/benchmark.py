@@ -16,6 +16,7 @@ from timm_dynamic import models
 from timm_dynamic.cli import common
 from timm_dynamic.cost import calls_operators, count_macs
 from timm_dynamic.ops import backend_info, reference_only
+from timm_dynamic.replace import LAYERS
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
 _WIDTH = 100
@@ -34,33 +35,50 @@ class Candidate:
 
 
 def make_parser() -> common.Parser:
-    parser = common.Parser("benchmark", "Time models interleaved in one process, as ratios to a baseline.")
+    parser = common.Parser("benchmark", "Time models, in turns in one process, and print ratios to a baseline.")
     group = parser.add_argument_group("what")
     group.add_argument("--models", nargs="+", required=True, metavar="NAME", help="any timm or timm-dynamic models")
     group.add_argument(
         "--baseline",
         default="none",
         metavar="static|NAME|none",
-        help="what ratios refer to: each model's static twin, a model, or nothing (default: none)",
+        help="what ratios refer to: each model's static twin (with --dynamize: the model without it), a model, or "
+        "nothing (default: none)",
     )
     group.add_argument(
         "--backends",
         nargs="+",
         default=["kernel"],
         choices=("kernel", "reference", "compiled-reference"),
-        help="time each model with compiled kernels, in plain PyTorch, and that under torch.compile (default: kernel)",
+        help="how our operators run: compiled kernels, plain PyTorch, or that under torch.compile (default: kernel)",
     )
-    group.add_argument("--mode", choices=("eval", "train"), default="eval", help="train: forward, backward, SGD step")
-    group.add_argument("-b", "--batch-size", nargs="+", type=common.positive_int, default=[1], metavar="N")
-    group.add_argument("--img-size", type=common.positive_int, metavar="N", help="default: each model's own")
-    group.add_argument("--num-classes", type=common.positive_int, metavar="N", help="default: each model's own")
+    group.add_argument(
+        "--mode",
+        choices=("eval", "train"),
+        default="eval",
+        help="what to time; train: forward, backward and SGD step (default: eval)",
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        nargs="+",
+        type=common.positive_int,
+        default=[1],
+        metavar="N",
+        help="images a batch; several are timed one after the other (default: 1)",
+    )
+    group.add_argument("--img-size", type=common.positive_int, metavar="N", help="image size (default: the model's)")
+    group.add_argument(
+        "--num-classes", type=common.positive_int, metavar="N", help="number of classes (default: the model's)"
+    )
+    group.add_argument("--dynamize", choices=tuple(LAYERS), help="put this dynamic layer into each of --models")
     group.add_argument(
         "--model-kwargs",
         nargs="*",
         default={},
         action=common.KeyValues,
         metavar="K=V",
-        help="for --models, not for the baseline",
+        help="more arguments for --models, not for a baseline that is another model",
     )
     group = parser.add_argument_group("how")
     group.add_argument(
@@ -110,14 +128,15 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Build every model, then time all candidates at each batch size; one row for each of both."""
     built: dict[tuple[str, int], nn.Module] = {}
     for name in args.models:
-        model, size = _create(name, args, args.img_size, **args.model_kwargs)
-        built.setdefault((name, size), model)
+        model, size = _create(name, args, args.img_size, dynamize=args.dynamize, **args.model_kwargs)
+        built.setdefault((name + (f"+{args.dynamize}" if args.dynamize else ""), size), model)
     candidates: dict[Candidate, Candidate | None] = {}  # to the one its ratios refer to
     for name, size in list(built):
-        baseline, reference = _baseline(args.baseline, name), None
+        baseline, reference = _baseline(args, name), None
         if baseline:
             if (baseline, size) not in built:
-                built[baseline, size] = _create(baseline, args, size)[0]
+                same = args.dynamize and args.baseline == "static"
+                built[baseline, size] = _create(baseline, args, size, **(args.model_kwargs if same else {}))[0]
             reference = _candidate(baseline, size, built[baseline, size], args.backends[0], args, device)
             candidates[reference] = reference
         for backend in args.backends:
@@ -138,10 +157,10 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def _baseline(wanted: str, model: str) -> str | None:
-    if wanted == "static":
-        return models.static_twin(model)
-    return None if wanted == "none" else wanted
+def _baseline(args: argparse.Namespace, model: str) -> str | None:
+    if args.baseline == "static":
+        return model.removesuffix(f"+{args.dynamize}") if args.dynamize else models.static_twin(model)
+    return None if args.baseline == "none" else args.baseline
 
 
 def _create(name: str, args: argparse.Namespace, img_size: int | None, /, **kwargs) -> tuple[nn.Module, int]:

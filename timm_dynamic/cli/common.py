@@ -10,12 +10,11 @@ from pathlib import Path
 import timm
 import torch
 import yaml
-from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 from torch import nn
 
 import timm_dynamic  # also registers our models
-from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.convert import check_finite, load_checkpoint, one_line
 from timm_dynamic.replace import LAYERS
 
 
@@ -93,10 +92,14 @@ def compile_backend(name: str) -> str:
     return name
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "ddf_mul_resnet50") -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "-m", "--model", metavar="NAME", default="ddf_mul_resnet50", help="any timm or timm-dynamic model"
+        "-m",
+        "--model",
+        metavar="NAME",
+        default=default,
+        help="any timm or timm-dynamic model" + (f" (default: {default})" if default else ""),
     )
     group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     group.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
@@ -106,23 +109,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(LAYERS),
         help="put this dynamic layer into the model, after its pretrained weights are loaded and before any checkpoint",
     )
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="more arguments for the model, as budget=0.5",
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("device")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
-    group.add_argument("--amp", action="store_true", help="automatic mixed precision")
-    group.add_argument("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="default: float16")
-    group.add_argument("--channels-last", action="store_true", help="channels_last memory format")
+    group.add_argument("--amp", action="store_true", help="run in automatic mixed precision")
+    group.add_argument(
+        "--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="type for --amp (default: float16)"
+    )
+    group.add_argument("--channels-last", action="store_true", help="use the channels_last memory format")
     group.add_argument(
         "--torchcompile",
         nargs="?",
         const="inductor",
         type=compile_backend,
         metavar="BACKEND",
-        help="torch.compile the model",
+        help="torch.compile the model (BACKEND if not given: inductor)",
     )
 
 
@@ -138,22 +150,55 @@ def create_model(
         dynamize: Layer to put into the model before the checkpoint is loaded (see `timm_dynamic.dynamize`).
         **kwargs: For the model; those that are None are left out.
     """
-    arch = timm.models.get_arch_name(name)
-    elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if not elsewhere and not timm.is_model(arch):
-        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise ValueError(f"unknown model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    # What was downloaded, and downloading itself, can fail in any way.
-    failures = Exception if elsewhere else (RuntimeError, TypeError, OSError, SafetensorError)
+    from_folder = name.lower().startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    pretrained = kwargs.get("pretrained")
+    if not from_folder:
+        _check_name(name, pretrained)
+    # Other people's files break timm in many ways; without them, anything else is a bug, and not to be hidden.
+    expected = Exception if pretrained or from_folder else (RuntimeError, TypeError, OSError)
     try:
-        model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
-    except failures as error:
-        raise ValueError(f"cannot create {name}: {str(error) or type(error).__name__}") from error
+        with _safe_unpickling():
+            model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
+        if pretrained:
+            check_finite(model.state_dict())
+    except expected as error:
+        raise ValueError(f"cannot create {name}: {one_line(error)}") from error
     if dynamize:
         timm_dynamic.dynamize(model, dynamize)
     if checkpoint:
         load_checkpoint(model, checkpoint, use_ema=use_ema)
     return model
+
+
+@contextmanager
+def _safe_unpickling() -> Iterator[None]:
+    """No `torch.load` runs code: that of timm does, for weights from a URL that begin with a `TypeError`."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
+def _check_name(name: str, pretrained: bool) -> None:
+    arch = timm.models.get_arch_name(name)
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        hint = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else "to list the names: python -c \"import timm, timm_dynamic; print(timm.list_models('*resnet*'))\""
+        )
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise ValueError(
+            f"no pretrained weights exist for {name}: give a file of weights with --checkpoint (train: "
+            "--initial-checkpoint, or train without --pretrained)"
+        )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -55,23 +55,49 @@ class Images(Dataset):
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, as --data-dir")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, the same as --data-dir")
     group = parser.add_argument_group("data")
     group.add_argument("--data-dir", metavar="DIR", help="folder that holds the split folders")
     group.add_argument("--dataset", default="", metavar="NAME", help="timm dataset, TYPE/NAME (default: image folder)")
-    group.add_argument("--dataset-download", action="store_true", help="download the dataset, where it has that")
-    group.add_argument("--class-map", default="", metavar="FILE", help="file that maps class names to numbers")
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
-    group.add_argument("--input-size", type=positive_int, nargs=3, metavar="N", help="channels, height and width")
-    group.add_argument("--crop-pct", type=float, metavar="X", help="share of the image that validation sees")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
-    group.add_argument("--interpolation", default="", choices=("", *INTERPOLATIONS), help="resizing in validation")
     group.add_argument(
-        "-b", "--batch-size", type=positive_int, default=batch_size, metavar="N", help=f"default: {batch_size}"
+        "--dataset-download", action="store_true", help="download the dataset first (for torch/..., tfds/...)"
     )
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
-    group.add_argument("--pin-mem", action="store_true", help="pin the loaders' memory")
+    group.add_argument(
+        "--class-map",
+        default="",
+        metavar="FILE",
+        help="text file of the classes' folder names, one a line, in the order of the model's outputs",
+    )
+    group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
+    group.add_argument("--input-size", type=positive_int, nargs=3, metavar="N", help="image channels, height and width")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="share of an image that validation sees (default: the model's)"
+    )
+    group.add_argument(
+        "--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1 (default: the model's)"
+    )
+    group.add_argument(
+        "--std", type=float, nargs="+", metavar="X", help="their standard deviation (default: the model's)"
+    )
+    group.add_argument(
+        "--interpolation",
+        default="",
+        choices=("", *INTERPOLATIONS),
+        metavar="MODE",
+        help=f"resizing in validation: {', '.join(INTERPOLATIONS)} (default: the model's)",
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help=f"images a batch (default: {batch_size})",
+    )
+    group.add_argument(
+        "-j", "--workers", type=int, default=4, metavar="N", help="processes that load images; 0: none (default: 4)"
+    )
+    group.add_argument("--pin-mem", action="store_true", help="load into pinned memory, faster to copy to a GPU")
 
 
 def image_channels(args: argparse.Namespace) -> int | None:

@@ -49,19 +49,22 @@ class _OneImage(Reader):
 
 
 def make_parser() -> Parser:
-    parser = Parser("inspect", "Entropy of a model's attention or gates, and its masks, on a folder or on one image.")
+    parser = Parser(
+        "inspect", "Measure the entropy of a model's attention or gates, or draw its masks, on a folder or one image."
+    )
     add_data_arguments(parser, batch_size=64)
-    parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
-    add_model_arguments(parser)
-    parser.set_defaults(model=None)
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors'")
+    parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
+    add_model_arguments(parser, default=None)
+    parser.add_argument(
+        "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
+    )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
     parser.add_argument(
-        "--images", type=positive_int, default=8, metavar="N", help="of masks, the first N (default: 8)"
+        "--images", type=positive_int, default=8, metavar="N", help="draw masks for the first N images (default: 8)"
     )
-    parser.add_argument("--out", metavar="DIR", help="for the results (default: output/inspect/NAME[/IMAGE])")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: output/inspect/NAME[/IMAGE])")
     return parser
 
 
@@ -72,6 +75,9 @@ def main(argv: list[str]) -> None:
         parser.error("name a model with --model")
     if args.use_ema and not args.checkpoint:
         parser.error("--use-ema needs --checkpoint")
+    path = Path(args.data or args.data_dir or "")
+    if not args.dataset and not path.exists():
+        raise ValueError(f"no such image or data folder: {path}")
     from timm_dynamic.cli.inspect_masks import report_masks  # before the work: a missing matplotlib costs no time
 
     device = resolve_device(args.device)
@@ -88,10 +94,10 @@ def main(argv: list[str]) -> None:
     if args.pretrained or not args.checkpoint:
         model = create_model(args.model, pretrained=True, **options)
     config = resolve_data(args, model, use_test_size=True)
-    path = Path(args.data or args.data_dir or "")
     out = Path(args.out or f"output/inspect/{safe_model_name(args.model)}")
     if path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
+        args.workers = 0  # starting processes would take longer than the image
         out = out if args.out else out / path.stem
     else:
         dataset = open_dataset(args, args.split, config)

@@ -34,7 +34,7 @@ from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, res
 from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.validate import evaluate
-from timm_dynamic.convert import extract_state_dict, read_checkpoint
+from timm_dynamic.convert import check_finite, extract_state_dict, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -266,7 +266,9 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
             f"--resume {args.resume} holds no {', '.join(sorted(missing))}: for weights alone use --initial-checkpoint"
         )
     try:
-        task.load_checkpoint_state(extract_state_dict(checkpoint), checkpoint.get("task_state"))
+        state = extract_state_dict(checkpoint)
+        check_finite(state)
+        task.load_checkpoint_state(state, checkpoint.get("task_state"))
         if task.has_ema():
             averaged = "state_dict_ema" in checkpoint  # else the average starts from the weights
             state = extract_state_dict(checkpoint, use_ema=averaged)
@@ -275,9 +277,9 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
             optimizer.load_state_dict(checkpoint["optimizer"])
             if scaler and scaler.state_dict_key in checkpoint:
                 scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        return int(checkpoint["epoch"]) + (checkpoint.get("version", 1) > 1)  # older files hold the next epoch
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {args.resume} does not fit this run: {str(error)[:200]}") from error
-    return checkpoint["epoch"] + (checkpoint.get("version", 1) > 1)  # older files hold the next epoch
 
 
 def reload_history(saver: CheckpointSaver, summary: Path, start: int, metric: str) -> None:

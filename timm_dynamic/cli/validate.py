@@ -35,14 +35,16 @@ from timm_dynamic.cost import count_active, count_macs
 
 
 def make_parser() -> Parser:
-    parser = Parser("validate", "Measure a model's accuracy on a dataset.")
+    parser = Parser("validate", "Measure a model's accuracy on a dataset, with its pretrained weights or a checkpoint.")
     add_data_arguments(parser, batch_size=256)
-    parser.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
     add_model_arguments(parser)
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors'")
+    parser.add_argument(
+        "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
+    )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add_device_arguments(parser)
-    parser.add_argument("--results-file", default="", metavar="FILE", help="write the results to FILE.csv or FILE.json")
+    parser.add_argument("--results-file", default="", metavar="FILE", help="write the results to a .csv or .json file")
     return parser
 
 

@@ -12,7 +12,8 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_dynamic.cli.common import create_model
-from timm_dynamic.cli.train_arguments import make_parser
+from timm_dynamic.cli.train_arguments import make_parser, make_segmentation_parser
+from timm_dynamic.cli.train_segmentation import build_optimizer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DDF = [path for path in CONFIGS if path.stem.startswith("ddf_")]
@@ -43,7 +44,8 @@ DCD_RATES = {
 
 
 def parse(path):
-    return make_parser().parse_args(["data", "--config", str(path)])
+    parser = make_segmentation_parser() if "deeplab" in path.stem else make_parser()
+    return parser.parse_args(["data", "--config", str(path)])
 
 
 def rates(optimizer, args, updates):
@@ -161,3 +163,24 @@ def test_dynconv_starts_from_static_weights(tmp_path):
     new = {key for key in masked if key not in static.state_dict()}
     assert new == {key for key in masked if ".masker." in key} and len(new) == 8 * 4
     assert all(masked[key].std() > 0 for key in new if key.endswith("weight"))
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("", "voc"), ("_050", "voc+sbd")])
+def test_segmentation_recipe(name, dataset):
+    """Rates of backbone and head, schedule and weight decay are those of the authors' script."""
+    args = parse(next(path for path in CONFIGS if path.stem == f"dy_deeplabv3plus_mobilenetv2{name}"))
+    assert (args.dataset, args.img_size, args.scale, args.batch_size) == (dataset, 513, [0.5, 2.0], 16)
+    model = torch.nn.ModuleDict({"backbone": torch.nn.BatchNorm2d(4), "head": torch.nn.Conv2d(3, 4, 1)})
+    optimizer = build_optimizer(args, model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    backbone, head = optimizer.param_groups
+    for group, part in ((backbone, "backbone"), (head, "head")):
+        assert set(group["params"]) == set(model[part].parameters())
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+    assert epochs == 100 and (backbone["lr"], head["lr"]) == pytest.approx((0.007, 0.07))
+    for epoch in (50, 100):
+        scheduler.step(epoch)
+        share = (1 + math.cos(math.pi * epoch / 100)) / 2
+        rates = [1e-6 + (lr - 1e-6) * share for lr in (0.007, 0.07)]
+        assert (backbone["lr"], head["lr"]) == pytest.approx(rates)

@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "train": "train a model (flags as in timm's train.py)",
+    "train_segmentation": "train a network for semantic segmentation on Pascal VOC or SBD",
     "validate": "measure a model's accuracy on a dataset (flags as in timm's validate.py)",
     "benchmark": "time models side by side, as ratios to a baseline",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: timm-dynamic COMMAND ...\n\ncommands:")
-        print("\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
+        print("\n".join(f"  {name:<18} {text}" for name, text in COMMANDS.items()))
         return 0 if argv else 2
     command = argv[0]
     if command not in COMMANDS:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
@@ -17,6 +19,10 @@ except ModuleNotFoundError:
 _TIME, _MACS, _TEXT = "#1f5fa8", "#b9c2cf", "#333333"
 _BAR = 0.36
 _SKIPPED = torch.tensor([0.267, 0.005, 0.329])  # viridis's colour of 0 blocks
+_VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor"
+).split()
 _VISIBLE = 0.25  # how much of an image is seen where a block is not executed
 
 
@@ -140,6 +146,37 @@ def save_masks(image: Tensor, masks: dict[str, Tensor], title: str, path: Path) 
         f"{title}\nwhere each block is executed, and its share of positions", x=0.01, ha="left", fontsize=10
     )
     figure.savefig(path, dpi=150)
+
+
+def save_predictions(rows: list[tuple[Tensor, Tensor, Tensor]], num_classes: int, title: str, path: Path) -> None:
+    """Draw images beside the classes of their pixels: those in the mask, and those that a model predicts.
+
+    Args:
+        rows: Of each image: `[H, W, 3]`, from 0 to 1; its mask, `[H, W]`; the prediction, `[H, W]`.
+        num_classes: Classes; what is not one of them in a mask stays white.
+        title: A line above.
+        path: File to write, in the format of its suffix.
+    """
+    colours = ["black", *(colormaps["tab20"](i % 20) for i in range(num_classes - 1))]
+    shapes = [image.shape[0] / image.shape[1] for image, _, _ in rows]
+    figure = Figure(figsize=(9.6, 0.9 + 3.1 * sum(shapes)), layout="compressed")
+    panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": shapes})
+    for axes, name in zip(panels[0], ("image", "mask", "prediction"), strict=True):
+        axes.set_title(name, fontsize=10)
+    found = set()
+    for (image, *masks), (first, *others) in zip(rows, panels, strict=True):
+        first.imshow(image.numpy())
+        for mask, axes in zip(masks, others, strict=True):
+            found |= {int(label) for label in mask.unique() if label < num_classes}
+            options = {"vmin": -0.5, "vmax": num_classes - 0.5, "interpolation": "none"}
+            axes.imshow(mask.numpy(), ListedColormap(colours).with_extremes(over="white"), **options)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    names = _VOC_CLASSES if num_classes == len(_VOC_CLASSES) else [f"class {i}" for i in range(num_classes)]
+    patches = [Patch(color=colours[label], label=names[label]) for label in sorted(found)]
+    figure.legend(handles=patches, loc="outside lower left", ncols=7, frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _key(row: dict) -> tuple[int, int, str]:

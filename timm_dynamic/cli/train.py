@@ -4,8 +4,10 @@ import argparse
 import csv
 import logging
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -39,8 +41,21 @@ from timm_dynamic.convert import check_finite, extract_state_dict, read_checkpoi
 _logger = logging.getLogger(__name__)
 
 
+class Parts(NamedTuple):
+    """What a run depends on beyond its flags: functions with the arguments of this module's own."""
+
+    build_loaders: Callable
+    build_loss: Callable
+    build_optimizer: Callable
+    evaluate: Callable
+
+
 def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
+    run(make_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | None, nn.Module]:
+    """Prepare this process and train; see `train`."""
     flags = yaml.safe_dump(vars(args), default_flow_style=False)  # before the run adds its own
     resolve_device(args.device)
     device = init_distributed_device(args)
@@ -50,26 +65,30 @@ def main(argv: list[str]) -> None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     try:
-        train(args, flags, device)
+        return train(args, flags, device, parts or Parts(build_loaders, build_loss, build_optimizer, evaluate))
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
 
 
-def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
+def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Parts) -> tuple[Path | None, nn.Module]:
     """Train, validating and saving after each epoch.
 
     Args:
         args: What `make_parser` parsed, and what `init_distributed_device` added.
         flags: The parsed arguments as YAML, for the output folder.
         device: Where to train.
+        parts: What is trained for.
+
+    Returns:
+        The output folder, None in all processes but the first, and the model that was validated last.
     """
     random_seed(args.seed, args.rank)
     model = build_model(args, device)
     config = resolve_data(args, model)
-    loader, val_loader = build_loaders(args, config, device, model.num_classes)
-    task = ClassificationTask(model, build_loss(args).to(device), device=device, verbose=False)
-    optimizer = build_optimizer(args, model)
+    loader, val_loader = parts.build_loaders(args, config, device, model.num_classes)
+    task = ClassificationTask(model, parts.build_loss(args).to(device), device=device, verbose=False)
+    optimizer = parts.build_optimizer(args, model)
     scaler = NativeScaler(device.type) if args.amp and args.amp_dtype == "float16" else None
     if args.model_ema:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
@@ -134,7 +153,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
             if args.distributed and args.dist_bn:
                 distribute_bn(eval_model, args.world_size, args.dist_bn == "reduce")
             tell_progress(eval_model, epoch, epochs, args)  # the averaged copy has not heard of this epoch yet
-            result = evaluate(
+            result = parts.evaluate(
                 eval_model,
                 val_loader,
                 amp_autocast(args, device),
@@ -154,6 +173,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
             scheduler.step(epoch + 1)
     if saver and saver.best_metric is not None:
         print(f"best {metric}: {saver.best_metric:.4f} (epoch {saver.best_epoch}), in {folder}")
+    return folder, list(eval_models.values())[-1]
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -240,15 +260,21 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer; sets `args.lr` from `--lr-base` if it was not given."""
+def build_optimizer(args: argparse.Namespace, model: nn.Module, **options) -> torch.optim.Optimizer:
+    """timm's optimizer; sets `args.lr` from `--lr-base` if it was not given.
+
+    Args:
+        args: The flags.
+        model: To train.
+        **options: More arguments of `create_optimizer_v2`.
+    """
     if args.lr is None:
         ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
         adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
         scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
         args.lr = args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+        return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs, **options)
     except (AssertionError, TypeError) as error:
         raise ValueError(f"cannot create the optimizer {args.opt}: {error}") from error
 

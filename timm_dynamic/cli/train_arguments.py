@@ -1,5 +1,7 @@
 """The flags of `timm-dynamic train`: names, meanings and defaults of timm's train.py, whose YAML configs load here."""
 
+import argparse
+
 from timm_dynamic.cli.common import KeyValues, Parser, add_device_arguments, add_model_arguments, positive_int
 from timm_dynamic.cli.data import INTERPOLATIONS, add_data_arguments
 
@@ -21,12 +23,80 @@ def make_parser() -> Parser:
     add_device_arguments(parser)
     _add_distributed_arguments(parser)
     _add_optimizer_arguments(parser)
-    _add_schedule_arguments(parser)
+    _add_rate_arguments(_add_schedule_arguments(parser))
     _add_augmentation_arguments(parser)
     _add_loss_arguments(parser)
     _add_ema_arguments(parser)
-    _add_output_arguments(parser)
+    _add_output_arguments(parser, ("top1", "top5", "loss"))
     return parser
+
+
+def make_segmentation_parser() -> Parser:
+    parser = Parser("train_segmentation", "Train a network for semantic segmentation. Flags are those of train.")
+    parser.add_config()
+    _add_segmentation_data_arguments(parser)
+    add_model_arguments(parser)
+    _add_start_arguments(parser)
+    add_device_arguments(parser)
+    _add_distributed_arguments(parser)
+    _add_optimizer_arguments(parser)
+    group = _add_schedule_arguments(parser)
+    group.add_argument("--lr", type=float, default=0.007, metavar="X", help="of the backbone (default: 0.007)")
+    group.add_argument(
+        "--head-lr-scale",
+        type=float,
+        default=10.0,
+        metavar="X",
+        help="all the rest learns so much faster (default: 10)",
+    )
+    _add_segmentation_augmentation_arguments(parser)
+    _add_ema_arguments(parser)
+    _add_output_arguments(parser, ("miou", "loss"))
+    parser.add_argument(
+        "--pictures", type=int, default=4, metavar="N", help="validation images to draw with their masks (default: 4)"
+    )
+    # The recipe of T. Ardelean et al., and what `train` has flags for.
+    parser.set_defaults(
+        model="dy_deeplabv3plus_mobilenetv2",
+        opt="momentum",
+        weight_decay=5e-4,
+        epochs=100,
+        min_lr=1e-6,
+        warmup_epochs=0,
+        output="output/train_segmentation",
+        drop_path=None,
+        input_size=None,
+        layer_decay=None,
+        mixup_off_epoch=0,
+    )
+    return parser
+
+
+def _add_segmentation_data_arguments(parser: Parser) -> None:
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, as --data-dir")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="folder that holds VOCdevkit/VOC2012, and SBD's in sbd")
+    group.add_argument("--dataset", default="voc", choices=("voc", "sbd", "voc+sbd"), help="default: voc")
+    group.add_argument("--dataset-download", action="store_true", help="let torchvision download the dataset")
+    group.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
+    group.add_argument("--val-split", default="val", metavar="NAME", help="default: val; '' for none")
+    group.add_argument("--img-size", type=positive_int, metavar="N", help="size of the crops (default: the model's)")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
+    group.add_argument("-b", "--batch-size", type=positive_int, default=16, metavar="N", help="default: 16")
+    group.add_argument("-vb", "--validation-batch-size", type=positive_int, metavar="N", help="default: as in training")
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
+    group.add_argument("--pin-mem", action="store_true", help="pin the loaders' memory")
+
+
+def _add_segmentation_augmentation_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation and regularisation")
+    group.add_argument(
+        "--scale", type=float, nargs=2, default=[0.5, 2.0], metavar="X", help="shorter side over --img-size, 0.5 to 2"
+    )
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--blur", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--drop", type=float, metavar="P", help="dropout (default: the model's)")
 
 
 def _add_start_arguments(parser: Parser) -> None:
@@ -54,22 +124,19 @@ def _add_distributed_arguments(parser: Parser) -> None:
 
 def _add_optimizer_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="sgd", metavar="NAME", help="timm optimizer (default: sgd, with Nesterov)")
+    group.add_argument(
+        "--opt", default="sgd", metavar="NAME", help="timm optimizer; sgd is with Nesterov (default: %(default)s)"
+    )
     group.add_argument("--opt-eps", type=float, metavar="X")
     group.add_argument("--opt-betas", type=float, nargs="+", metavar="X")
     group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="default: 0.9")
-    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: 2e-5")
+    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="default: norm")
-    group.add_argument("--layer-decay", type=float, metavar="X", help="factor on the learning rate from layer to layer")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
 
 
-def _add_schedule_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("learning rate")
-    group.add_argument("--epochs", type=positive_int, default=300, metavar="N", help="default: 300")
-    group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="default: cosine")
-    group.add_argument("--sched-on-updates", action="store_true", help="step in each update, not each epoch")
+def _add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--lr", type=float, metavar="X", help="learning rate (default: from --lr-base)")
     group.add_argument("--lr-base", type=float, default=0.1, metavar="X", help="for a global batch of --lr-base-size")
     group.add_argument("--lr-base-size", type=positive_int, default=256, metavar="N", help="default: 256")
@@ -79,6 +146,14 @@ def _add_schedule_arguments(parser: Parser) -> None:
         choices=("", "linear", "sqrt"),
         help="growth with the batch (default: linear, sqrt for Adam's kin)",
     )
+    group.add_argument("--layer-decay", type=float, metavar="X", help="factor on the learning rate from layer to layer")
+
+
+def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("learning rate")
+    group.add_argument("--epochs", type=positive_int, default=300, metavar="N", help="default: %(default)s")
+    group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="default: cosine")
+    group.add_argument("--sched-on-updates", action="store_true", help="step in each update, not each epoch")
     group.add_argument("--lr-noise", type=float, nargs="+", metavar="X", help="noise between these shares of the run")
     group.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="X")
     group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="X")
@@ -87,9 +162,9 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument("--lr-cycle-limit", type=positive_int, default=1, metavar="N", help="number of cycles")
     group.add_argument("--lr-k-decay", type=float, default=1.0, metavar="X", help="exponent in cosine and poly")
     group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="default: 1e-5")
-    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="default: 5")
+    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="default: %(default)s")
     group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
-    group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="default: 0")
+    group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="default: %(default)s")
     group.add_argument(
         "--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the cycles"
     )
@@ -98,6 +173,7 @@ def _add_schedule_arguments(parser: Parser) -> None:
     group.add_argument(
         "--decay-rate", "--dr", type=float, default=0.1, metavar="X", help="step, multistep, poly's power"
     )
+    return group
 
 
 def _add_augmentation_arguments(parser: Parser) -> None:
@@ -147,10 +223,10 @@ def _add_ema_arguments(parser: Parser) -> None:
     group.add_argument("--model-ema-warmup", action="store_true", help="let the decay grow towards that")
 
 
-def _add_output_arguments(parser: Parser) -> None:
+def _add_output_arguments(parser: Parser, metrics: tuple[str, ...]) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--output", default="", metavar="DIR", help="default: output/train")
+    group.add_argument("--output", default="output/train", metavar="DIR", help="default: %(default)s")
     group.add_argument("--experiment", default="", metavar="NAME", help="folder in it (default: time, model and size)")
     group.add_argument("--checkpoint-hist", type=positive_int, default=10, metavar="N", help="best checkpoints to keep")
-    group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="default: top1")
+    group.add_argument("--eval-metric", default=metrics[0], choices=metrics, help="default: %(default)s")
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between two reports")

@@ -6,6 +6,7 @@ from timm_dynamic.models import (
     dcd_mobilenetv2,
     dcd_resnet,
     ddf_resnet,
+    dy_deeplabv3plus,  # noqa: F401 (timm has no twin of it)
     dy_mobilenetv2,
     dy_mobilenetv3,
     dy_resnet,
@@ -15,7 +16,7 @@ from timm_dynamic.models import (
     ped_resnet,
 )
 
-_FAMILIES = (
+_FAMILIES = (  # those with static twins in timm
     dcd_mobilenetv2,
     dcd_resnet,
     ddf_resnet,

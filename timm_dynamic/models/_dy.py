@@ -50,7 +50,7 @@ def make_dynamic(
 def with_step(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """`state_dict` with the model's own step counter if it has none: loading weights does not start the schedule."""
     own = model.state_dict()
-    missing = {key: own[key] for key in own if key.endswith(".step") and key not in state_dict}
+    missing = {key: own[key] for key in own if key.split(".")[-1] == "step" and key not in state_dict}
     return {**state_dict, **missing} if missing else state_dict
 
 

@@ -20,4 +20,4 @@ def test_only_own_modules_are_imported():
     packages = {name.split(".")[0] for name in extra} - sys.stdlib_module_names
     assert packages <= {"timm_dynamic", "timm", "torch", "safetensors", "huggingface_hub"}
     assert not {"timm_dynamic.cli", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"} & set(extra)
-    assert sum(not name.startswith("timm_dynamic") for name in extra) < 20
+    assert sum(not name.startswith("timm_dynamic") for name in extra) < 25

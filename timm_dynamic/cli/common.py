@@ -213,7 +213,7 @@ def resolve_device(name: str) -> torch.device:
 
 def amp_autocast(args: argparse.Namespace, device: torch.device) -> AbstractContextManager:
     """The context for forward passes that `--amp` and `--amp-dtype` ask for; it can be entered again and again."""
-    if not args.amp:
+    if not args.amp or getattr(args, "amp_impl", "native") == "apex":  # which changes PyTorch's functions instead
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, args.amp_dtype))
 

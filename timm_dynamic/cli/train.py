@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -15,13 +16,11 @@ from timm.data import FastCollateMixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
 from timm.utils import (
     CheckpointSaver,
-    NativeScaler,
     distribute_bn,
     get_outdir,
     init_distributed_device,
@@ -34,6 +33,7 @@ from torch import nn
 from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
 from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, resolve_data
 from timm_dynamic.cli.train_arguments import make_parser
+from timm_dynamic.cli.train_build import build_scaler, build_task, check_options, start_log
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import check_finite, extract_state_dict, read_checkpoint
@@ -83,13 +83,14 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     Returns:
         The output folder, None in all processes but the first, and the model that was validated last.
     """
+    check_options(args, device)
     random_seed(args.seed, args.rank)
     model = build_model(args, device)
     config = resolve_data(args, model)
     loader, val_loader = parts.build_loaders(args, config, device, model.num_classes)
-    task = ClassificationTask(model, parts.build_loss(args).to(device), device=device, verbose=False)
-    optimizer = parts.build_optimizer(args, model)
-    scaler = NativeScaler(device.type) if args.amp and args.amp_dtype == "float16" else None
+    task = build_task(args, model, parts.build_loss(args).to(device), device)
+    optimizer = parts.build_optimizer(args, task.get_trainable_module())
+    scaler = build_scaler(args, task, optimizer, device)
     if args.model_ema:
         ema_device = torch.device("cpu") if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
@@ -106,8 +107,8 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         scheduler.step_update(start * updates)
 
     if args.torchcompile:
-        task.compile(backend=args.torchcompile)
-        task.compile_ema(backend=args.torchcompile)
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     eval_models = {"validate": task.get_eval_model()}
     if args.model_ema and not args.model_ema_force_cpu:
         eval_models["validate EMA"] = task.get_eval_model(ema=True)
@@ -115,7 +116,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         options = {"broadcast_buffers": False} if args.no_ddp_bb else {}
         task.prepare_distributed(device_ids=None if device.type == "cpu" else [device], **options)
 
-    folder = saver = None
+    folder = saver = log = None
     metric = f"eval_{args.eval_metric}" if val_loader else "train_loss"
     if is_primary(args):
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{config['input_size'][-1]}"
@@ -131,6 +132,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
             max_history=args.checkpoint_hist,
             task=task,
         )
+        log = start_log(args, folder)
         reload_history(saver, folder / "summary.csv", start, metric)
         with replacing(folder / "args.yaml") as temporary:
             temporary.write_text(flags)
@@ -166,6 +168,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         if saver:
             lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
             write_summary(folder / "summary.csv", epoch, metrics, lr)
+            log({"epoch": epoch, **metrics, "lr": lr})
             saver.save_checkpoint(epoch, metrics[metric])
             shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             _logger.info(f"epoch {epoch}: {shown}, lr {lr:.3g}, {rate:.0f} images/s")
@@ -273,8 +276,16 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, **options) -> to
         adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
         scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
         args.lr = args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+    flags = {**optimizer_kwargs(args), **args.opt_kwargs}
+    if args.no_decay_names:
+        options["param_group_fn"] = functools.partial(
+            param_groups_weight_decay,
+            weight_decay=args.weight_decay,
+            weight_decay_exclude_1d=False,
+            no_weight_decay_list=args.no_decay_names,
+        )
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs, **options)
+        return create_optimizer_v2(model, **flags, **options)
     except (AssertionError, TypeError) as error:
         raise ValueError(f"cannot create the optimizer {args.opt}: {error}") from error
 

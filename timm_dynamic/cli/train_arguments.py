@@ -21,11 +21,13 @@ def make_parser() -> Parser:
     add_model_arguments(parser)
     _add_start_arguments(parser)
     add_device_arguments(parser)
+    _add_amp_arguments(parser)
     _add_distributed_arguments(parser)
     _add_optimizer_arguments(parser)
     _add_rate_arguments(_add_schedule_arguments(parser))
     _add_augmentation_arguments(parser)
     _add_loss_arguments(parser)
+    _add_distillation_arguments(parser)
     _add_ema_arguments(parser)
     _add_output_arguments(parser, ("top1", "top5", "loss"))
     return parser
@@ -38,6 +40,7 @@ def make_segmentation_parser() -> Parser:
     add_model_arguments(parser)
     _add_start_arguments(parser)
     add_device_arguments(parser)
+    _add_amp_arguments(parser)
     _add_distributed_arguments(parser)
     _add_optimizer_arguments(parser)
     group = _add_schedule_arguments(parser)
@@ -67,7 +70,11 @@ def make_segmentation_parser() -> Parser:
         drop_path=None,
         input_size=None,
         layer_decay=None,
+        no_decay_names=None,
+        mixup=0.0,
         mixup_off_epoch=0,
+        mixup_ramp_epochs=0,
+        kd_model_name=None,
     )
     return parser
 
@@ -108,6 +115,14 @@ def _add_start_arguments(parser: Parser) -> None:
     group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
 
 
+def _add_amp_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("mixed precision and compilation in training")
+    group.add_argument(
+        "--amp-impl", default="native", choices=("native", "apex"), help="PyTorch's, or NVIDIA's Apex (default: native)"
+    )
+    group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode, as reduce-overhead")
+
+
 def _add_distributed_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("memory and several processes")
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N", help="batches an update")
@@ -146,7 +161,18 @@ def _add_rate_arguments(group: argparse._ArgumentGroup) -> None:
         choices=("", "linear", "sqrt"),
         help="growth with the batch (default: linear, sqrt for Adam's kin)",
     )
+    group.add_argument(
+        "--no-decay-names",
+        nargs="+",
+        metavar="PATTERN",
+        help="no weight decay for parameters with such names, as in '*bn*', and for these alone "
+        "(default: none for biases and norms)",
+    )
     group.add_argument("--layer-decay", type=float, metavar="X", help="factor on the learning rate from layer to layer")
+    group.add_argument(
+        "--layer-decay-min-scale", type=float, default=0.0, metavar="X", help="lower bound of the product"
+    )
+    group.add_argument("--layer-decay-no-opt-scale", type=float, metavar="X", help="below it, layers are not trained")
 
 
 def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
@@ -196,6 +222,9 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--mixup-prob", type=float, default=1.0, metavar="P", help="of either, default: 1")
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of CutMix if both are on")
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="default: batch")
+    group.add_argument(
+        "--mixup-ramp-epochs", type=int, default=0, metavar="N", help="let mixup's alpha grow from 0 over N epochs"
+    )
     group.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from this epoch on")
     group.add_argument(
         "--train-interpolation",
@@ -215,6 +244,28 @@ def _add_loss_arguments(parser: Parser) -> None:
     group.add_argument("--bce-target-thresh", type=float, metavar="X", help="targets above count as 1, others as 0")
 
 
+def _add_distillation_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--kd-model-name", metavar="NAME", help="teacher: a model with pretrained weights")
+    group.add_argument(
+        "--kd-distill-type",
+        default="logit",
+        choices=("logit", "feature", "token"),
+        help="what is learnt from it: its logits (default), its pooled features, or its logits by a second head",
+    )
+    group.add_argument(
+        "--kd-loss-type", default="kl", choices=("kl",), help="for logits; default, and all there is: kl"
+    )
+    group.add_argument(
+        "--kd-token-distill-type", default="soft", choices=("soft", "hard"), help="the teacher's logits or its choice"
+    )
+    group.add_argument("--kd-temperature", type=float, default=4.0, metavar="X", help="default: 4")
+    group.add_argument("--kd-student-feature-dim", type=positive_int, metavar="N", help="default: as the model says")
+    group.add_argument("--kd-teacher-feature-dim", type=positive_int, metavar="N", help="default: as the teacher says")
+    group.add_argument("--distill-loss-weight", type=float, metavar="X", help="default: 1, or 1 - --task-loss-weight")
+    group.add_argument("--task-loss-weight", type=float, metavar="X", help="default: 1")
+
+
 def _add_ema_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("averaged weights")
     group.add_argument("--model-ema", action="store_true", help="keep, validate and save a moving average")
@@ -230,3 +281,8 @@ def _add_output_arguments(parser: Parser, metrics: tuple[str, ...]) -> None:
     group.add_argument("--checkpoint-hist", type=positive_int, default=10, metavar="N", help="best checkpoints to keep")
     group.add_argument("--eval-metric", default=metrics[0], choices=metrics, help="default: %(default)s")
     group.add_argument("--log-interval", type=positive_int, default=50, metavar="N", help="updates between two reports")
+    group.add_argument("--log-tensorboard", action="store_true", help="write the summary for TensorBoard, too")
+    group.add_argument("--log-wandb", action="store_true", help="log the summary to Weights & Biases, too")
+    group.add_argument("--wandb-project", metavar="NAME")
+    group.add_argument("--wandb-tags", default=[], nargs="+", metavar="TAG")
+    group.add_argument("--wandb-resume-id", default="", metavar="ID", help="with --resume: run to go on with")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
+from timm.data import FastCollateMixup
 from timm.scheduler.scheduler import Scheduler
 from timm.task.task import TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad, is_primary, reduce_tensor, unwrap_model
@@ -13,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_dynamic.cli.common import amp_autocast
-from timm_dynamic.training import auxiliary_loss, set_progress
+from timm_dynamic.training import set_progress
 
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
 
@@ -22,6 +23,12 @@ def tell_progress(model: nn.Module, epoch: float, epochs: int, args: argparse.Na
     """Let the schedules in a model follow the epochs, unless it was built to count steps for them."""
     if args.model_kwargs.keys().isdisjoint({"anneal_steps", "total_steps"}):
         set_progress(model, epoch, epochs)
+
+
+def ramp_mixup(epoch: int, collate: FastCollateMixup, args: argparse.Namespace) -> None:
+    """Set mixup's alpha: in epoch e of the first N, counted from 0, it is e/N of the whole."""
+    collate.mixup_alpha = args.mixup * min(epoch / args.mixup_ramp_epochs, 1.0)
+    collate.mixup_enabled = collate.mixup_alpha > 0 or collate.cutmix_alpha > 0
 
 
 def train_one_epoch(
@@ -38,11 +45,13 @@ def train_one_epoch(
     """One pass over the training data.
 
     Returns:
-        Means over the epoch and all processes: the task's `loss`, and the model's auxiliary terms, weighted, those of
-        one name added up over the layers.
+        Means over the epoch and all processes: the task's `loss`, without the model's auxiliary terms; these, weighted,
+        those of one name added up over the layers; a distillation's two parts.
     """
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
+    elif args.mixup_ramp_epochs:
+        ramp_mixup(epoch, loader.loader.collate_fn, args)
     model = unwrap_model(task.get_trainable_module().train())
     autocast = amp_autocast(args, device)
     second_order = getattr(optimizer, "is_second_order", False)
@@ -66,7 +75,8 @@ def train_one_epoch(
             tell_progress(model, epoch + step / steps, epochs, args)
             with nullcontext() if update else task.no_sync():
                 with autocast:
-                    loss = task(images, target)["loss"]
+                    result = task(images, target)
+                loss = result["loss"]
                 clipped = None
                 if args.clip_grad is not None:
                     clipped = task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
@@ -86,9 +96,10 @@ def train_one_epoch(
                         if clipped is not None:
                             dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
                         optimizer.step()
-            sums["loss"] += loss.detach() * len(images)
-            for name, term in auxiliary_loss(model).items():
-                sums[name.rpartition(".")[2]] += term * len(images)
+            sums["loss"] += result.get("base_loss", loss).detach() * len(images)
+            for name, value in result.items():
+                if name not in ("loss", "base_loss", "output"):
+                    sums[name] += value.detach() * len(images)
             images_seen += len(images)
             bar.update(len(images) * args.world_size)
             if not update:

@@ -6,33 +6,42 @@ import warnings
 import torch
 from torch import Tensor
 
+from timm_dynamic.ops import attached_gradient  # noqa: F401 - defines the operator
+
 
 class _AttachLoss(torch.autograd.Function):
-    """The identity on an activation; its backward pass also starts that of a loss, with a constant gradient."""
+    """The identity on an activation; its backward pass also starts that of a loss."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.dtype = weight, loss.dtype
+    def forward(ctx, x: Tensor, loss: Tensor, weight: float, scale: float | Tensor) -> Tensor:
+        # Not saved for backward, where a hook may keep a copy: the value of the scale is yet to come.
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, loss.dtype
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full((), ctx.weight, dtype=ctx.dtype, device=grad.device), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if isinstance(ctx.scale, Tensor):
+            attached = torch.ops.timm_dynamic.attached_gradient(grad, ctx.scale, ctx.weight, ctx.dtype)
+        else:
+            attached = torch.full((), ctx.weight * ctx.scale, dtype=ctx.dtype, device=grad.device)
+        return grad, attached, None, None
 
 
-def attach_loss(x: Tensor, loss: Tensor, weight: float) -> Tensor:
+def attach_loss(x: Tensor, loss: Tensor, weight: float, scale: float | Tensor = 1.0) -> Tensor:
     """Return `x`, unchanged, such that whatever trains through it minimises `weight * loss` too.
 
-    `task_loss.backward()` then gives the gradients of `task_loss + weight * loss`, without the loss being kept or
-    handed out: gradient checkpointing, feature extractors, copies of the model, DistributedDataParallel and
-    torch.compile need not know. Nor does a `GradScaler`, which therefore does not scale this gradient.
+    `task_loss.backward()` then gives the gradients of `task_loss + scale * weight * loss`, without the loss being kept
+    or handed out: gradient checkpointing, feature extractors, copies of the model, DistributedDataParallel and
+    torch.compile need not know. Nor does a `GradScaler`, which therefore does not scale this gradient, unless a
+    `timm_dynamic.training.DynamicTask` says so in `scale`.
 
     Args:
         x: An activation that the task loss depends on. Nothing may change what is returned in place.
         loss: A scalar.
         weight: Of the loss.
+        scale: Factor of the gradient. The value of a tensor is that which it has in the backward pass.
     """
-    return _AttachLoss.apply(x, loss, weight)
+    return _AttachLoss.apply(x, loss, weight, scale)
 
 
 @functools.cache
@@ -44,6 +53,7 @@ def warn_about_float16(loss: str) -> None:
     """
     warnings.warn(
         f"timm_dynamic: in float16, a GradScaler scales the task loss but not {loss}, whose gradient is all but lost. "
-        "Train in bfloat16 (--amp-dtype bfloat16) or float32.",
+        "Train with timm_dynamic.training.DynamicTask, as `timm-dynamic train` does, or in bfloat16 "
+        "(--amp-dtype bfloat16).",
         stacklevel=3,
     )

@@ -79,7 +79,8 @@ class PEDConv2d(DropInConv2d):
         rank: Number of terms of the gates.
         reduction: The hidden vector has 1/reduction of the input's channels, at least 1.
         noise_std: Standard deviation of the noise in training; 0 draws no random numbers.
-        aux_scale: Factor of the reconstruction loss's gradient: 1 over the number of forwards per optimizer step.
+        aux_scale: Factor of the reconstruction loss's gradient: 1 over the number of forwards per optimizer step. A
+            `timm_dynamic.training.DynamicTask` puts a tensor of its own here.
 
     Shape:
         As for `nn.Conv2d`; the input must be batched.
@@ -179,11 +180,12 @@ class PEDConv2d(DropInConv2d):
                 loss = loss / max(pooled.numel(), 1)  # an empty batch has no mean
                 self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
                 # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
-                logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT * self.aux_scale)
+                logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT, self.aux_scale)
             gates = self.attn.gates(logits)
         y = self._convolve(x, gates)
         if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
-            warn_about_float16("PED's reconstruction loss")
+            if not isinstance(self.aux_scale, Tensor):
+                warn_about_float16("PED's reconstruction loss")
         return y
 
     def _convolve(self, x: Tensor, gates: list[Tensor]) -> Tensor:

@@ -111,9 +111,9 @@ class MaskedModel(nn.Module):
             network, block = budget_loss(costs, self.budget, self.progress())
         self.network_budget.copy_(BUDGET_WEIGHT * network.detach())
         self.block_budget.copy_(BUDGET_WEIGHT * block.detach())
-        if y.dtype == torch.float16 and not torch.compiler.is_compiling():
+        if y.dtype == torch.float16 and not torch.compiler.is_compiling() and not isinstance(self.aux_scale, Tensor):
             warn_about_float16("DynConv's budget loss")
-        return attach_loss(y, network + block, BUDGET_WEIGHT * self.aux_scale)
+        return attach_loss(y, network + block, BUDGET_WEIGHT, self.aux_scale)
 
 
 class _Costs:

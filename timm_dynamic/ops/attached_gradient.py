@@ -1,0 +1,37 @@
+"""`attached_gradient`: what starts the backward pass of an attached loss, where a tensor says how much it counts."""
+
+import torch
+from torch import Tensor
+
+from timm_dynamic.ops._library import NAMESPACE
+
+
+def attached_gradient_reference(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """Defines the operator `torch.ops.timm_dynamic.attached_gradient`.
+
+    `grad` gives no values. It is what makes this part of the backward pass: a product of `scale` and `weight` alone
+    may be moved to the forward pass by a compiler, when `scale` has not got its value yet.
+
+    Args:
+        grad: Gradient of the activation that the loss is attached to.
+        scale: A number.
+        weight: Another one.
+        dtype: Of the loss.
+
+    Returns:
+        `scale * weight`, a scalar on the device of `grad`.
+    """
+    return (scale * weight).to(grad.device, dtype)
+
+
+torch.library.define(
+    f"{NAMESPACE}::attached_gradient",
+    "(Tensor grad, Tensor scale, float weight, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl(f"{NAMESPACE}::attached_gradient", "CompositeExplicitAutograd")(attached_gradient_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attached_gradient")
+def _attached_gradient_fake(grad, scale, weight, dtype):
+    return grad.new_empty((), dtype=dtype)

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -95,7 +97,12 @@ def run(server, tmp_path, monkeypatch, small_digits):
         if not folder.exists():
             folder.mkdir()
             (folder / "data").symlink_to(small_digits)
-        job = {"argv": [*FLAGS, *flags.split()], "folder": str(folder.resolve()), "event": event, "file_size": file_size}
+        job = {
+            "argv": [*FLAGS, *flags.split()],
+            "folder": str(folder.resolve()),
+            "event": event,
+            "file_size": file_size,
+        }
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         status = int(server.stdout.readline())
@@ -186,3 +193,202 @@ def test_killed_at_each_event_of_a_save(run):
         saw_half_a_file |= Path("killed/out/run/tmp.pth.tar").exists()
         assert_same(finish(run, "killed", flags), expected)
     assert saw_half_a_file
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, small_digits, capsys, caplog):
+    """`here(flags)` trains in this process; returns its status, and stderr with what was logged before."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(small_digits)
+
+    def start(flags=""):
+        status = cli.main([*FLAGS, "--model", "test_resnet", *flags.split()])
+        return status, caplog.text + capsys.readouterr().err
+
+    return start
+
+
+FOLDER = Path("out/run")
+
+
+def epochs():
+    with open(FOLDER / "summary.csv", newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def test_a_finished_run_stays(here):
+    """Its last checkpoint is there, and so is the result; half-written files of a killed one go."""
+    assert here("--epochs 2")[0] == 0
+    before = contents(".")
+    leftovers = [FOLDER / name for name in (".summary.12.csv", ".args.12.yaml", ".checkpoint-1.pth.12.tar")]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    os.link(FOLDER / "last.pth.tar", FOLDER / "tmp.pth.tar")  # which nothing may write to
+    assert here("--epochs 2")[0] == 0
+    assert_same(contents("."), before)
+    assert yaml.safe_load((FOLDER / "args.yaml").read_text())["resume"] == "auto"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def fill_with_zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, fill_with_zeros, empty, Path.unlink])
+def test_the_newest_whole_checkpoint(here, damage):
+    """`last` and what are links to it are damaged, as by a power cut: the epoch before is gone on from."""
+    here("--epochs 3 --eval-metric loss")
+    before = contents(".")
+    if damage is Path.unlink:
+        (FOLDER / "checkpoint-2.pth.tar").unlink()
+    damage(FOLDER / "last.pth.tar")
+    status, err = here("--epochs 3 --eval-metric loss")
+    assert status == 0 and "last.pth.tar is passed over" in err or damage is Path.unlink
+    assert_same(contents("."), before)
+
+
+def test_no_whole_checkpoint(here):
+    here("--epochs 1")
+    before = contents(".")
+    truncate(FOLDER / "last.pth.tar")
+    status, err = here("--epochs 1")
+    assert status == 0 and "passed over" in err
+    assert_same(contents("."), before)
+
+
+@pytest.mark.parametrize("torn", ["", "1", "2,0.", "\n2,0.1,0.2"])
+def test_a_summary_cut_short(here, torn):
+    here("--epochs 3")
+    before = contents(".")
+    shutil.copy(FOLDER / "checkpoint-1.pth.tar", FOLDER / "last.pth.tar")
+    lines = before[2].decode().splitlines(keepends=True)
+    (FOLDER / "summary.csv").write_bytes("".join([*lines[:3], torn]).encode())
+    assert here("--epochs 3")[0] == 0
+    assert_same(contents("."), before)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--experiment=", "--resume auto needs --experiment NAME"),
+        ("--start-epoch 1", "--resume auto goes on exactly where the run was: leave out --start-epoch"),
+        ("--no-resume-opt", "--resume auto goes on exactly where the run was: leave out --no-resume-opt"),
+    ],
+)
+def test_what_auto_needs(here, flags, expected):
+    status, err = here(flags)
+    assert status == 2 and f"error: {expected}" in err
+
+
+def test_a_run_of_another_model(here):
+    here("--epochs 1")
+    before = contents(".")
+    status, err = here("--epochs 1 --model test_ped_resnet")
+    assert status == 2 and "does not fit this run" in err
+    assert_same(contents("."), before)
+
+
+def test_no_deterministic_form(here, monkeypatch):
+    def forward(model, x, original=timm.models.resnet.ResNet.forward):
+        x = original(model, x)
+        return x.clone().put_(torch.tensor([0]), x.detach()[0, :1])  # which of several puts to a place wins is open
+
+    monkeypatch.setattr("timm.models.resnet.ResNet.forward", forward)
+    status, err = here()
+    assert status == 2 and err.count("error: ") == 1
+    assert "--deterministic: put_" in err and "train without the flag" in err
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("file_size", [3000, 100_000, 600_000])
+def test_file_too_large(run, file_size):
+    """A real write error of the system; the file system is full for files of that size, as it were."""
+    flags = "--model test_ped_resnet"
+    expected = finish(run, "whole", f"{flags} --epochs 2")
+    assert run("full", f"{flags} --epochs 2", event=15)[0] == -signal.SIGKILL
+    status, log = run("full", f"{flags} --epochs 2", file_size=file_size)
+    assert status == 2 and log.count("error: ") == 1
+    assert "error: cannot save epoch 1 in out/run (File too large); out/run/last.pth.tar holds epoch 0: make " in log
+    assert not Path("full/out/run/tmp.pth.tar").exists()
+    assert_same(finish(run, "full", f"{flags} --epochs 2"), expected)
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.link", "os.replace", "timm_dynamic.cli.train.update_summary"])
+def test_disk_full(here, monkeypatch, call):
+    """Wherever it shows."""
+    here("--epochs 2")
+    expected = contents(".")
+    shutil.rmtree("out")
+    here("--epochs 1 --sched none")
+    with monkeypatch.context() as patch:
+        patch.setattr(call, full)
+        patch.setattr("shutil.copy2", full)
+        status, err = here("--epochs 2")
+    assert status == 2 and err.count("error: ") == 1
+    assert "No space left on device" in err
+    if call != "os.replace":  # the first to be replaced is args.yaml
+        assert "out/run/last.pth.tar holds epoch 0: make room and go on with --resume auto" in err
+    assert here("--epochs 2")[0] == 0
+    assert len(epochs()) == 2
+    assert contents(".")[0] == expected[0]
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+RANKS = """
+import os, signal, sys, torch
+from pathlib import Path
+from timm_dynamic import cli
+import timm_dynamic.cli.train
+
+backward, count = torch.Tensor.backward, iter(range(1000))
+
+def dying(*args, **kwargs):
+    if next(count) == 5 and os.environ["RANK"] == os.environ["DIES"] and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(*args, **kwargs)
+
+torch.Tensor.backward = dying
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_worker_killed_under_torchrun(tmp_path, monkeypatch, small_digits):
+    """The launcher starts all of them again, and they go on together, with EMA and two processes' BatchNorm."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(small_digits)
+    Path("ranks.py").write_text(RANKS)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 ranks.py".split()
+    flags = "--model test_ped_resnet -b 10 --epochs 3 --model-ema --model-ema-decay 0.9".split()
+    results = {}
+    for dies in ("none", "1"):
+        done = subprocess.run(
+            [sys.executable, *launcher, *FLAGS, *flags, "--output", dies],
+            capture_output=True,
+            text=True,
+            env={**ENVIRONMENT, "DIES": dies},
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr
+        assert Path("died").exists() == (dies == "1")
+        results[dies] = done, read_checkpoint(f"{dies}/run/last.pth.tar"), Path(f"{dies}/run/summary.csv").read_bytes()
+    assert "--resume auto: from 1/run/last.pth.tar" in results["1"][0].stderr
+    for key in ("state_dict", "state_dict_ema", "optimizer", "epoch"):
+        assert_equal(results["1"][1][key], results["none"][1][key], key)
+    assert results["1"][2] == results["none"][2]

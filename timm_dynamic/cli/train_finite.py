@@ -9,6 +9,7 @@ from torch import Tensor, nn
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
 
 _KINDS = (None, "infinite", "nan")
+_SHOWN = 4  # of what is not finite
 
 
 class FiniteGuard:
@@ -109,4 +110,5 @@ class FiniteGuard:
 
     @staticmethod
     def _problem(names: list[str], codes: list[int]) -> str:
-        return ", ".join(f"{name} is {_KINDS[code]}" for name, code in zip(names, codes, strict=True) if code)
+        bad = [f"{name} is {_KINDS[code]}" for name, code in zip(names, codes, strict=True) if code]
+        return ", ".join(bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")

@@ -53,26 +53,22 @@ def test_validation_is_of_the_others(capsys, caplog):
     """As exact as of a folder that lacks the image."""
     losses = []
     train(capsys, "good --workers 0")
+    validate = ["validate", *MODEL, "--workers", "0", "--checkpoint", "out/run/last.pth.tar"]
     for data in ("good", "bad"):
-        status = cli.main(
-            ["validate", data, *MODEL, "--workers", "0", "--checkpoint", "out/run/last.pth.tar"]
-            + ["--max-bad-images", "1", "--results-file", f"{data}.csv"]
-        )
+        status = cli.main([*validate, data, "--max-bad-images", "1", "--results-file", f"{data}.csv"])
         assert status == 0
         assert ("validation: cannot read 1 images: bad/val/5/4.png: left out" in caplog.text) == (data == "bad")
         with open(f"{data}.csv", newline="") as file:
             losses.append({**next(csv.DictReader(file))})
     assert losses[0] == losses[1]
-    assert cli.main(["validate", "bad", *MODEL, "--workers", "0"]) == 2
+    assert cli.main([*validate, "bad"]) == 2
     assert "cannot read image bad/val/5/4.png: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many(capsys, workers):
     status, err = train(capsys, f"bad --workers {workers} --max-bad-images 1")
-    assert (
-        status == 2 and err.count("error: ") == 1
-    )
+    assert status == 2 and err.count("error: ") == 1
     assert "error: cannot read 2 images: bad/train/0/0.png, bad/train/3/2.png: more than --max-bad-images 1" in err
 
 

@@ -194,6 +194,3 @@ def test_processes_skip_together():
     assert "epoch 0, step 2 of 4, learning rate 0.05: the task's loss is nan" in done.stderr
     assert done.stderr.count("update skipped, 1 of 1") == 2  # each of them says so
     assert "error: epoch 0, step 4 of 4, learning rate 0.05: the task's loss is nan" in done.stderr
-    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].replace(
-        'Traceback (most recent call last):\n  File "<frozen runpy>', ""
-    )

@@ -97,6 +97,9 @@ def train(args: argparse.Namespace, flags: str, device: torch.device) -> None:
         eval_models["validate EMA"] = task.get_eval_model(ema=True)
     if args.distributed:
         options = {"broadcast_buffers": False} if args.no_ddp_bb else {}
+        if args.deterministic and args.world_size > 2:
+            # Else DDP rearranges the gradients after its first update, and with them the order of sums over processes.
+            options["find_unused_parameters"] = True
         task.prepare_distributed(device_ids=None if device.type == "cpu" else [device], **options)
 
     folder = saver = None

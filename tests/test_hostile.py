@@ -433,6 +433,7 @@ def hub(tmp_path, monkeypatch):
         return str(folder / filename)
 
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    monkeypatch.setattr(timm_dynamic.hub, "_download", lambda repo_id, *args: download(repo_id, "model.safetensors"))
     return folder
 
 

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(
                     f"--config {path}: {action.dest} is {value!r}, not one of {', '.join(map(repr, action.choices))}"
                 )
-            if action.type in (int, positive_int) and isinstance(value, (bool, float)):
+            if action.type in (int, positive_int, count) and isinstance(value, (bool, float)):
                 raise ValueError(f"--config {path}: {action.dest} is {value!r}, not a whole number")
         return values
 
@@ -66,6 +66,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
 
 

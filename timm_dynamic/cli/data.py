@@ -1,6 +1,7 @@
 """Datasets and loaders of `train`, `validate`, `inspect`, on timm.data: their flags, clear errors for unusable data."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_dynamic.cli.common import positive_int
+from timm_dynamic.cli.common import count, positive_int
+
+_logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -33,25 +36,78 @@ class Images(Dataset):
     Args:
         reader: The timm reader that finds files and labels.
         mode: Pillow mode the images are converted to.
+        max_bad: Unreadable images to tolerate. In training the next readable one takes the place of such an image; in
+            validation a black one with the label -1, to be left out.
+        is_training: Which of the two.
 
     Raises:
-        UnreadableImage: On access, naming the file.
+        UnreadableImage: On access, naming the file, or those that are one too many.
     """
 
-    def __init__(self, reader: Reader, mode: str):
+    def __init__(self, reader: Reader, mode: str, max_bad: int = 0, is_training: bool = False):
         self.reader, self.mode, self.transform = reader, mode, None
+        self.max_bad, self.is_training = max_bad, is_training
+        # Which images are unreadable, as far as known; one memory for all worker processes.
+        self.bad = torch.zeros(len(reader), dtype=torch.bool).share_memory_() if max_bad else None
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int):
+        while True:
+            try:
+                image, target = self._read(index)
+                return self.transform(image), target
+            except UnreadableImage:
+                if not self.max_bad:
+                    raise
+            self.bad[index] = True
+            self.check_bad()
+            if not self.is_training:
+                return self.transform(Image.new(self.mode, (32, 32))), -1
+            index = (index + 1) % len(self)
+
+    def bad_files(self) -> list[str]:
+        """Names of the unreadable images, as far as known."""
+        return [self.reader.filename(index, absolute=True) for index in self.bad.nonzero().flatten().tolist()]
+
+    def check_bad(self) -> None:
+        """Raise an `UnreadableImage` if there are too many."""
+        if (number := int(self.bad.sum())) > self.max_bad or number == len(self):
+            raise UnreadableImage(f"{_list_bad(self)}: more than --max-bad-images {self.max_bad}, or all there are")
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
         try:
             file, target = self.reader[index]
             image = Image.open(file).convert(self.mode)
         except Exception as error:  # Pillow raises all kinds, by format
             name, reason = self.reader.filename(index, absolute=True), " ".join(str(error).split())
             raise UnreadableImage(f"cannot read image {name}: {reason}") from error
-        return self.transform(image), target
+        return image, target
+
+
+def _list_bad(dataset: Images, shown: int = 10) -> str:
+    files = dataset.bad_files()
+    more = f" and {len(files) - shown} more" if len(files) > shown else ""
+    return f"cannot read {len(files)} images: {', '.join(files[:shown])}{more}"
+
+
+def report_bad_images(dataset: Dataset, where: str, distributed: bool, device: torch.device) -> None:
+    """Warn of the unreadable images that were left out, by all processes together.
+
+    Raises:
+        UnreadableImage: They are too many together.
+    """
+    if getattr(dataset, "bad", None) is None:
+        return
+    if distributed:
+        bad = dataset.bad.to(device, torch.uint8)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        dataset.bad.copy_(bad)
+    if dataset.bad.any():
+        dataset.check_bad()
+        if not distributed or torch.distributed.get_rank() == 0:
+            _logger.warning(f"{where}: {_list_bad(dataset)}: left out")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -100,6 +156,16 @@ def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None
     group.add_argument("--pin-mem", action="store_true", help="load into pinned memory, faster to copy to a GPU")
 
 
+def add_bad_images_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-images",
+        type=count,
+        default=0,
+        metavar="N",
+        help="leave out up to N unreadable images of a split, and name them, then stop (default: 0)",
+    )
+
+
 def image_channels(args: argparse.Namespace) -> int | None:
     """Image channels that the flags ask for; None for the model's own."""
     if args.input_size and args.in_chans not in (None, args.input_size[0]):
@@ -127,11 +193,13 @@ def open_dataset(
     num_classes: int | None = None,
     class_map: dict | str = "",
     is_training: bool = False,
+    max_bad: int = 0,
 ) -> Dataset:
     """Open one split, and check that it can be read and that its labels fit the model, unless `num_classes` is None.
 
     Raises:
-        ValueError: No data given, no such folder or split, no images, more classes than the model has, a bad class map.
+        ValueError: No data given, no such folder or split, no images, more classes than the model has, a bad class map,
+            `max_bad` unreadable images to be left out (see `Images`) of data that are no image files.
     """
     root, options = args.data or args.data_dir, {}
     if args.dataset.partition("/")[0].lower() not in OTHER_SOURCES:
@@ -160,7 +228,11 @@ def open_dataset(
     classes = count_classes(dataset)
     if num_classes is not None and classes > num_classes:
         raise ValueError(f"{root} has {classes} classes, the model {num_classes}: pass --num-classes {classes}")
-    return Images(dataset.reader, mode) if type(dataset) is ImageDataset else dataset
+    if type(dataset) is ImageDataset:
+        return Images(dataset.reader, mode, max_bad, is_training)
+    if max_bad:
+        raise ValueError(f"--max-bad-images is for image files, not for --dataset {args.dataset}")
+    return dataset
 
 
 def count_classes(dataset: Dataset) -> int:

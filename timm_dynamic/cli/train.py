@@ -1,7 +1,6 @@
 """`timm-dynamic train`: train any timm model as an image classifier, on timm's data, optim, scheduler and task."""
 
 import argparse
-import csv
 import functools
 import logging
 import time
@@ -20,7 +19,6 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weigh
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task.task import TrainingTask
 from timm.utils import (
-    CheckpointSaver,
     distribute_bn,
     get_outdir,
     init_distributed_device,
@@ -31,10 +29,12 @@ from timm.utils import (
 from torch import nn
 
 from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
-from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, resolve_data
+from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, report_bad_images, resolve_data
 from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_build import build_scaler, build_task, check_options, start_log
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
+from timm_dynamic.cli.train_finite import FiniteGuard
+from timm_dynamic.cli.train_state import SafeSaver, find_checkpoint, reload_history, repeatable, run_folder, sync
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import check_finite, extract_state_dict, read_checkpoint
 
@@ -62,10 +62,11 @@ def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | No
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _logger.setLevel(logging.INFO if is_primary(args) else logging.WARNING)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not args.deterministic
         torch.set_float32_matmul_precision("high")
     try:
-        return train(args, flags, device, parts or Parts(build_loaders, build_loss, build_optimizer, evaluate))
+        with repeatable(args):
+            return train(args, flags, device, parts or Parts(build_loaders, build_loss, build_optimizer, evaluate))
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()
@@ -84,6 +85,8 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         The output folder, None in all processes but the first, and the model that was validated last.
     """
     check_options(args, device)
+    if auto := args.resume == "auto":
+        args.resume = find_checkpoint(args)
     random_seed(args.seed, args.rank)
     model = build_model(args, device)
     config = resolve_data(args, model)
@@ -114,14 +117,17 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         eval_models["validate EMA"] = task.get_eval_model(ema=True)
     if args.distributed:
         options = {"broadcast_buffers": False} if args.no_ddp_bb else {}
+        if args.deterministic and args.world_size > 2:
+            # Else DDP rearranges the gradients after its first update, and with them the order of sums over processes.
+            options["find_unused_parameters"] = True
         task.prepare_distributed(device_ids=None if device.type == "cpu" else [device], **options)
 
     folder = saver = log = None
     metric = f"eval_{args.eval_metric}" if val_loader else "train_loss"
     if is_primary(args):
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{config['input_size'][-1]}"
-        folder = Path(get_outdir(args.output or "output/train", args.experiment or name))
-        saver = CheckpointSaver(
+        folder = Path(get_outdir(run_folder(args, args.experiment or name)))
+        saver = SafeSaver(
             model,
             optimizer,
             args=args,
@@ -133,7 +139,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
             task=task,
         )
         log = start_log(args, folder)
-        reload_history(saver, folder / "summary.csv", start, metric)
+        reload_history(saver, folder / "summary.csv", start, metric, args.resume if auto else "")
         with replacing(folder / "args.yaml") as temporary:
             temporary.write_text(flags)
     _logger.info(
@@ -141,6 +147,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         f"{updates} updates each, batch {args.batch_size} x {args.grad_accum_steps} x {args.world_size}, lr {args.lr:g}"
     )
 
+    guard = FiniteGuard(model, args)
     for epoch in range(start, epochs):
         # An epoch's random numbers follow from seed, epoch and rank alone, so that a resumed run draws the same.
         random_seed(args.seed + epoch * args.world_size, args.rank)
@@ -148,7 +155,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         began = time.perf_counter()
-        losses = train_one_epoch(epoch, epochs, task, loader, optimizer, scheduler, scaler, args, device)
+        losses = train_one_epoch(epoch, epochs, task, loader, optimizer, scheduler, scaler, args, device, guard)
         metrics = {f"train_{key}": value for key, value in losses.items()}
         rate = len(loader) * args.batch_size * args.world_size / (time.perf_counter() - began)
         for label, eval_model in eval_models.items() if val_loader else ():
@@ -165,11 +172,15 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
                 label,
             )
             metrics |= {f"eval_{key}": value for key, value in result.items()}  # the averaged weights' come last
+        for part in (loader, val_loader) if val_loader else (loader,):
+            report_bad_images(part.dataset, f"epoch {epoch}", args.distributed, device)
         if saver:
             lr = sum(group["lr"] for group in optimizer.param_groups) / len(optimizer.param_groups)
-            write_summary(folder / "summary.csv", epoch, metrics, lr)
+            with saver.saving(epoch):
+                write_summary(folder / "summary.csv", epoch, metrics, lr)
+                sync(folder / "summary.csv")
+                saver.save_checkpoint(epoch, metrics[metric])
             log({"epoch": epoch, **metrics, "lr": lr})
-            saver.save_checkpoint(epoch, metrics[metric])
             shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
             _logger.info(f"epoch {epoch}: {shown}, lr {lr:.3g}, {rate:.0f} images/s")
         if scheduler:
@@ -203,7 +214,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, num_classes: int) -> tuple:
     """The training and the validation loader; None for the latter if `--val-split` is empty."""
-    train_set = open_dataset(args, args.train_split, config, num_classes, is_training=True)
+    train_set = open_dataset(args, args.train_split, config, num_classes, is_training=True, max_bad=args.max_bad_images)
     collate = None
     if _mixing(args):
         if args.batch_size % 2:
@@ -241,7 +252,7 @@ def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, 
         )
     if not args.val_split:
         return loader, None
-    val_set = open_dataset(args, args.val_split, config, num_classes)
+    val_set = open_dataset(args, args.val_split, config, num_classes, max_bad=args.max_bad_images)
     reader, val_reader = getattr(train_set, "reader", None), getattr(val_set, "reader", None)
     classes, val_classes = getattr(reader, "class_to_idx", {}), getattr(val_reader, "class_to_idx", {})
     if args.train_split != args.val_split and reader and getattr(reader, "root", 0) == getattr(val_reader, "root", 1):
@@ -249,7 +260,9 @@ def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, 
     if classes != val_classes:  # timm numbers the classes it finds, so a class without images would shift the others
         if unknown := sorted(set(val_classes) - set(classes)):
             raise ValueError(f"classes in {args.val_split} that {args.train_split} lacks: {', '.join(unknown[:5])}")
-        val_set = open_dataset(args, args.val_split, config, num_classes, class_map=classes)
+        val_set = open_dataset(
+            args, args.val_split, config, num_classes, class_map=classes, max_bad=args.max_bad_images
+        )
     batch_size = args.validation_batch_size or args.batch_size
     return loader, make_loader(val_set, args, config, device, distributed=args.distributed, batch_size=batch_size)
 
@@ -317,28 +330,6 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
         return int(checkpoint["epoch"]) + (checkpoint.get("version", 1) > 1)  # older files hold the next epoch
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {args.resume} does not fit this run: {str(error)[:200]}") from error
-
-
-def reload_history(saver: CheckpointSaver, summary: Path, start: int, metric: str) -> None:
-    """Let a run that goes on in its own folder know its best checkpoints, and drop rows of epochs it will repeat."""
-    if not summary.exists():
-        return
-    with open(summary, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if int(row["epoch"]) < start]
-    if not rows:  # a new run may have other columns
-        return summary.unlink()
-    with replacing(summary) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames or ())
-        writer.writeheader()
-        writer.writerows(rows)
-    past = {int(row["epoch"]): float(row[metric]) for row in rows if row.get(metric)}
-    files = [(str(summary.with_name(f"checkpoint-{epoch}.pth.tar")), value) for epoch, value in past.items()]
-    files = [(path, value) for path, value in files if Path(path).exists()]
-    saver.checkpoint_files = sorted(files, key=lambda file: file[1], reverse=not saver.decreasing)
-    if past:
-        saver.best_epoch = (min if saver.decreasing else max)(past, key=past.get)
-        saver.best_metric = past[saver.best_epoch]
 
 
 def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) -> None:

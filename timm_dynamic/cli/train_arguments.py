@@ -2,8 +2,8 @@
 
 import argparse
 
-from timm_dynamic.cli.common import KeyValues, Parser, add_device_arguments, add_model_arguments, positive_int
-from timm_dynamic.cli.data import INTERPOLATIONS, add_data_arguments
+from timm_dynamic.cli.common import KeyValues, Parser, add_device_arguments, add_model_arguments, count, positive_int
+from timm_dynamic.cli.data import INTERPOLATIONS, add_bad_images_argument, add_data_arguments
 
 # timm's `plateau` is left out: what it has seen is in no checkpoint, so a resumed run would take another course.
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
@@ -13,6 +13,7 @@ def make_parser() -> Parser:
     parser = Parser("train", "Train an image classifier. Flags and defaults are those of timm's train.py.")
     parser.add_config()
     add_data_arguments(parser, batch_size=128)
+    add_bad_images_argument(parser)
     parser.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
     parser.add_argument("--val-split", default="validation", metavar="NAME", help="default: validation; '' for none")
     parser.add_argument(
@@ -109,10 +110,20 @@ def _add_segmentation_augmentation_arguments(parser: Parser) -> None:
 def _add_start_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("start")
     group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
-    group.add_argument("--resume", default="", metavar="FILE", help="checkpoint of a run to go on with")
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="FILE",
+        help="checkpoint of a run to go on with; `auto`: the last whole one in the folder of --experiment, if any",
+    )
     group.add_argument("--no-resume-opt", action="store_true", help="do not resume the optimizer's state")
     group.add_argument("--start-epoch", type=int, metavar="N", help="first epoch (default: 0, or the resumed one)")
     group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same weights each time, to the bit, also when resumed; can be slower",
+    )
 
 
 def _add_amp_arguments(parser: Parser) -> None:
@@ -148,6 +159,13 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="default: norm")
+    group.add_argument(
+        "--skip-nonfinite",
+        type=count,
+        default=0,
+        metavar="N",
+        help="skip up to N updates whose loss is infinite or nan, then stop (default: 0)",
+    )
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
 
 

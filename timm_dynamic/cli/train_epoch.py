@@ -14,7 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_dynamic.cli.common import amp_autocast
-from timm_dynamic.training import set_progress
+from timm_dynamic.cli.train_finite import FiniteGuard
+from timm_dynamic.training import auxiliary_loss, set_progress
 
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
 
@@ -41,12 +42,17 @@ def train_one_epoch(
     scaler: NativeScaler | None,
     args: argparse.Namespace,
     device: torch.device,
+    guard: FiniteGuard,
 ) -> dict[str, float]:
     """One pass over the training data.
 
     Returns:
         Means over the epoch and all processes: the task's `loss`, without the model's auxiliary terms; these, weighted,
-        those of one name added up over the layers; a distillation's two parts.
+        those of one name added up over the layers; a distillation's two parts. Skipped updates (see `FiniteGuard`) are
+        left out.
+
+    Raises:
+        ValueError: A loss was not finite.
     """
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
@@ -72,15 +78,24 @@ def train_one_epoch(
                 images = images.contiguous(memory_format=torch.channels_last)
             group = min(accumulate, steps - step + step % accumulate)  # batches of this update
             update = step % accumulate == group - 1
+            if step % accumulate == 0:
+                guard.start()
+                kept = sums.copy(), images_seen
+            lr = optimizer.param_groups[0]["lr"]
+            where = f"epoch {epoch}, step {step + 1} of {steps}, learning rate {lr:.3g}"
             tell_progress(model, epoch + step / steps, epochs, args)
             with nullcontext() if update else task.no_sync():
                 with autocast:
                     result = task(images, target)
-                loss = result["loss"]
+                loss, base = result["loss"], result.get("base_loss", result["loss"])
+                guard.watch(base, auxiliary_loss(model))
+                skipped = update and guard.skips(where)
                 clipped = None
                 if args.clip_grad is not None:
                     clipped = task.get_clip_parameters(exclude_head=args.clip_mode == "agc")
-                if scaler:
+                if skipped:
+                    pass
+                elif scaler:
                     scaler(
                         loss / group,
                         optimizer,
@@ -96,25 +111,31 @@ def train_one_epoch(
                         if clipped is not None:
                             dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
                         optimizer.step()
-            sums["loss"] += result.get("base_loss", loss).detach() * len(images)
-            for name, value in result.items():
-                if name not in ("loss", "base_loss", "output"):
-                    sums[name] += value.detach() * len(images)
+            for name, value in {**result, "loss": base}.items():
+                if name not in ("base_loss", "output"):
+                    sums[name] = sums[name] + value.detach() * len(images)
             images_seen += len(images)
             bar.update(len(images) * args.world_size)
             if not update:
                 continue
             done += 1
             optimizer.zero_grad()
-            task.update_ema(step=done)
-            if done % args.log_interval == 0:
-                mean, lr = sums["loss"].item() / images_seen, optimizer.param_groups[0]["lr"]
+            if skipped:
+                sums, images_seen = kept
+            else:
+                guard.note(where)
+                task.update_ema(step=done)
+            if done % args.log_interval == 0 and images_seen:
+                mean = sums["loss"].item() / images_seen
                 state = {"loss": f"{mean:.4g}", "lr": f"{lr:.3g}"}
                 bar.set_postfix(state)
                 if bar.disable:
                     _logger.info(f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}")
             if scheduler:
                 scheduler.step_update(done)
+    guard.look()
+    if not images_seen:
+        raise ValueError(f"epoch {epoch}: all of its updates were skipped (--skip-nonfinite)")
     if hasattr(optimizer, "sync_lookahead"):
         optimizer.sync_lookahead()
     means = torch.stack(list(sums.values())) / images_seen

@@ -24,11 +24,13 @@ from timm_dynamic.cli.common import (
     resolve_device,
 )
 from timm_dynamic.cli.data import (
+    add_bad_images_argument,
     add_data_arguments,
     count_classes,
     image_channels,
     make_loader,
     open_dataset,
+    report_bad_images,
     resolve_data,
 )
 from timm_dynamic.cost import count_active, count_macs
@@ -37,6 +39,7 @@ from timm_dynamic.cost import count_active, count_macs
 def make_parser() -> Parser:
     parser = Parser("validate", "Measure a model's accuracy on a dataset, with its pretrained weights or a checkpoint.")
     add_data_arguments(parser, batch_size=256)
+    add_bad_images_argument(parser)
     parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
     add_model_arguments(parser)
     parser.add_argument(
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> None:
         **{"num_classes": args.num_classes, "in_chans": image_channels(args), **args.model_kwargs},
     )
     config = resolve_data(args, model, use_test_size=True)
-    dataset = open_dataset(args, args.split, config, model.num_classes)
+    dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
     loader = make_loader(dataset, args, config, device)
     if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:
         print(
@@ -80,6 +83,7 @@ def main(argv: list[str]) -> None:
         model = torch.compile(model, backend=args.torchcompile)
     with count_active(model) as active:
         metrics = evaluate(model, loader, amp_autocast(args, device), args.channels_last)
+    report_bad_images(dataset, args.split, False, device)
     results = {
         "model": args.model,
         "top1": round(metrics["top1"], 4),
@@ -137,11 +141,14 @@ def evaluate(
                 output = model(images)
             if shared:
                 output, target = output[: own - seen], target[: own - seen]
+            read = len(target)
+            if getattr(loader.dataset, "bad", None) is not None:  # images that could not be read have the label -1
+                output, target = output[target >= 0], target[target >= 0]
             if count := len(target):
                 loss = F.cross_entropy(output.float(), target)
                 sums += count * torch.stack([loss, *accuracy(output, target, topk=(1, 5)), torch.ones_like(loss)])
-            seen += count
-            bar.update(count)
+            seen += read
+            bar.update(read)
     if world_size > 1:
         torch.distributed.all_reduce(sums)
     *totals, images = sums.tolist()

@@ -1,19 +1,25 @@
 """Times the weight-dynamic models against their static twins: batch 1 and 16 eval, batch 16 training step, 224 px.
 
-    python benchmarks/models.py [--device cpu|cuda] [--threads N] [--models NAME ...] [--iterations N] [--output FILE]
+    python benchmarks/models.py [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] [--output FILE]
 
-Runs `timm-dynamic benchmark` for every model and case, and prints and saves the ratios of time and of peak memory. On
-a GPU the batches are 1, 64 and 128, channels_last, in bfloat16, eager and compiled.
+Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory. On a CPU what
+a process gets of memory and caches decides a good part of a ratio: every case runs in several processes, one after the
+other over all cases, and the median counts. On a GPU the batches are 1, 64 and 128, channels_last, in bfloat16, eager
+and compiled, in one process.
 """
 
 import argparse
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
+from tqdm import tqdm
 
-from timm_dynamic.cli import benchmark
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment
 
@@ -24,11 +30,11 @@ def cases(device: str) -> list[list[str]]:
     """What follows `--models NAME --baseline static`."""
     if device == "cpu":
         return [
-            ["--mode", "eval", "--batch-size", "1"],
-            ["--mode", "eval", "--batch-size", "16"],
-            ["--mode", "train", "--batch-size", "16"],
+            ["--mode", "eval", "--batch-size", "1", "--num-bench-iter", "40"],
+            ["--mode", "eval", "--batch-size", "16", "--num-bench-iter", "9"],
+            ["--mode", "train", "--batch-size", "16", "--num-bench-iter", "6"],
         ]
-    common = ["--channels-last", "--amp", "--amp-dtype", "bfloat16"]
+    common = ["--channels-last", "--amp", "--amp-dtype", "bfloat16", "--num-bench-iter", "40"]
     return [
         ["--mode", mode, "--batch-size", *sizes, *common, *compiler]
         for compiler in ([], ["--torchcompile"])
@@ -36,40 +42,60 @@ def cases(device: str) -> list[list[str]]:
     ]
 
 
+def run(argv: list[str]) -> list[dict]:
+    """The rows of `timm-dynamic benchmark`, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "timm_dynamic.cli", "benchmark", *argv, "--json", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(path.read_text())["rows"]
+
+
+def combine(samples: list[list[dict]]) -> list[dict]:
+    """One row for each of several processes' rows: medians of their medians and of their ratios."""
+    rows = []
+    for same in zip(*samples, strict=True):
+        row = {**same[0], **{key: median(r[key] for r in same) for key in ("median_ms", "p10_ms", "p90_ms")}}
+        row["time_ratios"] = [r["time_ratio"] for r in same]
+        row["time_ratio"] = median(row["time_ratios"])
+        rows.append(row)
+    twins = {row["batch_size"]: row for row in rows if row["model"] == row["baseline"]}
+    for row in rows:
+        row["memory_ratio"] = row["peak_memory"] / twins[row["batch_size"]]["peak_memory"]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--iterations", type=int, default=0, help="default: 60 at batch 1, 15 above; 40 on a GPU")
+    parser.add_argument("--processes", type=int, help="for every case (default: 3, on a GPU 1)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
     output = args.output or Path(__file__).parent / "results" / f"models_{args.device}.json"
-    report = {**environment(device), "kernels": backend_info()[args.device], "rows": []}
-    for model in args.models:
-        for case in cases(args.device):
-            default = 40 if args.device == "cuda" else 60 if case[-1] == "1" else 15
-            iterations = str(args.iterations or default)
-            argv = ["--models", model, "--baseline", "static", *case, "--device", args.device]
-            argv += ["--num-bench-iter", iterations, "--num-warm-iter", "3"]
-            rows = benchmark.run(benchmark.make_parser().parse_args(argv), device)
-            twins = {(row["batch_size"], row["img_size"]): row for row in rows if row["model"] == row["baseline"]}
-            for row in rows:
-                twin = twins[row["batch_size"], row["img_size"]]
-                row["memory_ratio"] = row["peak_memory"] / twin["peak_memory"]
-                if row is not twin:
-                    print(
-                        f"{row['model']} / {row['baseline']}, {row['execution']}, batch {row['batch_size']} "
-                        f"{row['mode']}: time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.2f}, MACs "
-                        f"{row['macs_ratio']:.2f} ({row['median_ms']:.1f} ms)",
-                        flush=True,
-                    )
-            report["rows"] += rows
-            temporary = output.with_suffix(".tmp")
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(temporary, output)
+    report = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
+    options = ["--device", args.device, "--threads", str(args.threads), "--num-warm-iter", "3"]
+    wanted = [(model, tuple(case)) for model in args.models for case in cases(args.device)]
+    found: dict[tuple, list] = {key: [] for key in wanted}
+    rounds = args.processes or (3 if args.device == "cpu" else 1)
+    with tqdm(total=rounds * len(wanted), disable=None) as bar:
+        for _ in range(rounds):
+            for model, case in wanted:
+                found[model, case].append(run(["--models", model, "--baseline", "static", *case, *options]))
+                bar.update()
+    report["rows"] = [row for samples in found.values() for row in combine(samples)]
+    for row in report["rows"]:
+        if row["model"] != row["baseline"]:
+            each = " ".join(f"{ratio:.2f}" for ratio in row["time_ratios"])
+            print(
+                f"{row['model']} / {row['baseline']}, {row['execution']}, batch {row['batch_size']} {row['mode']}: "
+                f"time {row['time_ratio']:.2f} ({each}), memory {row['memory_ratio']:.2f}, MACs {row['macs_ratio']:.2f}"
+            )
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, output)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_infinite_gradients_under_a_scaler_are_not_counted(capsys, caplog, monke
     from timm.utils import NativeScaler
 
     monkeypatch.setattr(
-        "timm_dynamic.cli.train.NativeScaler",
+        "timm_dynamic.cli.train_build.NativeScaler",
         lambda device: _with_scale(NativeScaler(device), 2.0**120),
     )
     status = cli.main([*FLAGS, "--amp", "--skip-nonfinite", "1"])

@@ -149,7 +149,7 @@ def loop_table(name: str) -> str:
     report = load(name)
     table = LOOP.format(file=name, machine=machine(report))
     rows = {(row["model"], row["seed"], row["way"]): row for row in report["rows"]}
-    for model in dict.fromkeys(model for model, _, _ in rows):
+    for model in dict.fromkeys(model for model, _, way in rows if way == "loop"):
         seeds = [
             seed for m, seed, way in rows if m == model and way == "loop"
         ]  # both are there, the loop is the second

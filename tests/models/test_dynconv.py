@@ -499,6 +499,10 @@ class TestSteps:
         plain = build(kind)  # has no counter
         other.load_state_dict(checkpoint_filter_fn(plain.state_dict(), other))
         assert other.progress() == pytest.approx(0.4)
+        # Nor does it mind that of others: with our filter, and in scripts that do not know it.
+        assert checkpoint_filter_fn(model.state_dict(), plain).keys() == plain.state_dict().keys()
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(plain(x), model.eval()(x))
 
     def test_set_progress_goes_first(self, kind):
         model = build(kind, total_steps=10).train()

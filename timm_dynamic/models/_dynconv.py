@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class MaskedModel(nn.Module):
         self.budget, self.aux_scale = budget, aux_scale
         self.auxiliary_terms = () if budget < 0 else ("network_budget", "block_budget")
         self._costs = _Costs()
+        if budget < 0 or total_steps is None:  # weights of a model that counted fit one that does not
+            self.register_load_state_dict_pre_hook(partial(_drop_step, f"{first_conv}.step"))
         if budget < 0:
             return
         device = self.get_submodule(first_conv).weight.device
@@ -134,6 +137,10 @@ class _Costs:
         self.collected = None
 
 
+def _drop_step(step: str, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    state_dict.pop(prefix + step, None)
+
+
 def check_budget(budget: float) -> None:
     if not isinstance(budget, (int, float)) or not (0 <= budget <= 1 or budget == -1):
         raise ValueError(f"budget must be between 0 and 1, or -1 for a network without masks, got {budget!r}")
@@ -148,7 +155,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     own = model.state_dict()
     if all(key in own for key in state_dict) and len(state_dict) == len(own):
         return state_dict
-    state = extract_state_dict(state_dict)
+    state = {k: v for k, v in extract_state_dict(state_dict).items() if k in own or not k.endswith(".step")}
     static = not any(".masker." in key for key in state)
     if model.budget < 0:
         if not static:

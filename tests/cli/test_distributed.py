@@ -1,0 +1,143 @@
+"""Several processes, started by one torchrun or by one per node, train as one process with the same global batch."""
+
+import csv
+import itertools
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+from torch.utils.data import DistributedSampler, RandomSampler
+
+from timm_dynamic import cli
+from timm_dynamic.convert import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+# Without what depends on how images are spread over processes: batch norm and random numbers.
+FLAGS = (
+    "data --num-classes 10 --img-size 32 --device cpu --workers 0 --no-aug --epochs 2 --warmup-epochs 0 --opt momentum "
+    "--lr 0.05 --model-ema --model-ema-decay 0.5 --output out"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch, small_digits):
+    """Run in an empty folder; its `data` has 19 images to validate, which two processes cannot halve."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/train").symlink_to(small_digits / "train")
+    for image in sorted(small_digits.glob("val/*/*.png"))[1:]:
+        copy = Path("data", image.relative_to(small_digits))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(image)
+
+
+def launch(*commands: list[str], **environment: str) -> None:
+    """Run commands all at once, in this environment of torchrun's and Slurm's variables."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    with ExitStack() as stack:
+        processes = []
+        for command in commands:
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+
+
+def meeting_point(port: int = 0) -> TCPStore:
+    """Where launchers meet, kept by this process: nobody else can take the port meanwhile. They need `MEET_THERE`."""
+    return TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+
+
+MEET_THERE = {"PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100", "PET_LOCAL_ADDR": "localhost"}  # torchrun's flags
+
+
+def results(experiment: str) -> tuple[list[dict], dict]:
+    with open(f"out/{experiment}/summary.csv", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return rows, read_checkpoint(f"out/{experiment}/last.pth.tar")
+
+
+def assert_same(a: dict, b: dict, **tolerance) -> None:
+    for key in ("state_dict", "state_dict_ema"):
+        torch.testing.assert_close(a[key], b[key], **tolerance)
+
+
+def run_one_process(monkeypatch, flags: list[str]) -> tuple[list[dict], dict]:
+    """With the order of images that two processes take turns in: one process alone would shuffle in another way."""
+    epochs = itertools.count()
+
+    def order(sampler):
+        ordered = DistributedSampler(sampler.data_source, num_replicas=1, rank=0)
+        ordered.set_epoch(next(epochs))
+        return iter(ordered)
+
+    monkeypatch.setattr(RandomSampler, "__iter__", order)
+    assert cli.main(["train", *flags, "-b", "8", "--experiment", "one"]) == 0
+    return results("one")
+
+
+def assert_as_one_process(rows: list[dict], last: dict, one_rows: list[dict], one: dict) -> None:
+    """A mean of two means is rounded otherwise than one mean: in float32, and over ten updates."""
+    assert (last["args"].world_size, one["args"].world_size) == (2, 1)
+    assert_same(one, last, rtol=1e-4, atol=1e-5)
+    for one_row, row in zip(one_rows, rows, strict=True):
+        assert one_row == pytest.approx(row, rel=1e-4)
+    assert one_rows[0]["train_loss"] > one_rows[1]["train_loss"]
+
+
+def test_two_nodes_and_two_processes_and_one(monkeypatch):
+    """The same to the bit, and as one; an auxiliary loss included."""
+    flags = [*FLAGS, "--model", "test_ped_resnet", "--model-kwargs", "norm_layer=layernorm2d", "noise_std=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    train = [str(ROOT / "train.py"), *flags, "-b", "4", "--experiment"]
+    store = meeting_point()
+    torchrun_node = [*torchrun, *f"--rdzv-backend c10d --rdzv-endpoint localhost:{store.port} --nnodes 2".split()]
+    launch(*([*torchrun_node, "--node-rank", str(node), *train, "nodes"] for node in range(2)), **MEET_THERE)
+    launch([*torchrun, "--standalone", "--nproc-per-node", "2", *train, "processes"])
+    (rows, last), (same_rows, same) = results("nodes"), results("processes")
+    assert rows == same_rows and rows[0]["train_reconstruction"] > 0
+    assert_same(last, same, rtol=0, atol=0)
+    assert_as_one_process(rows, last, *run_one_process(monkeypatch, flags))
+
+
+def test_slurm_script(monkeypatch):
+    """The example, with a Slurm of two nodes that are this machine; it trains as one process does."""
+    scripts = {
+        "scontrol": 'test "$*" = "show hostnames node[1-2]"; printf "localhost\nnode2\n"',
+        "srun": "while [[ $1 == --* ]]; do shift; done\n"
+        'for node in 0 1; do SLURM_PROCID=$node SLURM_NTASKS=2 SLURM_LOCALID=0 "$@" & done; wait -n; wait -n',
+    }
+    for name, text in scripts.items():
+        Path(name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
+        Path(name).chmod(0o755)
+    flags = [*FLAGS, "--model", "test_ddf_resnet", "--model-kwargs", "norm_layer=layernorm2d"]
+    for job in itertools.count():
+        try:
+            store = meeting_point(20000 + job)  # of the script
+            break
+        except torch.distributed.DistNetworkError:
+            assert job < 1000
+    slurm = {
+        "JOB_ID": str(job),
+        "JOB_NODELIST": "node[1-2]",
+        "JOB_NUM_NODES": "2",
+        "GPUS_ON_NODE": "1",
+        "CPUS_PER_TASK": "1",
+    }
+    launch(
+        ["bash", str(ROOT / "examples/slurm.sbatch"), *flags, "-b", "4", "--experiment", "slurm"],
+        PATH=f"{Path.cwd()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **{f"SLURM_{key}": value for key, value in slurm.items()},
+        **MEET_THERE,
+    )
+    del store
+    assert_as_one_process(*results("slurm"), *run_one_process(monkeypatch, flags))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import timm
+import timm.optim
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | No
     """Prepare this process and train; see `train`."""
     flags = yaml.safe_dump(vars(args), default_flow_style=False)  # before the run adds its own
     resolve_device(args.device)
+    args.dist_url = "attempt://"  # see train_state.rendezvous_of_attempt
     device = init_distributed_device(args)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     _logger.setLevel(logging.INFO if is_primary(args) else logging.WARNING)

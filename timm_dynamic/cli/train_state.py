@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from timm.utils import CheckpointSaver, is_primary
+from torch.distributed import PrefixStore, Store
 
 from timm_dynamic.cli.common import replacing
 from timm_dynamic.convert import read_checkpoint
@@ -192,6 +193,22 @@ def reload_history(saver: SafeSaver, summary: Path, start: int, metric: str, res
         saver.best_metric = past[saver.best_epoch]
     if resumed:
         saver.finish(resumed, start - 1, latest)
+
+
+def rendezvous_of_attempt(url: str, **kwargs) -> Iterator[tuple[Store, int, int]]:
+    """What torch.distributed starts with: torchrun's store, but not what an earlier attempt's processes left in it.
+
+    torchrun keeps its store when it starts the processes again. A new process may then read a dead one's address.
+
+    Args:
+        url: `attempt://`, and what else would follow `env://`.
+        **kwargs: As for `torch.distributed.rendezvous`.
+    """
+    for store, *place in torch.distributed.rendezvous(url.replace("attempt:", "env:"), **kwargs):
+        yield PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), *place
+
+
+torch.distributed.register_rendezvous_handler("attempt", rendezvous_of_attempt)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ HEAD = """# Measurements
 
 Written by `benchmarks/page.py` from the files under `results/`, which name machine, versions and commit. Times are
 medians of interleaved rounds in one process. The CPU is a shared, noisy virtual machine: a ratio differs by up to
-15 %, at batch 16 by up to 25 %, from run to run.
+15 %, at batch 16 by up to 25 %, from process to process, above all with what page faults its large maps cost.
 """
 OPERATOR = """
 ## The ddf operator on a CPU
@@ -32,10 +32,11 @@ A forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
 MODELS = """
 ## Weight-dynamic models on {where}
 
-`{command}`, `results/{file}`, {machine}. Time and peak memory as ratios to the static twin, 224 px.
+`{command}`, `results/{file}`, {machine}. Time and peak memory as ratios to the static twin, timm's as it is, 224
+px. The time is the median over several processes, whose own follow it.
 
-| model / twin | mode | batch | execution | time | p10-p90 | ms | memory | MACs |
-|---|---|---|---|---|---|---|---|---|
+| model / twin | mode | batch | execution | time | of each process | p10-p90 | ms | memory | MACs |
+|---|---|---|---|---|---|---|---|---|---|
 """
 DIGITS = """
 ## A trained network with several budgets
@@ -57,19 +58,10 @@ by `examples/train_loop.py`, which knows nothing of auxiliary losses. The last c
 | model | seeds | train | plain loop | auxiliary: train, loop |
 |---|---|---|---|---|
 """
-MALLOC = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=100000000"
 FILES = {
     "models_cpu.json": ("a CPU", "python benchmarks/models.py"),
-    "models_cpu_warm_heap.json": (
-        "a CPU, with memory kept by the allocator",
-        f"{MALLOC} python benchmarks/models.py --output benchmarks/results/models_cpu_warm_heap.json",
-    ),
     "models_cuda.json": ("a GPU", "python benchmarks/models.py --device cuda"),
 }
-WARM_HEAP = """
-glibc gives large blocks back to the system, which hands out new ones page by page: much of a batch-16 step of
-MobileNetV2 goes into page faults then, and hides what the layers cost. In the second table the memory is kept.
-"""
 GPU = """
 ## GPU
 
@@ -127,7 +119,8 @@ def models_table(name: str, where: str, command: str) -> str:
             continue
         table += (
             f"| `{row['model']}` / `{row['baseline']}` | {row['mode']} | {row['batch_size']} | {row['execution']} | "
-            f"{row['time_ratio']:.2f} | {row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {row['median_ms']:.1f} | "
+            f"{row['time_ratio']:.2f} | {', '.join(f'{ratio:.2f}' for ratio in sorted(row['time_ratios']))} | "
+            f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {row['median_ms']:.1f} | "
             f"{row['memory_ratio']:.2f} | {row['macs_ratio']:.2f} |\n"
         )
     return table
@@ -166,7 +159,6 @@ def main() -> None:
     for name, (where, command) in FILES.items():
         if (HERE / "results" / name).exists():
             page += models_table(name, where, command)
-            page += WARM_HEAP if name == "models_cpu.json" else ""
     for path in sorted(HERE.glob("results/sparse_*.json")):
         report = load(path.name)
         page += sparse_text(report, path.name, machine(report), path.parent)

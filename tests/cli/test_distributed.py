@@ -57,7 +57,10 @@ def meeting_point(port: int = 0) -> TCPStore:
     return TCPStore("localhost", port, is_master=True, wait_for_workers=False)
 
 
-MEET_THERE = {"PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100", "PET_LOCAL_ADDR": "localhost"}  # torchrun's flags
+MEET_THERE = {
+    "PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100",
+    "PET_LOCAL_ADDR": "localhost",
+}  # torchrun's flags
 
 
 def results(experiment: str) -> tuple[list[dict], dict]:

@@ -1,4 +1,4 @@
-"""DynConv networks: the authors' numbers, and what is theirs beyond what every model can do."""
+"""DynConv networks: what is theirs beyond what every model can do, in inference."""
 
 import copy
 import gc
@@ -8,51 +8,19 @@ import weakref
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from dynconv_networks import build, every_kind, image, run
 from torch import nn
 
-from timm_dynamic import auxiliary_loss, set_progress
-from timm_dynamic.convert import convert, load_checkpoint
-from timm_dynamic.layers import CountingConv2d, MaskUnit, SparseStage
+from timm_dynamic import auxiliary_loss
+from timm_dynamic.layers import MaskUnit, SparseStage
 from timm_dynamic.models import static_twin
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBottleneck, checkpoint_filter_fn
-
-# Small networks of every kind of block: model, its arguments, size of its images.
-SMALL = {
-    "basic": ("dynconv_resnet8", {}, 32),
-    "bottleneck": ("dynconv_resnet50", {"layers": (1, 2, 1, 1), "channels": (8, 12, 16, 24), "num_classes": 10}, 64),
-    "inverted": ("dynconv_mobilenetv2_050", {"num_classes": 10}, 64),
-}
-every_kind = pytest.mark.parametrize("kind", SMALL)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def image(kind="basic", batch=2, dtype=torch.float64):
-    return torch.randn(batch, 3, SMALL[kind][2], SMALL[kind][2], dtype=dtype)
-
-
-def build(kind="basic", **kwargs):
-    """In float64 and in eval mode, its norms not as new."""
-    name, options, _ = SMALL[kind]
-    model = timm.create_model(name, **{**options, **kwargs}).double()
-    with torch.no_grad():
-        for _ in range(3):
-            model(image(kind, 4))
-    for module in model.modules():
-        if isinstance(module, CountingConv2d):
-            module.step.zero_()
-    return model.eval()
-
-
-@torch.no_grad()
-def run(model, x, execution):
-    model.execution = execution
-    return model(x)
 
 
 def assert_same_in_all_executions(model, x, **close):
@@ -61,88 +29,6 @@ def assert_same_in_all_executions(model, x, **close):
         torch.testing.assert_close(run(model, x, execution), expected, **close)
     assert torch.equal(x, before)
     return expected
-
-
-def observe(model):
-    """For every block of a forward to come, in the order of execution: active positions of both masks, by sample."""
-    counts = []
-    for block in model.masked_blocks():
-        block.masker.register_forward_hook(
-            lambda _, args, mask, block=block: counts.append(
-                [m.detach().sum((1, 2, 3)).int().tolist() for m in (mask, block.dilated(mask, *args))]
-            )
-        )
-    return counts
-
-
-@pytest.fixture(scope="module", params=["dynconv_resnet32", "dynconv_resnet101"])
-def case(request, golden):
-    return golden(request.param)
-
-
-@pytest.fixture(scope="module")
-def converted(case, tmp_path_factory):
-    """From a file as the authors' scripts write it."""
-    folder = tmp_path_factory.mktemp("authors")
-    saved = {"state_dict": case.state(), "optimizer": {}, "epoch": 1, "best_prec1": 70.0}
-    torch.save(saved, folder / "checkpoint.pth")
-    model = timm.create_model(case.case["case"])
-    convert(folder / "checkpoint.pth", folder / "ours.safetensors", model)
-    return folder / "ours.safetensors"
-
-
-class TestGolden:
-    """Parameters, masks, outputs, loss terms and every gradient of the authors' code."""
-
-    @pytest.fixture
-    def model(self, case, converted):
-        model = timm.create_model(case.case["case"], gumbel_noise=False)
-        load_checkpoint(model, converted)
-        return model
-
-    def test_parameters_and_their_names(self, case, model):
-        assert sum(p.numel() for p in model.parameters()) == case.case["num_params"]
-        assert {key: list(value.shape) for key, value in model.state_dict().items()} == {
-            key: shape for key, (shape, _) in case.rows.items()
-        }
-
-    @pytest.mark.parametrize("execution", ["dense", "sparse", "auto"])
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-4)], ids=str)
-    def test_evaluation(self, case, model, dtype, tolerance, execution):
-        model, x, expected = model.to(dtype).eval(), case.input().to(dtype), case.case["eval"]
-        counts = observe(model)
-        output = run(model, x, execution).double()
-        for sample, numbers in zip(output, expected["logits"], strict=True):
-            numbers = torch.tensor(numbers, dtype=torch.float64)
-            close = {"rtol": 0, "atol": tolerance * expected["std"]}
-            torch.testing.assert_close(sample[: len(numbers)], numbers, **close)
-        assert counts == [[masks["hard_active"], masks["dilated_active"]] for masks in expected["masks"]]
-
-    def test_training(self, case, model):
-        train = case.case["train"]
-        schedule, terms = train["dynconv"], train["loss_terms"]
-        set_progress(model.double().train(), schedule["epoch"], schedule["num_epochs"])
-        counts = observe(model)
-        output = model(case.input("train").double())
-        assert counts == [[masks["hard_active"], masks["dilated_active"]] for masks in train["masks"]]
-        task_loss = F.cross_entropy(output, torch.tensor(train["targets"]))
-        assert task_loss.item() == pytest.approx(terms["task"], rel=1e-6)
-        weight = terms["sparsity_weight"]
-        assert {name: term.item() for name, term in auxiliary_loss(model).items()} == {
-            "network_budget": pytest.approx(weight * terms["loss_sp_network"], rel=1e-6),
-            "block_budget": pytest.approx(weight * terms["loss_sp_block"], rel=1e-6),
-        }
-        task_loss.backward()
-        norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-        assert norms.keys() == train["grad_norms"].keys()
-        zero = 1e-9 * max(train["grad_norms"].values())
-        for name, expected in train["grad_norms"].items():
-            assert norms[name] == pytest.approx(expected, rel=1e-6, abs=zero if expected == 0 else 0), name
-
-    def test_macs_per_position(self, case, model):
-        ours = [list(block.macs_per_position()) for block in model.masked_blocks()]
-        masks = [mask["flops_per_position"] for mask in case.case["eval"]["masks"]]
-        assert ours == [[mask["dilated"], mask["hard"]] for mask in masks]
 
 
 class TestArchitecture:
@@ -379,159 +265,6 @@ class TestExecution:
             with pytest.raises(ValueError, match="execution must be one of auto, sparse, dense, got"):
                 model.execution = value
         assert {block.execution for block in model.masked_blocks()} == {"auto"}
-
-
-def gradients(model, x, seed=1):
-    model.zero_grad()
-    torch.manual_seed(seed)
-    output = model(x)
-    output.square().mean().backward()
-    own = getattr(model, "_orig_mod", model)
-    return {name: p.grad.clone() for name, p in own.named_parameters()}, auxiliary_loss(own)
-
-
-@every_kind
-class TestTraining:
-    def test_budget_loss_is_attached(self, kind):
-        """Against the loss written out, with the costs that the blocks report."""
-        model, x = build(kind, budget=0.3, gumbel_noise=False).train(), image(kind)
-        set_progress(model, 0.11, 1)  # a third of the annealing: q = cos(pi/6)^2 = 3/4
-        own, terms = gradients(model, x)
-        costs, model.aux_scale = [], 0.0
-        for block in model.masked_blocks():
-            block.masker.register_forward_hook(lambda _, args, mask, block=block: costs.append(block.cost(mask, *args)))
-        model.zero_grad()
-        task_loss = model(x).square().mean()
-        executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
-        network = 10 * (executed.sum() / total.sum() - 0.3) ** 2
-        p, upper, lower = executed / total, 1 - 0.75 * 0.7, 0.75 * 0.3
-        blocks = 10 * (F.relu(p - upper) ** 2 + F.relu(lower - p) ** 2).mean()
-        torch.testing.assert_close(terms, {"network_budget": network.detach(), "block_budget": blocks.detach()})
-        (task_loss + network + blocks).backward()
-        torch.testing.assert_close(own, {name: param.grad for name, param in model.named_parameters()})
-
-    def test_aux_scale(self, kind):
-        models = [build(kind, gumbel_noise=False, aux_scale=scale).train() for scale in (0.0, 0.5, 1.0)]
-        for model in models[1:]:
-            model.load_state_dict(models[0].state_dict())
-        (none, half, whole), x = models, image(kind)
-        none, half, whole = (gradients(model, x)[0] for model in models)
-        torch.testing.assert_close(
-            {name: whole[name] - none[name] for name in whole}, {name: 2 * (half[name] - none[name]) for name in whole}
-        )
-        stem = "conv_stem.weight" if kind == "inverted" else "conv1.weight"
-        assert not torch.allclose(whole[stem], none[stem])
-
-    def test_checkpointing_changes_nothing(self, kind):
-        """The noise in recomputation and the gradient of the budget included."""
-        model, x = build(kind).train(), image(kind)
-        other = copy.deepcopy(model)
-        other.set_grad_checkpointing()
-        torch.testing.assert_close(gradients(other, x), gradients(model, x))
-
-    def test_terms(self, kind):
-        model, x = timm.create_model(SMALL[kind][0], **SMALL[kind][1]).double(), image(kind)
-        zero = {"network_budget": torch.tensor(0.0).double(), "block_budget": torch.tensor(0.0).double()}
-        torch.testing.assert_close(auxiliary_loss(model), zero)
-        model.eval()(x)
-        torch.testing.assert_close(auxiliary_loss(model), zero)
-        output = model.train()(x)
-        terms = auxiliary_loss(model)
-        assert all(term > 0 and not term.requires_grad for term in terms.values())
-        other = copy.deepcopy(model)  # before the backward pass
-        torch.testing.assert_close(auxiliary_loss(other), terms)
-        assert not terms.keys() & model.state_dict().keys()
-        output.sum().backward()
-
-    def test_features_train_without_a_budget(self, kind):
-        name, options, _ = SMALL[kind]
-        model = timm.create_model(name, **options, features_only=True, out_indices=(1, 2)).double()
-        for _ in range(2):
-            sum(feature.square().mean() for feature in model(image(kind))).backward()
-        assert all(p.grad is not None for p in model.parameters())
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.filterwarnings("ignore:timm_dynamic. in float16")
-    def test_autocast(self, kind, dtype):
-        model = build(kind).float().train()
-        with torch.autocast("cpu", dtype):
-            loss = model(10 * image(kind, 4).float()).float().logsumexp(1).mean()
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-        assert all(term.isfinite() for term in auxiliary_loss(model).values())
-
-
-@pytest.mark.parametrize("kind", ["basic", "inverted"])
-class TestSteps:
-    def test_count_training_forwards(self, kind):
-        model, x = build(kind, total_steps=10).train(), image(kind)
-        counter = model.get_submodule(model.default_cfg["first_conv"])
-        for step in range(12):
-            assert counter.step == step
-            model(x)
-            assert model.progress().item() == pytest.approx(min(step / 10, 1))
-        model.eval()(x)
-        assert counter.step == 12 and model.progress() == 1
-
-    def test_drive_temperature_and_noise(self, kind):
-        model = build(kind, total_steps=100, temperature=(5.0, 2.5, 1.0)).train()
-        counter, seen = model.get_submodule(model.default_cfg["first_conv"]), {}
-        unit = model.masked_blocks()[0].masker
-        for step in (0, 29, 30, 59, 60, 80, 81, 99):
-            counter.step.fill_(step + 1)  # as it is during the forward of this step
-            x = torch.zeros(1, unit.in_channels, 9, 9, dtype=torch.float64, requires_grad=True)
-            unit.gumbel_noise = False
-            mask, soft = unit(x), torch.sigmoid(unit.maskconv(x) / (5.0 if step < 30 else 2.5 if step < 60 else 1.0))
-            expected = torch.autograd.grad(soft.sum(), x)
-            torch.testing.assert_close(torch.autograd.grad(mask.sum(), x), expected)
-            unit.gumbel_noise = True
-            seen[step] = not torch.equal(unit(x), unit(x))
-        assert seen == {step: step <= 80 for step in seen}
-
-    def test_resume(self, kind):
-        model, x = build(kind, total_steps=10).train(), image(kind)
-        for _ in range(4):
-            model(x)
-        other = build(kind, total_steps=10).train()
-        other.load_state_dict(checkpoint_filter_fn({"state_dict": model.state_dict()}, other))
-        assert other.progress() == model.progress() == 0.3
-        torch.testing.assert_close(gradients(other, x), gradients(model, x))
-        plain = build(kind)  # has no counter
-        other.load_state_dict(checkpoint_filter_fn(plain.state_dict(), other))
-        assert other.progress() == pytest.approx(0.4)
-        # Nor does it mind that of others: with our filter, and in scripts that do not know it.
-        assert checkpoint_filter_fn(model.state_dict(), plain).keys() == plain.state_dict().keys()
-        plain.load_state_dict(model.state_dict())
-        assert torch.equal(plain(x), model.eval()(x))
-
-    def test_set_progress_goes_first(self, kind):
-        model = build(kind, total_steps=10).train()
-        model(image(kind))
-        set_progress(model, 3, 4)
-        assert model.progress() == 0.75
-
-
-class TestCompiledTraining:
-    def test_gradients(self):
-        """The budget loss' among them."""
-        model, x = build(gumbel_noise=False).train(), image()
-        set_progress(model, 1, 10)
-        other = copy.deepcopy(model)
-        torch._dynamo.reset()
-        compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(gradients(compiled, x), gradients(model, x))
-
-    def test_schedules_do_not_compile_again(self):
-        model, x = build(total_steps=10).train(), image()
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        compiled(x)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for epoch in (None, None, 4, 9):
-                if epoch:
-                    set_progress(model, epoch, 10)
-                compiled(x).sum().backward()
-        assert model.conv1.step == 5
 
 
 @torch.no_grad()

@@ -1,0 +1,38 @@
+"""Small DynConv networks for the tests."""
+
+import pytest
+import timm
+import torch
+
+from timm_dynamic.layers import CountingConv2d
+
+# Small networks of every kind of block: model, its arguments, size of its images.
+SMALL = {
+    "basic": ("dynconv_resnet8", {}, 32),
+    "bottleneck": ("dynconv_resnet50", {"layers": (1, 2, 1, 1), "channels": (8, 12, 16, 24), "num_classes": 10}, 64),
+    "inverted": ("dynconv_mobilenetv2_050", {"num_classes": 10}, 64),
+}
+every_kind = pytest.mark.parametrize("kind", SMALL)
+
+
+def image(kind="basic", batch=2, dtype=torch.float64):
+    return torch.randn(batch, 3, SMALL[kind][2], SMALL[kind][2], dtype=dtype)
+
+
+def build(kind="basic", **kwargs):
+    """In float64 and in eval mode, its norms not as new."""
+    name, options, _ = SMALL[kind]
+    model = timm.create_model(name, **{**options, **kwargs}).double()
+    with torch.no_grad():
+        for _ in range(3):
+            model(image(kind, 4))
+    for module in model.modules():
+        if isinstance(module, CountingConv2d):
+            module.step.zero_()
+    return model.eval()
+
+
+@torch.no_grad()
+def run(model, x, execution):
+    model.execution = execution
+    return model(x)

@@ -4,10 +4,12 @@ import copy
 import gc
 import warnings
 import weakref
+from unittest import mock
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from dynconv_networks import build, every_kind, image, run
 from torch import nn
 
@@ -298,3 +300,28 @@ def test_script_and_trace(kind):
         warnings.simplefilter("ignore")  # deprecated
         for graph in (torch.jit.script(model), torch.jit.trace(model, x)):
             torch.testing.assert_close(graph(x), model(x))
+
+
+class TestNormsOutsideTheStages:
+    @every_kind
+    def test_they_are_folded(self, kind):
+        model, x = build(kind).float(), image(kind).float()
+        expected = run(model, x, "dense")
+        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as spy:
+            torch.testing.assert_close(run(model, x, "auto"), expected)
+        assert not spy.called
+
+    def test_changes_and_hooks_are_noticed(self):
+        model, x, seen = build().float(), image().float(), []
+        before = run(model, x, "auto")
+        model.bn1.bias.data.add_(1)
+        model.eval()  # see README: what is changed through `.data`
+        after = run(model, x, "auto")
+        torch.testing.assert_close(after, run(model, x, "dense"))
+        assert not torch.allclose(before, after)
+        with torch.no_grad():
+            model.bn1.weight.mul_(2)
+        assert not torch.allclose(run(model, x, "auto"), after)
+        model.conv1.register_forward_hook(lambda *args: seen.append(args))
+        run(model, x, "auto")
+        assert len(seen) == 1

@@ -1,5 +1,6 @@
 """What the networks with learned masks share."""
 
+import copy
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -8,16 +9,19 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.folding import KeepsFolded, activation, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost
+from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
+from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
 
-class MaskedModel(nn.Module):
+class MaskedModel(KeepsFolded):
     """Mixin of timm models whose residual branches have masks; it goes before the timm model.
 
     In training, the budget loss (see `timm_dynamic.training.budget_loss`) is attached at the model's output.
@@ -105,7 +109,33 @@ class MaskedModel(nn.Module):
             if isinstance(x, Tensor):  # not a proxy of torch.fx
                 if self.training and self.budget >= 0:
                     return self._forward_with_budget(x)
+                if not self.training and self.budget >= 0 and may_run_sparse(x, self.execution):
+                    return self._forward_folded(x)
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.unused
+    def _forward_folded(self, x: Tensor) -> Tensor:
+        """With the norms outside the stages folded, too."""
+        model = self
+        if x.dtype == autocast_dtype(x) == torch.float32:
+            model = self._keep(None, self._stages, self._fold_outside)
+        return self.forward_head(model.forward_features(x))
+
+    @torch.jit.unused
+    def _stages(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, SparseStage)]
+
+    @torch.jit.unused
+    def _fold_outside(self) -> "MaskedModel":
+        """The model with other modules in the place of its own norms and the convolutions before them."""
+        model = copy.copy(self)
+        model._modules = dict(self._modules)
+        for parent, name, norm_name in normed_pairs(self):
+            conv, norm = getattr(parent, name), getattr(parent, norm_name)
+            if parent is self and is_foldable(conv, norm, None):
+                model._modules[name] = fuse_conv_bn_eval(conv, norm)
+                model._modules[norm_name] = activation(norm) or nn.Identity()
+        return model
 
     @torch.jit.unused
     def _forward_with_budget(self, x: Tensor) -> Tensor:

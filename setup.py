@@ -15,7 +15,8 @@ from torch.utils import cpp_extension
 
 # The LibTorch stable ABI of torch 2.11: one binary serves every later torch and every Python.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+SANITIZED = "-fsanitize" in os.environ.get("CFLAGS", "")  # `make sanitize`: reports should name lines
+CXX_FLAGS = ["-O1" if SANITIZED else "-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
@@ -33,7 +34,7 @@ def extension(name: str, sources: list[str], device: str, libraries: list[str], 
         libraries=["torch", "torch_cpu", *libraries],
         depends=[str(p) for p in Path("cuda_ops").glob("*.h")],
         extra_compile_args=compile_args,
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
+        extra_link_args=["-Wl,--exclude-libs,ALL", *([] if SANITIZED else ["-s"])],
         language="c++",
     )
 

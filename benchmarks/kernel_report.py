@@ -69,7 +69,7 @@ def main() -> None:
     versions = set(re.findall(r"Tool Version:\s*(.*)", output(cuobjdump(), "-elf", binary)))
     head = {
         "compiler": ", ".join(sorted(versions)),
-        "ptx": re.findall(r"sm_\d+(?=\.ptx)", output(cuobjdump(), "-lptx", binary)),
+        "ptx": sorted(set(re.findall(r"sm_\d+(?=\.ptx)", output(cuobjdump(), "-lptx", binary)))),
         "binary_bytes": Path(binary).stat().st_size,
         **{key: value for key, value in environment(torch.device("cpu")).items() if key in ("commit", "date")},
     }
@@ -77,7 +77,7 @@ def main() -> None:
     text = json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in rows)
     RESULT.write_text(text + "\n ]\n}\n")
     stacks = [row for row in rows if row["stack"] or row["local"]]
-    print(f"{len(rows)} kernels in {RESULT}, {len(stacks)} of them with a stack frame")
+    print(f"{len(rows)} kernels, those of every architecture, in {RESULT}; {len(stacks)} have a stack frame")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ Unverified on GPU: the CUDA kernels compile for sm_75 to sm_120 and PTX, and hav
 """
 KERNELS = """
 What each kernel takes, read from the binary ({megabytes:.1f} MB) by `benchmarks/kernel_report.py`, `results/{file}`;
-{compiler}; PTX for {ptx}. Of a kernel's variants (dtype, kernel size, vector width) the largest counts. {spills}
+{compiler}; PTX for {ptx}. Of a kernel's variants (dtype, kernel size, vector width)
+the largest number counts. {spills}
 
 | kernel | variants | shared memory, bytes | stack, bytes | registers: {archs} |
 |---|---|---|---|{rule}

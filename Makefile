@@ -53,9 +53,9 @@ PRELOAD := $(foreach name,asan ubsan stdc++,$$(c++ -print-file-name=lib$(name).s
 sanitize: install
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" TIMM_DYNAMIC_CUDA=0 $(BIN)/python setup.py -q build \
 		--build-base build/sanitize --build-lib build/sanitize/lib
-	cd build/sanitize/lib && for level in default avx2 avx512; do \
+	cd build/sanitize/lib && for level in avx512 avx2 default; do \
 		echo "== $$level"; \
 		LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		ATEN_CPU_CAPABILITY=$$level PYTHONPATH=$$PWD OMP_NUM_THREADS=1 \
+		ATEN_CPU_CAPABILITY=$$level PYTHONPATH=$$PWD OMP_NUM_THREADS=2 \
 		$(abspath $(BIN))/pytest $(CURDIR)/tests/ops -k "not cuda and not compile and not reference" || exit 1; \
 	done

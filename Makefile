@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+WHEEL_CUDA := $(or $(TIMM_DYNAMIC_CUDA),1)
 # Compiling for every GPU takes minutes: here only where a driver is. `TIMM_DYNAMIC_CUDA=1 make ...` does it anyway.
 export TIMM_DYNAMIC_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint wheel check-wheel sanitize
 install: .venv/installed
 
 # Without build isolation the kernels are built against the torch in .venv, not against another copy of it.
@@ -33,3 +34,28 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror cuda_ops/*
+
+# For every GPU, wherever it is built; `TIMM_DYNAMIC_CUDA=0 make wheel` leaves the CUDA kernels out. Torch brings its own
+# libraries, and the CUDA runtime is linked statically.
+wheel: install
+	@TIMM_DYNAMIC_CUDA=$(WHEEL_CUDA) $(BIN)/python setup.py --version  # one clear line where there is no CUDA toolkit
+	rm -rf build/lib.* build/wheel dist
+	TIMM_DYNAMIC_CUDA=$(WHEEL_CUDA) $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
+
+# The oldest torch that the wheel serves, and the newest: several GB each, one after the other.
+check-wheel:
+	PYTHON=$(PYTHON) tests/check_wheel.sh dist/*.whl "torch==2.11.*" torch
+
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fno-omit-frame-pointer -g1
+PRELOAD := $(foreach name,asan ubsan stdc++,$$(c++ -print-file-name=lib$(name).so))
+# The CPU operator tests under AddressSanitizer and UndefinedBehaviorSanitizer, once an instruction set.
+sanitize: install
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" TIMM_DYNAMIC_CUDA=0 $(BIN)/python setup.py -q build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	cd build/sanitize/lib && for level in avx512 avx2 default; do \
+		echo "== $$level"; \
+		LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ATEN_CPU_CAPABILITY=$$level PYTHONPATH=$$PWD OMP_NUM_THREADS=2 \
+		$(abspath $(BIN))/pytest $(CURDIR)/tests/ops -k "not (cuda or compile or reference or instruction_sets)" || exit 1; \
+	done

@@ -15,7 +15,8 @@ from torch.utils import cpp_extension
 
 # The LibTorch stable ABI of torch 2.11: one binary serves every later torch and every Python.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+SANITIZED = "-fsanitize" in os.environ.get("CFLAGS", "")  # `make sanitize`: reports should name lines
+CXX_FLAGS = ["-O1" if SANITIZED else "-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--threads=2", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
@@ -33,7 +34,7 @@ def extension(name: str, sources: list[str], device: str, libraries: list[str], 
         libraries=["torch", "torch_cpu", *libraries],
         depends=[str(p) for p in Path("cuda_ops").glob("*.h")],
         extra_compile_args=compile_args,
-        extra_link_args=["-Wl,--exclude-libs,ALL", "-s"],
+        extra_link_args=["-Wl,--exclude-libs,ALL", *([] if SANITIZED else ["-s"])],
         language="c++",
     )
 
@@ -45,11 +46,11 @@ def cuda_problem() -> str | None:
     home = os.environ.get("CUDA_HOME") or cpp_extension.CUDA_HOME
     if not home:
         return "no CUDA toolkit found (set CUDA_HOME)"
-    if not (Path(home) / "include" / "cuda_runtime.h").exists():  # `nvcc` on PATH may be a wrapper
-        home = "/usr/local/cuda"
-        if not (Path(home) / "include" / "cuda_runtime.h").exists():
-            return "no include/cuda_runtime.h below CUDA_HOME: set CUDA_HOME to the toolkit's folder"
-    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = home
+    needed = ("bin/nvcc", "include/cuda_runtime.h")  # `nvcc` on PATH may be a wrapper
+    homes = [h for h in (home, "/usr/local/cuda") if all((Path(h) / file).exists() for file in needed)]
+    if not homes:
+        return f"no {' and '.join(needed)} below CUDA_HOME={home}: set CUDA_HOME to the toolkit's folder"
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = homes[0]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     return None
 
@@ -69,7 +70,7 @@ def extensions() -> list[Extension]:
         flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
         found.append(extension("_cuda", sources, "cuda", libraries, **flags))
     elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":
-        raise SystemExit(f"timm-dynamic: TIMM_DYNAMIC_CUDA=1, but {problem}")
+        raise SystemExit(f"timm-dynamic: {problem}; or leave the CUDA kernels out with TIMM_DYNAMIC_CUDA=0")
     else:
         say(f"no CUDA kernels: {problem}")
     return found

@@ -68,6 +68,14 @@ GPU = """
 Unverified on GPU: the CUDA kernels compile for sm_75 to sm_120 and PTX, and have not run on a device.
 `benchmarks/gpu.sh` builds, tests and measures them on one.
 """
+KERNELS = """
+What each kernel takes, read from the binary ({megabytes:.1f} MB) by `benchmarks/kernel_report.py`, `results/{file}`;
+{compiler}; PTX for {ptx}. Of a kernel's variants (dtype, kernel size, vector width)
+the largest number counts. {spills}
+
+| kernel | variants | shared memory, bytes | stack, bytes | registers: {archs} |
+|---|---|---|---|{rule}
+"""
 
 
 def load(name: str) -> dict:
@@ -143,14 +151,37 @@ def loop_table(name: str) -> str:
     table = LOOP.format(file=name, machine=machine(report))
     rows = {(row["model"], row["seed"], row["way"]): row for row in report["rows"]}
     for model in dict.fromkeys(model for model, _, way in rows if way == "loop"):
-        seeds = [
-            seed for m, seed, way in rows if m == model and way == "loop"
-        ]  # both are there, the loop is the second
+        seeds = [seed for m, seed, way in rows if (m, way) == (model, "loop")]  # the second of both ways
         top1, auxiliary = (
             [", ".join(f"{rows[model, seed, way][key]:{form}}" for seed in seeds) for way in ("train", "loop")]
             for key, form in (("top1", ".2f"), ("auxiliary", ".2g"))
         )
         table += f"| `{model}` | {', '.join(map(str, seeds))} | {top1[0]} | {top1[1]} | {'; '.join(auxiliary)} |\n"
+    return table
+
+
+def kernels_table(name: str) -> str:
+    report = load(name)
+    families: dict[str, list[dict]] = {}
+    for row in report["rows"]:
+        families.setdefault(row["kernel"].split("<")[0], []).append(row)
+    archs = sorted({row["arch"] for row in report["rows"]}, key=lambda arch: int(arch[3:]))
+    framed = sorted({f"`{row['kernel']}`" for row in report["rows"] if row["stack"] or row["local"]})
+    table = KERNELS.format(
+        file=name,
+        megabytes=report["binary_bytes"] / 1e6,
+        compiler=report["compiler"],
+        ptx=", ".join(report["ptx"]),
+        spills=f"With a stack frame: {', '.join(framed)}." if framed else "No spills: no kernel has a stack frame.",
+        archs=" | ".join(archs),
+        rule="---|" * len(archs),
+    )
+    for family, rows in families.items():
+        registers = (str(max(row["registers"] for row in rows if row["arch"] == arch)) for arch in archs)
+        shared, stack = (max(row[field] for row in rows) for field in ("shared", "stack"))
+        table += (
+            f"| `{family}` | {len(rows) // len(archs)} | {shared or ''} | {stack or ''} | {' | '.join(registers)} |\n"
+        )
     return table
 
 
@@ -163,7 +194,7 @@ def main() -> None:
         report = load(path.name)
         page += sparse_text(report, path.name, machine(report), path.parent)
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
-    (HERE / "README.md").write_text(page + GPU)
+    (HERE / "README.md").write_text(page + GPU + kernels_table("cuda_kernels.json"))
 
 
 if __name__ == "__main__":

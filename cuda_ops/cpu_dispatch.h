@@ -3,6 +3,9 @@
 // cannot switch within a file, there is only the portable one.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #  define HAVE_X86_DISPATCH
 #  include <immintrin.h>
@@ -44,14 +47,21 @@ namespace timm_dynamic {
 #  define CHOOSE_KERNELS(function) \
     (isa_level() == 4 ? avx512::function : isa_level() == 2 ? avx2::function : portable::function)
 
+// Not above what ATEN_CPU_CAPABILITY asks for, which bounds torch's own kernels likewise.
 inline int isa_level() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 4;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    return 2;
-  return 0;
+  static const int level = [] {
+    const char* const set = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view most = set ? set : "";
+    if (most == "default") return 0;
+    if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return 4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+      return 2;
+    return 0;
+  }();
+  return level;
 }
 #else
 #  define CHOOSE_KERNELS(function) (portable::function)

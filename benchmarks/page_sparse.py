@@ -40,8 +40,10 @@ def sparse_text(report: dict, name: str, machine: str, results: Path) -> str:
     picture = Path(name).with_suffix(".png")
     dtype = report.get("dtype", "float32")
     save_times(report, f"{machine}, {dtype}", results / picture)
+    models = dict.fromkeys(row["model"] for row in report["rows"])
     options = {
         " --device cuda": report["cuda"],
+        f" --models {' '.join(models)}": len(models) < 3,
         f" --dtype {dtype}": dtype != "float32",
         " --quick": "scattered" not in by_pattern(report["rows"]),
         f" --output benchmarks/results/{name}": name not in ("sparse_cpu.json", "sparse_cuda.json"),

@@ -11,7 +11,9 @@ install: .venv/installed
 # Without build isolation the kernels are built against the torch in .venv, not against another copy of it.
 .venv/installed: pyproject.toml setup.py $(wildcard cuda_ops/*)
 	$(PYTHON) -m venv .venv
+	@echo "Installing torch and what else there is to .venv: some 5 GB, minutes without output"
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy "torch>=2.11"
+	@echo "Compiling the kernels: minutes without output"
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(BIN)/timm-dynamic env
 	touch $@
@@ -26,6 +28,7 @@ demo: install
 	$(BIN)/timm-dynamic benchmark --models ddf_mul_resnet50 --baseline static --batch-size 1 \
 		--json demo/latency.json --plot demo/latency.png
 	@echo "Left under demo/: digits, validate.csv, train (checkpoints, summary.csv), latency.json, latency.png"
+	@echo "Next: . .venv/bin/activate"
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

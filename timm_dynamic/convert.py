@@ -115,7 +115,9 @@ def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> 
     wanted = _EMA_KEYS if use_ema else _STATE_KEYS
     state = next((checkpoint[key] for key in wanted if isinstance(checkpoint.get(key), dict)), None)
     if use_ema and state is None:
-        raise ValueError(f"the checkpoint has no averaged weights ({' or '.join(wanted)}): load it without use_ema")
+        raise ValueError(
+            f"the checkpoint has no averaged weights ({' or '.join(wanted)}): load it without use_ema (--use-ema)"
+        )
     state = checkpoint if state is None else dict(dict.items(state))
     if not any(isinstance(value, Tensor) for value in state.values()):
         names = ", ".join(map(_name, list(state)[:8])) or "nothing"
@@ -200,7 +202,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 def one_line(error: Exception) -> str:
     """The message of an error, or its type if it has none, in one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def _some(keys: list[str]) -> str:

@@ -118,9 +118,9 @@ def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> st
     except Exception as error:  # which one depends on huggingface_hub's version and the HTTP library under it
         static = " --model-kwargs budget=-1" if cfg.tag.startswith("base_") else ""  # DynConv without masks
         raise ValueError(
-            f"no weights for {name}: {local} does not exist, and the Hugging Face Hub did not give {repo_id} "
-            f"({why_failed(error)}). Convert the authors' file: "
-            f"timm-dynamic convert SRC --install --model {name}{static}"
+            f"no weights for {name}: convert the authors' file by `timm-dynamic convert SRC --install --model "
+            f"{name}{static}`. {local} does not exist, and the Hugging Face Hub did not give {repo_id}: "
+            f"{why_failed(error)}"
         ) from error
     _check_content(path, repo_id)
     return path

@@ -110,3 +110,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, checkpoint, argv, expected, mon
     assert expected in err
     assert err.startswith("timm-dynamic convert: error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+def test_install_says_what_it_takes_the_place_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path / "weights"))
+    torch.save(timm.create_model("test_ped_resnet", num_classes=10).state_dict(), tmp_path / "a.pth")
+    for replaced in ("the package's own weights", "the file that was there"):
+        assert cli.main(["convert", str(tmp_path / "a.pth"), "--install", "--model", "test_ped_resnet"]) == 0
+        assert f"not {replaced}; delete the file to undo it" in capsys.readouterr().out

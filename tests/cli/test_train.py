@@ -404,6 +404,9 @@ def bad_inputs():
     torch.save(model.state_dict(), "weights.pth")
     optimizer = torch.optim.SGD(model.parameters(), 0.1).state_dict()
     torch.save({"state_dict": model.state_dict(), "optimizer": optimizer, "epoch": 1}, "foreign.pth")
+    torch.save(
+        {"state_dict": model.state_dict(), "optimizer": optimizer, "epoch": 1, "arch": "test_resnet"}, "arch.pth"
+    )
 
 
 @pytest.mark.parametrize(
@@ -441,6 +444,10 @@ def bad_inputs():
         ("--resume nowhere", "no checkpoint at nowhere"),
         ("--resume weights.pth", "--resume weights.pth holds no epoch, optimizer, state_dict"),
         ("--resume foreign.pth", "--resume foreign.pth does not fit this run"),
+        (
+            "--resume arch.pth",
+            f"--resume arch.pth does not fit this run: it is of test_resnet, and this run trains {MODEL}",
+        ),
         ("--output file", "file/run"),
     ],
 )

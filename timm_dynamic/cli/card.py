@@ -37,7 +37,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"no weights of {args.model} are known: give a CHECKPOINT")
         tag = cfg.tag
     name = f"{model.pretrained_cfg['architecture']}.{tag}" if tag else model.pretrained_cfg["architecture"]
-    repo = args.repo or (model.pretrained_cfg.get("hf_hub_id") if tag else None) or f"timm-dynamic/{name}"
+    repo = (
+        args.repo
+        or (model.pretrained_cfg.get("hf_hub_id") if tag else None)
+        or (f"timm-dynamic/{name}" if tag else "ORG/NAME")
+    )
     check_repo_id(repo)
     if args.checkpoint:
         with explain_dynamized(model):

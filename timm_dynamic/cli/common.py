@@ -100,16 +100,22 @@ def compile_backend(name: str) -> str:
     return name
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "ddf_mul_resnet50") -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    default: str | None = "ddf_mul_resnet50",
+    what: str = "any timm or timm-dynamic model",
+    pretrained: str = "start from the model's pretrained weights",
+    example: str = "budget=0.5",
+) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
         metavar="NAME",
         default=default,
-        help="any timm or timm-dynamic model" + (f" (default: {default})" if default else ""),
+        help=what + (f" (default: {default})" if default else ""),
     )
-    group.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    group.add_argument("--pretrained", action="store_true", help=pretrained)
     group.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
     group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
     group.add_argument(
@@ -123,7 +129,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = "
         default={},
         action=KeyValues,
         metavar="K=V",
-        help="more arguments for the model, as budget=0.5",
+        help=f"more arguments for the model, as {example}",
     )
 
 

@@ -29,15 +29,23 @@ def main(argv: list[str]) -> None:
         help="the model whose weights these are; with --install NAME.TAG (default: the model's default tag)",
     )
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="arguments of the model"
+    )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     args = parser.parse_args(argv)
     if bool(args.dst) == args.install:
         parser.error("give either DST or --install" if args.install else "the following arguments are required: DST")
 
     model = create_model(args.model, **{"num_classes": args.num_classes, **args.model_kwargs})
-    dst = _place_of(model, args) if args.install else args.dst
+    dst, replaced = args.dst, ""
+    if args.install:
+        dst = _place_of(model, args)
+        shipped = timm.get_pretrained_cfg(args.model).file
+        replaced = "the file that was there" if dst.exists() else "the package's own weights" if shipped else ""
     convert(args.src, dst, model, use_ema=args.use_ema)
+    if replaced:
+        print(f"pretrained=True takes these from now on, not {replaced}; delete the file to undo it")
     print(
         f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(model.state_dict())} tensors, "
         f"{os.path.getsize(dst) / 1e6:.1f} MB -> {dst}"

@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     )
     add_data_arguments(parser, batch_size=64)
     parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
-    add_model_arguments(parser, default=None)
+    add_model_arguments(parser, default=None, pretrained="take the model's pretrained weights, as without --checkpoint")
     parser.add_argument(
         "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
     )

@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
 
     check_repo_id(args.repo)
     if args.out and (os.path.lexists(args.out) or not Path(args.out).absolute().parent.is_dir()):
-        raise ValueError(f"--out {args.out}: name a new folder, in one that is there")
+        raise ValueError(
+            f"--out {args.out} is there already, or its parent is not: name a new folder in an existing one"
+        )
     names, descriptions = _read_labels(args.labels) if args.labels else (None, None)
     model = make_model(args)
     with TemporaryDirectory(prefix=".push-", dir=Path(args.out).parent if args.out else None) as temporary:

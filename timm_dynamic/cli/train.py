@@ -36,7 +36,7 @@ from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.train_finite import FiniteGuard
 from timm_dynamic.cli.train_state import SafeSaver, find_checkpoint, reload_history, repeatable, run_folder, sync
 from timm_dynamic.cli.validate import evaluate
-from timm_dynamic.convert import check_finite, extract_state_dict, read_checkpoint
+from timm_dynamic.convert import check_finite, extract_state_dict, one_line, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -143,8 +143,9 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
         reload_history(saver, folder / "summary.csv", start, metric, args.resume if auto else "")
         with replacing(folder / "args.yaml") as temporary:
             temporary.write_text(flags)
+    plan = f"epochs {start} to {epochs - 1}" if start < epochs else f"nothing left to do after {start} epochs"
     _logger.info(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; epochs {start} to {epochs - 1}, "
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {plan}, "
         f"{updates} updates each, batch {args.batch_size} x {args.grad_accum_steps} x {args.world_size}, lr {args.lr:g}"
     )
 
@@ -330,7 +331,12 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
                 scaler.load_state_dict(checkpoint[scaler.state_dict_key])
         return int(checkpoint["epoch"]) + (checkpoint.get("version", 1) > 1)  # older files hold the next epoch
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"--resume {args.resume} does not fit this run: {str(error)[:200]}") from error
+        arch = str(checkpoint.get("arch", args.model))
+        if arch.partition(".")[0] != args.model.partition(".")[0]:
+            reason = f"it is of {arch[:100]}, and this run trains {args.model}; another --experiment is another run"
+        else:
+            reason = one_line(error)
+        raise ValueError(f"--resume {args.resume} does not fit this run: {reason}") from error
 
 
 def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) -> None:

@@ -10,7 +10,7 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
 
 
 def make_parser() -> Parser:
-    parser = Parser("train", "Train an image classifier. Flags and defaults are those of timm's train.py.")
+    parser = Parser("train", "Train an image classifier. Flags are named as in timm's train.py, and have its defaults.")
     parser.add_config()
     add_data_arguments(parser, batch_size=128)
     add_bad_images_argument(parser)
@@ -35,10 +35,19 @@ def make_parser() -> Parser:
 
 
 def make_segmentation_parser() -> Parser:
-    parser = Parser("train_segmentation", "Train a network for semantic segmentation. Flags are those of train.")
+    parser = Parser(
+        "train_segmentation",
+        "Train a network for semantic segmentation. Flags are those of train, as far as they apply.",
+    )
     parser.add_config()
     _add_segmentation_data_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(
+        parser,
+        "dy_deeplabv3plus_mobilenetv2",
+        "a segmentation model of timm-dynamic",
+        "start from the whole model's pretrained weights",
+        "backbone=resnet50 pretrained_backbone=False",
+    )
     _add_start_arguments(parser)
     add_device_arguments(parser)
     _add_amp_arguments(parser)
@@ -61,7 +70,6 @@ def make_segmentation_parser() -> Parser:
     )
     # The recipe of T. Ardelean et al., and what `train` has flags for.
     parser.set_defaults(
-        model="dy_deeplabv3plus_mobilenetv2",
         opt="momentum",
         weight_decay=5e-4,
         epochs=100,
@@ -153,12 +161,14 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     group.add_argument(
         "--opt", default="sgd", metavar="NAME", help="timm optimizer; sgd is with Nesterov (default: %(default)s)"
     )
-    group.add_argument("--opt-eps", type=float, metavar="X")
-    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X")
+    group.add_argument("--opt-eps", type=float, metavar="X", help="the optimizer's epsilon (default: its own)")
+    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X", help="its betas (default: its own)")
     group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="default: 0.9")
     group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: %(default)s")
     group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
-    group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="default: norm")
+    group.add_argument(
+        "--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip (default: norm)"
+    )
     group.add_argument(
         "--skip-nonfinite",
         type=count,
@@ -166,7 +176,9 @@ def _add_optimizer_arguments(parser: Parser) -> None:
         metavar="N",
         help="skip up to N updates whose loss is infinite or nan, then stop (default: 0)",
     )
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument(
+        "--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more of its arguments"
+    )
 
 
 def _add_rate_arguments(group: argparse._ArgumentGroup) -> None:
@@ -199,10 +211,14 @@ def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="default: cosine")
     group.add_argument("--sched-on-updates", action="store_true", help="step in each update, not each epoch")
     group.add_argument("--lr-noise", type=float, nargs="+", metavar="X", help="noise between these shares of the run")
-    group.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="X")
-    group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="X")
+    group.add_argument(
+        "--lr-noise-pct", type=float, default=0.67, metavar="X", help="largest noise, as a share of the rate"
+    )
+    group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="X", help="standard deviation of the noise")
     group.add_argument("--lr-cycle-mul", type=float, default=1.0, metavar="X", help="growth of a cycle's length")
-    group.add_argument("--lr-cycle-decay", type=float, default=0.5, metavar="X")
+    group.add_argument(
+        "--lr-cycle-decay", type=float, default=0.5, metavar="X", help="factor on the rate from cycle to cycle"
+    )
     group.add_argument("--lr-cycle-limit", type=positive_int, default=1, metavar="N", help="number of cycles")
     group.add_argument("--lr-k-decay", type=float, default=1.0, metavar="X", help="exponent in cosine and poly")
     group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="default: 1e-5")
@@ -212,8 +228,17 @@ def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the cycles"
     )
-    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N", help="multistep")
-    group.add_argument("--decay-epochs", type=float, default=90, metavar="N", help="step")
+    group.add_argument(
+        "--decay-milestones",
+        type=int,
+        nargs="+",
+        default=[90, 180, 270],
+        metavar="N",
+        help="epochs of --sched multistep",
+    )
+    group.add_argument(
+        "--decay-epochs", type=float, default=90, metavar="N", help="epochs between steps of --sched step"
+    )
     group.add_argument(
         "--decay-rate", "--dr", type=float, default=0.1, metavar="X", help="step, multistep, poly's power"
     )
@@ -225,7 +250,7 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     group.add_argument("--no-aug", action="store_true", help="no augmentation at all")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="areas of random crops")
     group.add_argument(
-        "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="aspect ratios of them"
+        "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="width to height of random crops"
     )
     group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
     group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="probability, default: 0")

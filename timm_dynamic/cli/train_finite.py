@@ -101,7 +101,9 @@ class FiniteGuard:
         if event:
             event.synchronize()
         if problem := self._problem(names, codes.tolist()):
-            raise ValueError(f"{where}: {problem}. Checkpoints are intact; --skip-nonfinite N skips N such updates")
+            raise ValueError(
+                f"{where}: {problem}. Checkpoints of earlier epochs are intact; --skip-nonfinite N skips N such updates"
+            )
 
     def _reduced(self) -> Tensor:
         if self.distributed:

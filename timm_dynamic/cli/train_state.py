@@ -73,7 +73,10 @@ class SafeSaver(CheckpointSaver):
             cause: BaseException | None = error
             while cause and not isinstance(cause, OSError):
                 cause = cause.__context__
-            last, left = Path(self.checkpoint_dir, LAST), "there is no earlier checkpoint"
+            last, left = (
+                Path(self.checkpoint_dir, LAST),
+                "there is no earlier checkpoint: make room and repeat the command",
+            )
             if last.exists():
                 way = "auto" if self.args.experiment else last
                 left = f"{last} holds epoch {read_checkpoint(last)['epoch']}: make room and go on with --resume {way}"

@@ -41,7 +41,7 @@ def make_parser() -> Parser:
     add_data_arguments(parser, batch_size=256)
     add_bad_images_argument(parser)
     parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
-    add_model_arguments(parser)
+    add_model_arguments(parser, pretrained="take the model's pretrained weights, as without --checkpoint")
     parser.add_argument(
         "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
     )

@@ -170,3 +170,9 @@ def test_copies_are_their_own():
         statistics(other)
         assert not torch.allclose(other(x), y, atol=1e-3)
         assert torch.equal(model(x), y)
+
+
+def test_fx_reaches_into_the_blocks():
+    model = make()
+    features = timm.models.create_feature_extractor(model, ["layer4.0.act2"])(x)["layer4.0.act2"]
+    torch.testing.assert_close(model.forward_head(features), plainly(model, x), rtol=1e-4, atol=1e-4)

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
@@ -29,7 +28,6 @@ class _AffineNorm(nn.Module):
         return self.act(y)
 
 
-@register_notrace_module
 class FoldedStage(KeepsFolded, nn.Sequential):
     """A sequence of blocks with dynamic convolutions; in inference, the norms behind these work in place.
 

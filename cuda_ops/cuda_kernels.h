@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <utility>
 
 namespace timm_dynamic {
 
@@ -17,6 +18,13 @@ template <typename T, int V>
 struct alignas(sizeof(T) * V) Vec {  // loaded and stored by one instruction
   T at[V];
 };
+
+// Every kernel is launched through this, so that one place can run them elsewhere.
+template <typename... P, typename... A>
+void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                cudaStream_t stream, A&&... args) {
+  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<A>(args)...);
+}
 
 // Sums values[0..N) over groups of `lanes` >= N adjacent lanes: lane l of a group returns sum
 // l / (lanes / N). Each exchange halves the values a lane carries, so that the sums together cost

@@ -5,11 +5,14 @@ is a static one with its output channels rescaled, and a residual of rank L that
 named as in the authors' ResNets.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.layers.folding import Items
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import shortcut_serves
 from timm_dynamic.ops._linear import linear
@@ -38,18 +41,25 @@ class _Factors(nn.Module):
 
     def _branch_arguments(self, pool_size: int) -> tuple:
         """What the operators of `timm_dynamic.ops.dcd_branch` take between the input and their own arguments."""
-        fc, bn1, bn2 = self.fc, self.bn1, self.bn2
-        return (
-            [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight],
-            self.q.weight,
-            *([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2)),
-            *(bn1.eps, bn2.eps, pool_size, self.p.weight),
-        )
+        kept = _TENSORS.get(self)
+        if kept is None or kept[0].are_others():
+            fc, norms = self.fc, (self.bn1, self.bn2)
+            tensors = (
+                [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight],
+                self.q.weight,
+                *([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in norms),
+            )
+            kept = _TENSORS[self] = (Items(self.modules()), tensors, self.p.weight)
+        return *kept[1], self.bn1.eps, self.bn2.eps, pool_size, kept[2]
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the scale of the outputs, `[B, outputs]`."""
         with no_autocast(x):
             return self._factors(self._pool(x))[1]
+
+
+# Looking up a layer's many tensors takes as long as some of its operations.
+_TENSORS: "WeakKeyDictionary[_Factors, tuple[Items, tuple, Tensor]]" = WeakKeyDictionary()
 
 
 @register_notrace_module
@@ -187,6 +197,16 @@ class DCDConv2d(DropInConv2d, _Factors):
             return y * scale[:, :, None, None] + self.p(v)
         return combine(y, self.p.weight.to(y.dtype), v, scale)
 
+    @torch.jit.unused
+    def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
+        """What `timm_dynamic.ops.affine_` makes of the output; None where this is no faster than one after the other.
+
+        Args:
+            x: As for `forward`.
+            norm: Scale, shift and limits.
+        """
+        return self._by_operators(x, norm) if shortcut_serves(x, self.weight) and _are_affine(self.bn1, self.bn2) else None
+
     def _pool(self, x: Tensor) -> Tensor:
         return pool(x, self.pool_size)
 
@@ -225,16 +245,23 @@ class DCDConv2d(DropInConv2d, _Factors):
         few = x.shape[0] == 1 or (x.shape[0] > 1 and x.device.type == "cpu")
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
-    def _by_operators(self, x: Tensor) -> Tensor:
+    def _by_operators(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float] | None = None) -> Tensor:
         arguments = (x, *self._branch_arguments(self.pool_size))
+        options = (self.stride, self._padding, self.dilation)
         if self._has_large_maps(x):
-            own = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
-            return self._convolve_each(x, *own)
-        if len(x) == self.groups == 1:
-            y = conv_sample(self._pad(x), self.weight, self.bias, self.stride, self._padding, self.dilation)
+            weight, bias = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
+            if norm is not None and len(x) == 1:  # it adds the bias
+                scale, shift, *limits = norm
+                norm = scale, torch.addcmul(shift, scale, bias[0]), *limits
+                y = conv_sample(self._pad(x), weight[0], None, *options)
+            else:
+                y = self._convolve_each(x, weight, bias)
         else:
-            y = self.conv(x)
-        torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
+            one = len(x) == self.groups == 1
+            y = conv_sample(self._pad(x), self.weight, self.bias, *options) if one else self.conv(x)
+            torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
+        if norm is not None:
+            torch.ops.timm_dynamic.affine_(y, *norm)
         return y
 
     def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

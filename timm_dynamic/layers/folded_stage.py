@@ -1,9 +1,10 @@
-"""Inference of blocks with dynamic convolutions: the batch norms behind these in the place of their output."""
+"""Inference of blocks with dynamic convolutions: batch norms in the place of the convolutions' output."""
 
 import copy
 from collections.abc import Iterable
 
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
@@ -13,12 +14,12 @@ from timm_dynamic.ops.affine import affine_reference_
 
 
 class _AffineNorm(nn.Module):
-    """A batch norm in eval mode, and the activation within it, in the place of its input."""
+    """A batch norm in eval mode, and the activation within or behind it, in the place of its input."""
 
-    def __init__(self, norm: nn.BatchNorm2d):
+    def __init__(self, norm: nn.BatchNorm2d, act: nn.Module | None = None):
         super().__init__()
         self.scale, self.shift = (t.detach() for t in affine(norm))
-        act = activation(norm)
+        act = activation(norm, act)
         self.low, self.high = LIMITS.get(type(act), LIMITS[nn.Identity])
         self.act = nn.Identity() if type(act) in LIMITS else act
 
@@ -28,8 +29,21 @@ class _AffineNorm(nn.Module):
         return self.act(y)
 
 
+class _NormedLayer(nn.Module):
+    """A dynamic convolution with the norm behind it, which it may do itself."""
+
+    def __init__(self, layer: DropInConv2d, norm: _AffineNorm):
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        y = self.layer.forward_normed(x, (norm.scale, norm.shift, norm.low, norm.high))
+        return norm(self.layer(x)) if y is None else norm.act(y)
+
+
 class FoldedStage(KeepsFolded, nn.Sequential):
-    """A sequence of blocks with dynamic convolutions; in inference, the norms behind these work in place.
+    """A sequence of blocks with dynamic convolutions; in inference, the norms behind convolutions work in place.
 
     That is float32 and NCHW on a CPU, in eval mode and without gradients. The results are the same up to rounding. Not
     if somebody may look: a block with hooks in it runs as it is.
@@ -63,14 +77,28 @@ class FoldedStage(KeepsFolded, nn.Sequential):
         }
 
 
+# What follows norms at once in timm's residual blocks, in which dropping is training's.
+_ACTIVATED = {BasicBlock: {"bn1": "act1"}, Bottleneck: {"bn1": "act1", "bn2": "act2"}}
+
+
 def _folded(block: nn.Module) -> nn.Module:
-    """The block with other norms behind its dynamic convolutions; all else in it is its own."""
+    """The block with other norms behind its convolutions; all else in it is its own."""
     own = [module for module in block.modules() if isinstance(module, DropInConv2d) or not module._modules]
     folded = copy.deepcopy(block, {id(item): item for item in (*own, *block.parameters(), *block.buffers())})
-    for parent, _, name in normed_pairs(folded, DropInConv2d):
-        norm = getattr(parent, name)
-        if norm.running_mean.dtype == torch.float32:
-            setattr(parent, name, _AffineNorm(norm))
+    for parent, conv_name, name in normed_pairs(folded, (DropInConv2d, nn.Conv2d)):
+        conv, norm = getattr(parent, conv_name), getattr(parent, name)
+        if norm.running_mean.dtype != torch.float32:
+            continue
+        act = next((acts.get(name) for kind, acts in _ACTIVATED.items() if isinstance(parent, kind)), None)
+        if act:
+            norm = _AffineNorm(norm, getattr(parent, act))
+            setattr(parent, act, nn.Identity())
+        else:
+            norm = _AffineNorm(norm)
+        if hasattr(conv, "forward_normed"):
+            setattr(parent, conv_name, _NormedLayer(conv, norm))
+            norm = nn.Identity()
+        setattr(parent, name, norm)
     return folded
 
 

@@ -28,26 +28,39 @@ LIMITS = {
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 
 
-class Watch:
-    """Notices what happens to modules: other parameters, buffers, submodules or hooks, other values, another mode.
+class Items:
+    """Notices other parameters, buffers or submodules in modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        # The modules are not kept: what is kept for a module must not keep it alive.
+        owners = [own for one in modules for own in (one._modules, one._parameters, one._buffers)]
+        self._owners = [own for own in owners if own]
+        self._items = self._now()
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._owners)))
+
+    def are_others(self) -> bool:
+        """Whether they are others than when this was made."""
+        items = self._now()
+        return len(items) != len(self._items) or not all(map(is_, items, self._items))
+
+
+class Watch(Items):
+    """Notices besides: other values, other hooks, another mode.
 
     Not a change of values through `.data`, which leaves no trace.
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        modules = list(modules)  # not kept: what is kept for a module must not keep it alive
+        modules = list(modules)
+        super().__init__(modules)
         self._attributes = [vars(one) for one in modules]
         hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
         self._hooks = [*hooks, *_GLOBAL_HOOKS]
-        owners = [own for one in modules for own in (one._modules, one._parameters, one._buffers)]
-        self._owners = [own for own in owners if own]
-        self._items = self._now()
         # Inference tensors count no versions.
         self._tensors = [item for item in self._items if isinstance(item, Tensor) and not item.is_inference()]
         self._state = self._counts()
-
-    def _now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._owners)))
 
     def _counts(self) -> tuple:
         versions = [tensor._version for tensor in self._tensors]
@@ -56,9 +69,7 @@ class Watch:
 
     def sees_change(self) -> bool:
         """Whether something has changed since it was made."""
-        items = self._now()
-        same = len(items) == len(self._items) and all(map(is_, items, self._items))
-        return not same or self._counts() != self._state
+        return self.are_others() or self._counts() != self._state
 
 
 # Not in the modules, whose copies must not share it: what it was made for, what could change it, and what was made.
@@ -165,12 +176,14 @@ class _Pointwise(nn.Module):
         return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def normed_pairs(model: nn.Module, kind: type[nn.Module] = nn.Conv2d) -> list[tuple[nn.Module, str, str]]:
+def normed_pairs(
+    model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Conv2d
+) -> list[tuple[nn.Module, str, str]]:
     """The convolutions that a batch norm in eval mode follows at once, in the order of definition.
 
     Args:
         model: Whose modules run in the order in which they are defined.
-        kind: Of convolution.
+        kind: Of convolutions.
 
     Returns:
         The module they are in, and the names of both.

@@ -6,13 +6,15 @@
 map to keep for the backward pass but `x`; where maps are small beside the weight, that of the convolution is kept.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._linear import linear
-from timm_dynamic.ops.per_sample_conv import memory_format
+from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size
 
 # Up to so many multiplications a sample and positions of its map, all samples are one batched product; above, their
 # maps leave the cache between its steps.
@@ -140,11 +142,28 @@ def _is_small_product(x: Tensor, weight: Tensor, stride) -> bool:
 
 
 def conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
-    """`conv2d` of one sample, without groups; a 1x1 one is a product, and half the time."""
-    if not is_product(x, weight, stride):
+    """`conv2d` of one sample, without groups, as a product where that is faster.
+
+    A 1x1 convolution is, and takes half the time; and one with far more outputs than positions, as oneDNN's convolution
+    first copies its weight to another layout.
+    """
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if is_product(x, weight, stride):
+        columns = x[0].flatten(1)
+    elif 4 * math.prod(size) <= len(weight) and _may_be_product(x, weight):
+        columns = _columns(F.pad(x[0], (padding[1], padding[1], padding[0], padding[0])), weight, size, stride, dilation)
+    else:
         return F.conv2d(x, weight, bias, stride, padding, dilation)
-    y = linear(weight.flatten(1), x[0].flatten(1).t()).view(1, -1, *x.shape[2:])
+    y = linear(weight.flatten(1), columns.t()).view(1, -1, *size)
     return y if bias is None else y.add_(bias[:, None, None])
+
+
+def _columns(padded: Tensor, weight: Tensor, size: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """`[C * Kh * Kw, Ho * Wo]`: what the taps read at the output positions."""
+    C, Kh, Kw = weight.shape[1:]
+    map_, row, column = padded.stride()
+    strides = (map_, row * dilation[0], column * dilation[1], row * stride[0], column * stride[1])
+    return padded.as_strided((C, Kh, Kw, *size), strides).reshape(C * Kh * Kw, -1)
 
 
 def _conv_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, stride, padding, dilation):
@@ -158,9 +177,12 @@ def _conv_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool
 
 
 def is_product(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> bool:
-    pointwise = weight.shape[2:] == (1, 1) == tuple(stride) and x.is_contiguous()
+    return weight.shape[2:] == (1, 1) == tuple(stride) and _may_be_product(x, weight)
+
+
+def _may_be_product(x: Tensor, weight: Tensor) -> bool:
     # `linear` knows neither autograd nor autocast.
-    return pointwise and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
+    return x.is_contiguous() and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
 
 
 def combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-// CPU kernels of timm_dynamic::dcd_branch_ and ::dcd_sample_weights;
+// CPU kernels of timm_dynamic::dcd_branch_, ::dcd_pointwise and ::dcd_sample_weights;
 // timm_dynamic/ops/dcd_branch.py defines the operators.
 
 #include <torch/csrc/stable/library.h>
@@ -16,6 +16,7 @@
 #include "cpu_pointwise_args.h"
 #include "ddf_args.h"
 #include "ddf_cpu.h"
+#include "scaled_pointwise.h"
 
 namespace timm_dynamic {
 
@@ -35,7 +36,7 @@ struct DcdBranch {
   Pointwise q, p;  // C to L, and L to O
   const float *x, *fc_weight, *gate_weight, *phi_weight, *scale_weight;
   AffineNorm norm1, norm2;
-  float *pooled, *z, *gated, *phi, *scale;
+  float *pooled, *z, *gated, *phi, *scale, *slopes, *offsets;
   float *y, *u, *v;  // of dcd_branch_ alone; the rest of dcd_sample_weights
   const float *weight, *bias;
   float *base, *folded, *sample_weight, *sample_bias;
@@ -90,16 +91,24 @@ DcdBranch make_factors(const Tensor& x, const Tensors& fc, const Tensor& q, cons
   op.norm1 = make_norm(norm1, eps1, L, x), op.norm2 = make_norm(norm2, eps2, L, x);
 
   const int64_t maps = op.B * L * conv.outputs(), folded = L * (conv.C + 1);
-  const int64_t sizes[] = {op.B * op.pooled_size, op.B * s, op.B * s, op.B * squared,
-                           op.B * op.O,           maps,     maps,     folded,
+  const int64_t sizes[] = {op.B * op.pooled_size,
+                           op.B * s,
+                           op.B * s,
+                           op.B * squared,
+                           op.B * op.O,
+                           L,
+                           L,
+                           maps,
+                           maps,
+                           folded,
                            op.B * folded};
-  float** const buffers[] = {&op.pooled, &op.z, &op.gated, &op.phi,   &op.scale,
-                             &op.u,      &op.v, &op.base,  &op.folded};
+  float** const buffers[] = {&op.pooled,  &op.z, &op.gated, &op.phi,  &op.scale, &op.slopes,
+                             &op.offsets, &op.u, &op.v,     &op.base, &op.folded};
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
   scratch = empty(x, {total});
   float* at = static_cast<float*>(scratch.mutable_data_ptr());
-  for (int i = 0; i < 9; at += sizes[i++]) *buffers[i] = at;
+  for (int i = 0; i < 11; at += sizes[i++]) *buffers[i] = at;
 
   const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
   run(op, op.B * conv.C, conv.H * conv.W, kernels.pool);
@@ -120,6 +129,22 @@ void check(const Tensor& x, const Tensors& fc, const Tensor& q, int64_t pool_siz
                   "pool_size and stride must be positive");
 }
 
+// v, the branch before P.
+void run_latent(const DcdBranch& op) {
+  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
+  const Pointwise& q = op.q;
+  if (q.stride_y == 1 && q.stride_x == 1) {
+    for (int64_t l = 0; l < q.rows; ++l)
+      op.slopes[l] = op.norm1.slope(l), op.offsets[l] = op.norm1.offset(l);
+    ScaledPointwise project = unlimited(op.B, q.C, q.rows, q.outputs(), op.x, q.weight, op.u);
+    project.norm = op.slopes, project.shift = op.offsets;
+    run_scaled_pointwise(project);
+  } else {
+    run(op, op.B * q.blocks() * q.row_groups(), kRows * q.C * kBlock, kernels.project);
+  }
+  run(op, op.B * q.rows, q.rows * q.outputs(), kernels.fuse_channels);
+}
+
 void dcd_branch_(const Tensor& x, const Tensors& fc, const Tensor& q, const Tensors& norm1,
                  const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
                  int64_t stride_y, int64_t stride_x, Tensor y) {
@@ -130,10 +155,39 @@ void dcd_branch_(const Tensor& x, const Tensors& fc, const Tensor& q, const Tens
   parameter("y", y, op.B * op.O * op.q.outputs(), x);
   op.y = static_cast<float*>(y.mutable_data_ptr());
   const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
-  const int64_t L = op.q.rows, blocks = op.B * op.q.blocks();
-  run(op, blocks * op.q.row_groups(), kRows * op.q.C * kBlock, kernels.project);
-  run(op, op.B * L, L * op.q.outputs(), kernels.fuse_channels);
-  run(op, blocks * op.p.row_groups(), kRows * L * kBlock, kernels.expand);
+  run_latent(op);
+  run(op, op.B * op.p.blocks() * op.p.row_groups(), kRows * op.p.C * kBlock, kernels.expand);
+}
+
+Tensor dcd_pointwise(const Tensor& x, const Tensors& fc, const Tensor& q, const Tensors& norm1,
+                     const Tensors& norm2, double eps1, double eps2, int64_t pool_size,
+                     const Tensor& p, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const Tensor& norm_scale, const Tensor& norm_shift, double low, double high) {
+  check(x, fc, q, pool_size, 1, 1);
+  Tensor scratch = x;
+  const DcdBranch op =
+      make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
+  const int64_t C = op.q.C, positions = op.q.outputs();
+  const Tensor out = empty(x, {op.B, op.O, x.size(2), x.size(3)});
+  ScaledPointwise product =
+      unlimited(op.B, C, op.O, positions, op.x, parameter("weight", weight, op.O * C, x),
+                static_cast<float*>(out.mutable_data_ptr()));
+  product.out_scale = op.scale, product.L = op.q.rows, product.p = op.p.weight, product.v = op.v;
+  product.norm = parameter("norm_scale", norm_scale, op.O, x);
+  product.shift = parameter("norm_shift", norm_shift, op.O, x);
+  std::vector<float> shifts;
+  if (bias) {
+    const float* const own = parameter("bias", *bias, op.O, x);
+    for (int64_t i = 0; i < op.B * op.O; ++i) {
+      const int64_t o = i % op.O;
+      shifts.push_back(product.norm[o] * op.scale[i] * own[o] + product.shift[o]);
+    }
+    product.shift = shifts.data(), product.shift_stride = op.O;
+  }
+  product.low = static_cast<float>(low), product.high = static_cast<float>(high);
+  run_latent(op);
+  run_scaled_pointwise(product);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> dcd_sample_weights(const Tensor& x, const Tensors& fc, const Tensor& q,
@@ -165,6 +219,7 @@ std::tuple<Tensor, Tensor> dcd_sample_weights(const Tensor& x, const Tensors& fc
 
 STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CPU, m) {
   m.impl("dcd_branch_", TORCH_BOX(&dcd_branch_));
+  m.impl("dcd_pointwise", TORCH_BOX(&dcd_pointwise));
   m.impl("dcd_sample_weights", TORCH_BOX(&dcd_sample_weights));
 }
 

@@ -1,6 +1,7 @@
 // Gates, for one instruction set; see cpu_vectors.h for what the includer defines, and
 // factored_gates.cpp for the operator.
 
+#include "cpu_vectors.h"
 #include "hidden_layer_cpu.h"
 
 namespace timm_dynamic::ISA {

@@ -1,7 +1,5 @@
 // The average-pooled input and a hidden vector of it, for one instruction set: see hidden_layer.h,
-// and cpu_vectors.h for what the includer defines.
-
-#include "cpu_vectors.h"
+// and cpu_vectors.h, which the includer includes before.
 
 namespace timm_dynamic::ISA {
 

@@ -1,6 +1,7 @@
 // How kernels are weighed, mixed and applied, for one instruction set; see cpu_vectors.h for what
 // the includer defines, and mixed_conv.cpp for the operators.
 
+#include "cpu_products.h"
 #include "hidden_layer_cpu.h"
 
 namespace timm_dynamic::ISA {
@@ -48,23 +49,15 @@ inline void mix(const MixedPointwise& op, int64_t begin, int64_t end) {
     mix_elements<kTogether>(op, begin * kMixBlock, last);
 }
 
-constexpr int64_t kOutputs = ISA_LEVEL == 4 ? 8 : 4;
-constexpr int kVectors = 3;  // as many accumulators for each output: within the registers
-
 // `outputs` <= kOutputs rows of the result at `count` <= kWidth vectors of positions; x is [C,
 // kWidth vectors].
 template <int kWidth>
 INLINE void multiply(const MixedPointwise& op, const float* weight, const float* x, float* out,
                      int64_t outputs, int64_t count) {
   const float* rows[kOutputs];
-  for (int64_t r = 0; r < kOutputs; ++r) rows[r] = weight + std::min(r, outputs - 1) * op.C;
-  Vec<float> sums[kOutputs][kWidth] = {};
-  for (int64_t c = 0; c < op.C; ++c, x += kWidth * kLanes<float>) {
-    Vec<float> values[kWidth];
-    for (int v = 0; v < kWidth; ++v) values[v] = load<float>(x + v * kLanes<float>);
-    for (int64_t r = 0; r < kOutputs; ++r)
-      for (int v = 0; v < kWidth; ++v) sums[r][v] += broadcast(rows[r][c]) * values[v];
-  }
+  take_rows(rows, weight, outputs, op.C);
+  Sums<kWidth> sums = {};
+  accumulate<kWidth>(sums, rows, op.C, x);
   for (int64_t r = 0; r < outputs; ++r, out += op.positions)
     for (int v = 0; v < kWidth; ++v)
       store<float>(out + v * kLanes<float>, sums[r][v], count - v * kLanes<float>);
@@ -78,20 +71,6 @@ INLINE void multiply_few(const MixedPointwise& op, const float* weight, const fl
       out[r * op.positions + i] = dot(weight + r * op.C, x + i * op.C, op.C);
 }
 
-// Divides `count` positions into strips of up to kVectors vectors, and a last one of single
-// positions where they are few. Calls f(first, count, vectors), 0 vectors for single positions.
-template <typename F>
-INLINE void strips(int64_t count, const F& f) {
-  constexpr int64_t n = kLanes<float>;
-  int64_t at = 0;
-  for (; count - at >= kVectors * n; at += kVectors * n) f(at, kVectors * n, kVectors);
-  int64_t left = count - at;
-  const int64_t few = left % n <= n / 4 ? left % n : 0;
-  left -= few;
-  if (left) f(at, left, static_cast<int>((left + n - 1) / n));
-  if (few) f(at + left, few, 0);
-}
-
 // Units are (part of the outputs, sample, block of positions).
 inline void mixed_convolve(const MixedPointwise& op, int64_t begin, int64_t end) {
   const auto packed = std::make_unique_for_overwrite<float[]>(op.C * op.block);
@@ -101,16 +80,7 @@ inline void mixed_convolve(const MixedPointwise& op, int64_t begin, int64_t end)
     const int64_t first = i % op.blocks * op.block;
     const int64_t count = std::min(op.block, op.positions - first);
     const float* const x = op.x + b * op.C * op.positions + first;
-    strips(count, [&](int64_t at, int64_t n, int vectors) {
-      float* to = packed.get() + at * op.C;
-      for (int64_t c = 0; c < op.C; ++c) {
-        const float* const from = x + c * op.positions + at;
-        for (int v = 0; v < vectors; ++v, to += kLanes<float>)
-          store<float>(to, load<float>(from + v * kLanes<float>, n - v * kLanes<float>));
-        if (!vectors)
-          for (int64_t k = 0; k < n; ++k) to[k * op.C + c] = from[k];
-      }
-    });
+    pack_rows(x, op.positions, nullptr, op.C, 0, op.C, count, packed.get());
     const int64_t last = std::min((part + 1) * groups / op.parts * kOutputs, op.Co);
     for (int64_t row = part * groups / op.parts * kOutputs; row < last; row += kOutputs)
       strips(count, [&](int64_t at, int64_t n, int vectors) {
@@ -125,8 +95,6 @@ inline void mixed_convolve(const MixedPointwise& op, int64_t begin, int64_t end)
   }
 }
 
-inline MixedPointwiseKernels mixed_pointwise_kernels() {
-  return {mix, mixed_convolve, kVectors * kLanes<float>};
-}
+inline MixedPointwiseKernels mixed_pointwise_kernels() { return {mix, mixed_convolve, kStrip}; }
 
 }  // namespace timm_dynamic::ISA

@@ -15,11 +15,11 @@ from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.folding import Items
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import shortcut_serves
-from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
 from timm_dynamic.ops.dcd_training import dcd_conv, serves
 from timm_dynamic.ops.pool_and_project import pool, project
-from timm_dynamic.ops.scaled_conv import combine, conv_sample, is_product
+from timm_dynamic.ops.scaled_conv import combine, conv_sample
+from timm_dynamic.ops.scaled_pointwise import scaled_pointwise_serves
 
 
 class _Factors(nn.Module):
@@ -199,13 +199,14 @@ class DCDConv2d(DropInConv2d, _Factors):
 
     @torch.jit.unused
     def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
-        """What `timm_dynamic.ops.affine_` makes of the output; None where this is no faster than one after the other.
+        """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
 
         Args:
             x: As for `forward`.
             norm: Scale, shift and limits.
         """
-        return self._by_operators(x, norm) if shortcut_serves(x, self.weight) and _are_affine(self.bn1, self.bn2) else None
+        serves = shortcut_serves(x, self.weight) and _are_affine(self.bn1, self.bn2)
+        return self._by_operators(x, norm) if serves else None
 
     def _pool(self, x: Tensor) -> Tensor:
         return pool(x, self.pool_size)
@@ -246,33 +247,40 @@ class DCDConv2d(DropInConv2d, _Factors):
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
     def _by_operators(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float] | None = None) -> Tensor:
-        arguments = (x, *self._branch_arguments(self.pool_size))
+        branch, weight, bias = self._branch_arguments(self.pool_size), self.weight, self.bias
         options = (self.stride, self._padding, self.dilation)
+        pointwise = self.groups == 1 and scaled_pointwise_serves(x, weight, self.stride)
         if self._has_large_maps(x):
-            weight, bias = torch.ops.timm_dynamic.dcd_sample_weights(*arguments, self.weight, self.bias)
-            if norm is not None and len(x) == 1:  # it adds the bias
-                scale, shift, *limits = norm
-                norm = scale, torch.addcmul(shift, scale, bias[0]), *limits
-                y = conv_sample(self._pad(x), weight[0], None, *options)
+            own, shift = torch.ops.timm_dynamic.dcd_sample_weights(x, *branch, weight, bias)
+            scale, limits = None, (-torch.inf, torch.inf)
+            if norm is not None and (pointwise or len(x) == 1):  # what adds the bias does the norm
+                scale, norm_shift, *limits = norm
+                shift, norm = torch.addcmul(norm_shift, scale, shift), None
+            if pointwise:
+                scale = None if scale is None else scale.repeat(len(x), 1)
+                y = torch.ops.timm_dynamic.scaled_pointwise(
+                    x, own.flatten(2), None, scale, None, None, shift, *limits
+                )
+            elif scale is not None:
+                y = conv_sample(self._pad(x), own[0], None, *options)
+                torch.ops.timm_dynamic.affine_(y, scale, shift[0], *limits)
             else:
-                y = self._convolve_each(x, weight, bias)
+                y = self._convolve_each(x, own, shift)
+        elif pointwise:
+            if norm is None:
+                norm = torch.ones_like(weight[:, 0, 0, 0]), torch.zeros_like(weight[:, 0, 0, 0]), -torch.inf, torch.inf
+            y, norm = torch.ops.timm_dynamic.dcd_pointwise(x, *branch, weight, bias, *norm), None
         else:
             one = len(x) == self.groups == 1
-            y = conv_sample(self._pad(x), self.weight, self.bias, *options) if one else self.conv(x)
-            torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
+            y = conv_sample(self._pad(x), weight, bias, *options) if one else self.conv(x)
+            torch.ops.timm_dynamic.dcd_branch_(x, *branch, *self.stride, y)
         if norm is not None:
             torch.ops.timm_dynamic.affine_(y, *norm)
         return y
 
     def _convolve_each(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x, options = self._pad(x), (self.stride, self._padding, self.dilation)
-        if len(x) > 1 and is_product(x, weight[0], self.stride):
-            out = x.new_empty(len(x), self.out_channels, *x.shape[2:])
-            for own_x, own_weight, own_bias, own_out in zip(x, weight, bias, out, strict=True):
-                product = linear(own_weight.flatten(1), own_x.flatten(1).t())
-                torch.add(product, own_bias[:, None], out=own_out.flatten(1))
-            return out
-        samples = zip(x.split(1), weight, bias, strict=True)
+        options = (self.stride, self._padding, self.dilation)
+        samples = zip(self._pad(x).split(1), weight, bias, strict=True)
         outputs = [conv_sample(*sample, *options) for sample in samples]
         return outputs[0] if len(x) == 1 else torch.cat(outputs)
 

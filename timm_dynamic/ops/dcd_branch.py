@@ -2,6 +2,7 @@
 
     z = hsig(G F pool(x)) * F pool(x)        Phi = fc_phi z        scale = hsig(fc_scale z)
     dcd_branch_:         scale * y + P (BN2(Phi BN1(Q x)) + BN1(Q x)) for y = conv(x), in the place of y
+    dcd_pointwise:       the same for a 1x1 convolution, which it does, and the norm behind the layer
     dcd_sample_weights:  scale * weight + P (S2 Phi + I) S1 Q, with the product at the central tap, and the bias
 
 (Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021; the norms are affine in eval mode: a
@@ -72,6 +73,38 @@ def dcd_branch_reference(
     y.mul_(scale[:, :, None, None]).add_(F.conv2d(v.view(z.shape), p.flatten(1)[:, :, None, None]))
 
 
+def dcd_pointwise_reference(
+    x: Tensor,
+    fc: list[Tensor],
+    q: Tensor,
+    norm1: list[Tensor],
+    norm2: list[Tensor],
+    eps1: float,
+    eps2: float,
+    pool_size: int,
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_scale: Tensor,
+    norm_shift: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    """Defines `torch.ops.timm_dynamic.dcd_pointwise`.
+
+    Args:
+        x, fc, q, norm1, norm2, eps1, eps2, pool_size, p: As for `dcd_branch_reference`.
+        weight, bias: `[O, C, 1, 1]` and `[O]`.
+        norm_scale, norm_shift, low, high: The output is `clamp(norm_scale * y + norm_shift)`; `[O]` each, and limits.
+
+    Returns:
+        `[B, O, H, W]`.
+    """
+    y = F.conv2d(x, weight, bias)
+    dcd_branch_reference(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, 1, 1, y)
+    return (y * norm_scale[:, None, None] + norm_shift[:, None, None]).clamp(low, high)
+
+
 def dcd_sample_weights_reference(
     x: Tensor,
     fc: list[Tensor],
@@ -115,15 +148,26 @@ torch.library.define(
     f"{NAMESPACE}::dcd_branch_", f"({_COMMON}, int stride_y, int stride_x, Tensor(a!) y) -> ()", tags=_TAGS
 )
 torch.library.define(
+    f"{NAMESPACE}::dcd_pointwise",
+    f"({_COMMON}, Tensor weight, Tensor? bias, Tensor norm_scale, Tensor norm_shift, float low, float high) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
     f"{NAMESPACE}::dcd_sample_weights", f"({_COMMON}, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", tags=_TAGS
 )
 torch.library.impl(f"{NAMESPACE}::dcd_branch_", "CompositeExplicitAutograd")(dcd_branch_reference)
+torch.library.impl(f"{NAMESPACE}::dcd_pointwise", "CompositeExplicitAutograd")(dcd_pointwise_reference)
 torch.library.impl(f"{NAMESPACE}::dcd_sample_weights", "CompositeExplicitAutograd")(dcd_sample_weights_reference)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dcd_branch_")
 def _dcd_branch_fake(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, stride_y, stride_x, y):
     return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dcd_pointwise")
+def _dcd_pointwise_fake(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, weight, *others):
+    return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dcd_sample_weights")

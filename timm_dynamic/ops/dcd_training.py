@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.ops.dcd_branch import factors
-from timm_dynamic.ops.pool_and_project import pool, pool_and_project_backward, project
+from timm_dynamic.ops.pool_and_project import add_pool_backward, pool, pool_and_project_backward, project
 from timm_dynamic.ops.scaled_conv import in_cache, scaled_conv, scaled_conv_backward
+from timm_dynamic.ops.scaled_pointwise import scaled_pointwise_serves
 
 
 def dcd_conv(
@@ -53,7 +54,12 @@ class _DCDConv(torch.autograd.Function):
         phi, scale = factors(pooled, fc)
         u, *statistics1 = _normalise(z, weight1, bias1, bn1)
         v, *statistics2 = _normalise(torch.bmm(phi, u), weight2, bias2, bn2)
-        out, y = scaled_conv(x, scale, weight, bias, p, v.add_(u), own_weights, options)
+        v.add_(u)
+        if _is_pointwise(x, weight, options):
+            shift = None if bias is None else bias * scale
+            out, y = _pointwise(x, weight.flatten(1), out_scale=scale, p=p.flatten(1), v=v, shift=shift), None
+        else:
+            out, y = scaled_conv(x, scale, weight, bias, p, v, own_weights, options)
         return out, y, pooled, z, *statistics1, *statistics2
 
     @staticmethod
@@ -78,15 +84,48 @@ class _DCDConv(torch.autograd.Function):
         w = torch.bmm(phi, u)
         v = _affine(w, bias2, *norm2).add_(u)
         needs_x = ctx.needs_input_grad[0]
-        dx, dscale, dweight, dbias, dp, dv = scaled_conv_backward(
-            grad, y, x, scale, weight, bias, p, v, needs_x, ctx.options
-        )
+        pointwise = _is_pointwise(x, weight, ctx.options)
+        if pointwise:
+            grad = grad.contiguous()
+            dv = _pointwise(grad, p.flatten(1).t().contiguous()).flatten(2)
+        else:
+            dx, dscale, dweight, dbias, dp, dv = scaled_conv_backward(
+                grad, y, x, scale, weight, bias, p, v, needs_x, ctx.options
+            )
         dw, *dnorm2 = _normalise_backward(dv, w, *norm2)
         dphi = torch.bmm(dw, u.mT)
         dz, *dnorm1 = _normalise_backward(dv.baddbmm_(phi.mT, dw), z, *norm1)
+        if pointwise:
+            dweight, dscale, dp, dq = torch.ops.timm_dynamic.scaled_pointwise_grads(
+                grad, dz, x, v, scale, weight.flatten(1)
+            )
+            dweight, dp, dq, dbias = dweight.view_as(weight), dp.view_as(p), dq.view_as(q), None
+            if bias is not None:
+                sums = grad.sum((2, 3))
+                dscale.addcmul_(sums, bias)
+                dbias = (sums * scale).sum(0)
         dpooled, *dfc = _factors_backward(dphi, dscale, pooled, *fc)
-        dq = pool_and_project_backward(dpooled, dz, x, q, ctx.pool_size, ctx.options[0], dx)
+        if not pointwise:
+            dq = pool_and_project_backward(dpooled, dz, x, q, ctx.pool_size, ctx.options[0], dx)
+        elif needs_x:
+            shift = dpooled / x[0, 0].numel() if ctx.pool_size == 1 else None
+            matrices = (t.flatten(1).t().contiguous() for t in (weight, q))
+            dx = _pointwise(grad, next(matrices), in_scale=scale, p=next(matrices), v=dz, shift=shift)
+            if shift is None:
+                add_pool_backward(dx, dpooled, x, ctx.pool_size)
+        else:
+            dx = None
         return dx, dweight, dbias, dq, dp, *dnorm1, *dnorm2, *dfc, None, None, None, None, None
+
+
+def _is_pointwise(x: Tensor, weight: Tensor, options: tuple) -> bool:
+    stride, padding, _, groups = options
+    return groups == 1 and not any(padding) and scaled_pointwise_serves(x, weight, stride)
+
+
+def _pointwise(x: Tensor, weight: Tensor, in_scale=None, out_scale=None, p=None, v=None, shift=None) -> Tensor:
+    no_limits = (-torch.inf, torch.inf)
+    return torch.ops.timm_dynamic.scaled_pointwise(x, weight, in_scale, out_scale, p, v, shift, *no_limits)
 
 
 def _normalise(z: Tensor, weight: Tensor, bias: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

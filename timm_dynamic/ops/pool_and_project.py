@@ -35,8 +35,13 @@ def pool_and_project_backward(
             dx_.flatten(2).baddbmm_(matrix, dz_)
         else:
             dx_[:, :, ::sy, ::sx].add_(torch.bmm(matrix, dz_).view(read.shape))
-        if pool_size == 1:
-            dx_ += (dpooled_ / x_[0, 0].numel())[:, :, None, None]
-        else:
-            dx_ += torch.ops.aten._adaptive_avg_pool2d_backward(dpooled_.view(*x_.shape[:2], pool_size, -1), x_)
+        add_pool_backward(dx_, dpooled_, x_, pool_size)
     return dq
+
+
+def add_pool_backward(dx: Tensor, dpooled: Tensor, x: Tensor, size: int) -> None:
+    """Add the gradient of `x` in `pool(x, size)` to `dx`."""
+    if size == 1:
+        dx += (dpooled / x[0, 0].numel())[:, :, None, None]
+    else:
+        dx += torch.ops.aten._adaptive_avg_pool2d_backward(dpooled.view(*x.shape[:2], size, -1), x)

@@ -16,9 +16,6 @@ from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size
 
-# Up to so many multiplications a sample and positions of its map, all samples are one batched product; above, their
-# maps leave the cache between its steps.
-_SMALL_PRODUCT, _SMALL_MAP = 11 * 10**6, 28 * 28
 _IN_CACHE = 2**18  # numbers of a map
 
 
@@ -45,13 +42,6 @@ def scaled_conv(
         for y_, scale_, v_, out_ in in_cache(y, scale, v, out):
             combine(torch.mul(y_, scale_[:, :, None, None], out=out_), p, v_)
         return out, y
-    stride = options[0]
-    if _is_small_product(x, weight, stride):
-        y = torch.bmm(weight.flatten(1) * scale[:, :, None], x.flatten(2))
-        y.baddbmm_(p.flatten(1).expand(len(x), -1, -1), v)
-        if bias is not None:
-            y += (bias * scale)[:, :, None]
-        return y.view(len(x), len(weight), *x.shape[2:]), None
     out = None
     # Sample by sample: as long as its map is in the cache, nothing of its size is read from memory twice.
     for b in range(len(x)):
@@ -93,14 +83,15 @@ def scaled_conv_backward(
             dy, x, weight, sizes, *conv, False, (0, 0), groups, mask
         )
         return dx, dscale, dweight, dbias, dp, dv
-    if _is_small_product(x, weight, options[0]):
-        return _small_product_backward(grad, x, scale, weight, bias, p, v, needs_x)
     dx, dv, dscale = torch.empty_like(x) if needs_x else None, torch.empty_like(v), torch.empty_like(scale)
     dweight, dp = torch.zeros_like(weight), torch.zeros_like(p)
     dbias = None if bias is None else torch.zeros_like(bias)
     for b in range(len(x)):
         g, s = grad[b : b + 1], scale[b, :, None, None, None]
-        dx_b, dw = _conv_sample_backward(g, x[b : b + 1], weight * s, needs_x, *options[:3])
+        dx_b, dw, _ = torch.ops.aten.convolution_backward(
+            *(g, x[b : b + 1], weight * s, None, *options[:3], False, (0, 0), 1),
+            (needs_x, True, False),
+        )
         if needs_x:
             dx[b] = dx_b[0]
         dweight.addcmul_(dw, s)
@@ -115,20 +106,6 @@ def scaled_conv_backward(
     return dx, dscale, dweight, dbias, dp, dv
 
 
-def _small_product_backward(grad, x, scale, weight, bias, p, v, needs_x):
-    g, matrix = grad.flatten(2), weight.flatten(1)
-    dw = torch.bmm(g, x.flatten(2).mT)
-    dscale, dweight, dbias, dx = (dw * matrix).sum(2), (dw * scale[:, :, None]).sum(0), None, None
-    if bias is not None:
-        db = g.sum(2)
-        dscale, dbias = dscale + db * bias, (db * scale).sum(0)
-    if needs_x:
-        dx = torch.bmm((matrix * scale[:, :, None]).mT, g).view_as(x)
-    dp = torch.bmm(g, v.mT).sum(0).view_as(p)
-    dv = torch.bmm(p.flatten(1).t().expand(len(x), -1, -1), g)
-    return dx, dscale, dweight.view_as(weight), dbias, dp, dv
-
-
 def in_cache(*tensors: Tensor):
     """Their parts, of so many samples that the first one's maps stay in a CPU's cache from an operation to the next."""
     maps = tensors[0]
@@ -136,53 +113,27 @@ def in_cache(*tensors: Tensor):
     return zip(*(t.split(samples) for t in tensors), strict=True)
 
 
-def _is_small_product(x: Tensor, weight: Tensor, stride) -> bool:
-    small = x.shape[2] * x.shape[3] <= _SMALL_MAP and weight[..., 0].numel() * x[0, 0].numel() <= _SMALL_PRODUCT
-    return small and is_product(x, weight, stride)
-
-
 def conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
-    """`conv2d` of one sample, without groups, as a product where that is faster.
+    """`conv2d` of one sample, without groups.
 
-    A 1x1 convolution is, and takes half the time; and one with far more outputs than positions, as oneDNN's convolution
-    first copies its weight to another layout.
+    With far more outputs than positions it is a product: oneDNN's convolution first copies its weight to another layout.
     """
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if is_product(x, weight, stride):
-        columns = x[0].flatten(1)
-    elif 4 * math.prod(size) <= len(weight) and _may_be_product(x, weight):
-        columns = _columns(F.pad(x[0], (padding[1], padding[1], padding[0], padding[0])), weight, size, stride, dilation)
-    else:
+    # `linear` knows neither autograd nor autocast.
+    plain = x.is_contiguous() and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
+    if not plain or 4 * math.prod(size) > len(weight):
         return F.conv2d(x, weight, bias, stride, padding, dilation)
+    padded = F.pad(x[0], (padding[1], padding[1], padding[0], padding[0]))
+    columns = _columns(padded, weight.shape[1:], size, stride, dilation)
     y = linear(weight.flatten(1), columns.t()).view(1, -1, *size)
     return y if bias is None else y.add_(bias[:, None, None])
 
 
-def _columns(padded: Tensor, weight: Tensor, size: Pair, stride: Pair, dilation: Pair) -> Tensor:
-    """`[C * Kh * Kw, Ho * Wo]`: what the taps read at the output positions."""
-    C, Kh, Kw = weight.shape[1:]
+def _columns(padded: Tensor, kernel: torch.Size, size: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    """`[C * Kh * Kw, Ho * Wo]`: what the taps of a kernel, `[C, Kh, Kw]`, read at the output positions."""
     map_, row, column = padded.stride()
     strides = (map_, row * dilation[0], column * dilation[1], row * stride[0], column * stride[1])
-    return padded.as_strided((C, Kh, Kw, *size), strides).reshape(C * Kh * Kw, -1)
-
-
-def _conv_sample_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, stride, padding, dilation):
-    """The gradients of the sample, if needed, and of the weight."""
-    if not is_product(x, weight, stride):
-        options = (None, stride, padding, dilation, False, (0, 0), 1, (needs_x, True, False))
-        return torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
-    grad_map, matrix = grad[0].flatten(1), weight.flatten(1)
-    grad_x = linear(matrix.t(), grad_map.t()).view_as(x) if needs_x else None
-    return grad_x, linear(grad_map, x[0].flatten(1)).view_as(weight)
-
-
-def is_product(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> bool:
-    return weight.shape[2:] == (1, 1) == tuple(stride) and _may_be_product(x, weight)
-
-
-def _may_be_product(x: Tensor, weight: Tensor) -> bool:
-    # `linear` knows neither autograd nor autocast.
-    return x.is_contiguous() and not torch.is_grad_enabled() and x.dtype == weight.dtype == autocast_dtype(x)
+    return padded.as_strided((*kernel, *size), strides).reshape(kernel.numel(), -1)
 
 
 def combine(y: Tensor, p: Tensor, v: Tensor, scale: Tensor | None = None) -> Tensor:

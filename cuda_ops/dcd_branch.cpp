@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -159,32 +160,62 @@ void dcd_branch_(const Tensor& x, const Tensors& fc, const Tensor& q, const Tens
   run(op, op.B * op.p.blocks() * op.p.row_groups(), kRows * op.p.C * kBlock, kernels.expand);
 }
 
+void make_sample_weights(DcdBranch op, const Tensor& weight, const std::optional<Tensor>& bias,
+                         float* weights, float* biases) {
+  const int64_t L = op.q.rows, C = op.q.C;
+  op.taps = weight.numel() / (op.O * C);
+  op.weight = parameter("weight", weight, op.O * C * op.taps, weight);
+  op.bias = bias ? parameter("bias", *bias, op.O, weight) : nullptr;
+  op.sample_weight = weights, op.sample_bias = biases;
+  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
+  run(op, L, C, kernels.fold_base);
+  run(op, op.B * L, L * C, kernels.fold);
+  run(op, op.B * op.O, (L + op.taps) * C, kernels.sample_weights);
+}
+
+// The layer's biases, [B, O], become those behind the norm.
+void add_norm(ScaledPointwise& product, std::vector<float>& biases, const float* shift) {
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const size_t o = i % product.O;
+    biases[i] = (product.norm ? product.norm[o] : 1.0f) * biases[i] + (shift ? shift[o] : 0.0f);
+  }
+  product.shift = biases.data(), product.shift_stride = product.O;
+}
+
 Tensor dcd_pointwise(const Tensor& x, const Tensors& fc, const Tensor& q, const Tensors& norm1,
                      const Tensors& norm2, double eps1, double eps2, int64_t pool_size,
                      const Tensor& p, const Tensor& weight, const std::optional<Tensor>& bias,
-                     const Tensor& norm_scale, const Tensor& norm_shift, double low, double high) {
+                     const std::optional<Tensor>& norm_scale,
+                     const std::optional<Tensor>& norm_shift, double low, double high) {
   check(x, fc, q, pool_size, 1, 1);
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) * weight.size(3) == 1,
+      "weight must be [O, ", x.size(1), ", 1, 1], got ", shape_text(weight));
   Tensor scratch = x;
-  const DcdBranch op =
-      make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
-  const int64_t C = op.q.C, positions = op.q.outputs();
-  const Tensor out = empty(x, {op.B, op.O, x.size(2), x.size(3)});
+  DcdBranch op = make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
+  const int64_t B = op.B, C = op.q.C, O = op.O, positions = op.q.outputs();
+  const Tensor out = empty(x, {B, O, x.size(2), x.size(3)});
   ScaledPointwise product =
-      unlimited(op.B, C, op.O, positions, op.x, parameter("weight", weight, op.O * C, x),
+      unlimited(B, C, O, positions, op.x, parameter("weight", weight, O * C, x),
                 static_cast<float*>(out.mutable_data_ptr()));
-  product.out_scale = op.scale, product.L = op.q.rows, product.p = op.p.weight, product.v = op.v;
-  product.norm = parameter("norm_scale", norm_scale, op.O, x);
-  product.shift = parameter("norm_shift", norm_shift, op.O, x);
-  std::vector<float> shifts;
-  if (bias) {
-    const float* const own = parameter("bias", *bias, op.O, x);
-    for (int64_t i = 0; i < op.B * op.O; ++i) {
-      const int64_t o = i % op.O;
-      shifts.push_back(product.norm[o] * op.scale[i] * own[o] + product.shift[o]);
-    }
-    product.shift = shifts.data(), product.shift_stride = op.O;
-  }
+  product.norm = norm_scale ? parameter("norm_scale", *norm_scale, O, x) : nullptr;
+  const float* const shift = norm_shift ? parameter("norm_shift", *norm_shift, O, x) : nullptr;
   product.low = static_cast<float>(low), product.high = static_cast<float>(high);
+  std::vector<float> biases(B * O);
+  if (2 * O * C <= positions * (C + O)) {  // maps are large beside the weight
+    const auto weights = std::make_unique_for_overwrite<float[]>(B * O * C);
+    make_sample_weights(op, weight, bias, weights.get(), biases.data());
+    product.weight = weights.get(), product.weight_stride = O * C;
+    add_norm(product, biases, shift);
+    run_scaled_pointwise(product);
+    return out;
+  }
+  if (bias) {
+    const float* const own = parameter("bias", *bias, O, x);
+    for (int64_t i = 0; i < B * O; ++i) biases[i] = op.scale[i] * own[i % O];
+  }
+  add_norm(product, biases, shift);
+  product.out_scale = op.scale, product.L = op.q.rows, product.p = op.p.weight, product.v = op.v;
   run_latent(op);
   run_scaled_pointwise(product);
   return out;
@@ -199,19 +230,12 @@ std::tuple<Tensor, Tensor> dcd_sample_weights(const Tensor& x, const Tensors& fc
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1),
                   "weight must be [O, C, Kh, Kw], got ", shape_text(weight));
   Tensor scratch = x;
-  DcdBranch op = make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
-  const int64_t L = op.q.rows, C = op.q.C;
-  op.taps = weight.size(2) * weight.size(3);
-  op.weight = parameter("weight", weight, op.O * C * op.taps, x);
-  op.bias = bias ? parameter("bias", *bias, op.O, x) : nullptr;
-  const Tensor weights = empty(x, {op.B, op.O, C, weight.size(2), weight.size(3)});
+  const DcdBranch op =
+      make_factors(x, fc, q, norm1, norm2, eps1, eps2, pool_size, 1, 1, p, scratch);
+  const Tensor weights = empty(x, {op.B, op.O, op.q.C, weight.size(2), weight.size(3)});
   const Tensor biases = empty(x, {op.B, op.O});
-  op.sample_weight = static_cast<float*>(weights.mutable_data_ptr());
-  op.sample_bias = static_cast<float*>(biases.mutable_data_ptr());
-  const DcdBranchKernels kernels = CHOOSE_KERNELS(dcd_branch_kernels());
-  run(op, L, C, kernels.fold_base);
-  run(op, op.B * L, L * C, kernels.fold);
-  run(op, op.B * op.O, (L + op.taps) * C, kernels.sample_weights);
+  make_sample_weights(op, weight, bias, static_cast<float*>(weights.mutable_data_ptr()),
+                      static_cast<float*>(biases.mutable_data_ptr()));
   return {weights, biases};
 }
 

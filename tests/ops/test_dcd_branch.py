@@ -14,7 +14,9 @@ CASES = {  # in, out, kernel size, stride, batch, height, width, other arguments
     "3x3, large maps": (8, 8, 3, 1, 3, 21, 20, {"padding": 1, "bias": True}),
     "3x3, strided, large maps": (6, 9, 3, 2, 2, 41, 40, {"padding": 1, "pool_size": 3}),
     "1x1, small maps": (128, 256, 1, 1, 1, 7, 7, {}),
+    "1x1, large maps, bias": (9, 21, 1, 1, 3, 21, 20, {"bias": True, "pool_size": 2}),
     "1x1, tiny maps": (64, 40, 1, 1, 4, 1, 1, {"bias": True}),
+    "3x3, few positions": (16, 200, 3, 2, 1, 13, 11, {"padding": 1, "bias": True}),
     "3x3, small maps": (64, 32, 3, 1, 2, 9, 5, {"padding": 1, "bias": True, "pool_size": 2}),
     "3x3, strided both ways": (32, 32, 3, (1, 2), 1, 6, 7, {"padding": 2, "dilation": 2}),
     "grouped": (32, 64, 3, 2, 2, 30, 30, {"padding": 1, "groups": 4, "latent_dim": 11}),
@@ -40,10 +42,35 @@ def test_equals_the_layer(case, monkeypatch):
     layer, x = layer_and_input(case)
     calls = count_calls(monkeypatch)
     out = layer(x)
-    assert calls == ["dcd_sample_weights" if "large" in case else "dcd_branch_"]
+    assert calls == ["dcd_pointwise" if "1x1" in case else "dcd_sample_weights" if "large" in case else "dcd_branch_"]
     expected = layer.double()(x.double())
     assert calls == calls[:1]
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=2e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_with_a_norm_behind(case):
+    layer, x = layer_and_input(case)
+    scale, shift = torch.randn(2, layer.out_channels)
+    y = layer.double()(x.double())
+    expected = (y * scale[:, None, None] + shift[:, None, None]).clamp(-0.5, 0.7)
+    out = layer.float().forward_normed(x, (scale, shift, -0.5, 0.7))
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=2e-6 * y.abs().max().item())
+    assert (
+        layer.forward_normed(x.transpose(2, 3).contiguous().transpose(2, 3), (scale, shift, 0, 1)) is None
+        or 1 in x.shape[2:]
+    )
+
+
+@torch.no_grad()
+def test_other_tensors_in_the_layer():
+    layer, x = layer_and_input("1x1, small maps")
+    layer(x)
+    layer.fc_scale.weight = torch.nn.Parameter(torch.randn_like(layer.fc_scale.weight))
+    layer.bn1 = torch.nn.BatchNorm2d(layer.latent_dim).eval()
+    layer.p.weight.mul_(2)
+    torch.testing.assert_close(layer(x), layer.double()(x.double()).float(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -60,7 +87,7 @@ def test_equals_the_classifier(monkeypatch):
 
 def count_calls(monkeypatch) -> list[str]:
     calls = []
-    for name in ("dcd_branch_", "dcd_sample_weights"):
+    for name in ("dcd_branch_", "dcd_pointwise", "dcd_sample_weights"):
         operator = getattr(torch.ops.timm_dynamic, name)
         counted = lambda *args, name=name, operator=operator: calls.append(name) or operator(*args)  # noqa: E731
         monkeypatch.setattr(torch.ops.timm_dynamic, name, counted, raising=False)
@@ -90,11 +117,16 @@ def test_serves(change, serves):
     assert not shortcut_serves(x, layer.weight)
 
 
-@pytest.mark.parametrize("case", ["3x3, small maps", "grouped"])
+@pytest.mark.parametrize("case", ["3x3, small maps", "grouped", "1x1, tiny maps"])
 @torch.no_grad()
 def test_opcheck(case):
     layer, x = layer_and_input(case)
     common = (x, *layer._branch_arguments(layer.pool_size))
+    if "1x1" in case:
+        norm = (torch.rand(layer.out_channels), None, -1.0, 1.0)
+        arguments = (*common, layer.weight, layer.bias, *norm)
+        torch.library.opcheck(torch.ops.timm_dynamic.dcd_pointwise.default, arguments, atol=1e-5, rtol=1e-4)
+        return
     y = layer.conv(x)
     torch.library.opcheck(torch.ops.timm_dynamic.dcd_branch_.default, (*common, *layer.stride, y))
     if case != "grouped":
@@ -113,3 +145,5 @@ def test_bad_arguments_are_refused():
         torch.ops.timm_dynamic.dcd_branch_(x, *common, 1, 1, layer.conv(x)[:1])
     with pytest.raises(RuntimeError, match="fc must be"):
         torch.ops.timm_dynamic.dcd_branch_(x, *layer._branch_arguments(3), 1, 1, layer.conv(x))
+    with pytest.raises(RuntimeError, match="weight must be"):
+        torch.ops.timm_dynamic.dcd_pointwise(x, *common, layer.weight, None, None, None, 0, 1)

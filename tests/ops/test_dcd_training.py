@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timm_dynamic.layers import DCDConv2d, dcd
+from timm_dynamic.ops import backend_info
 
 CASES = {
     "own weights": ((4, 6, 3, 1, 1), {}, (7, 9)),
@@ -54,6 +55,41 @@ def test_against_single_operations(case, memory_format, frozen, monkeypatch):
             for result, model in ((output, layer), (expected, other))
         ]
         torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+@pytest.mark.parametrize("frozen", [(), ("bn1",), ("bn2",)], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"pool_size": 2}], ids=str)
+def test_by_the_pointwise_kernels(kwargs, frozen, monkeypatch):
+    torch.manual_seed(0)
+    layer = DCDConv2d(40, 56, 1, **kwargs)
+    nn.init.normal_(layer.fc_scale.weight, std=0.3)
+    other = copy.deepcopy(layer).double()
+    for name in frozen:
+        getattr(layer, name).eval(), getattr(other, name).eval()
+    x = torch.randn(3, 40, 7, 9, requires_grad=True)
+    other_x = x.detach().double().requires_grad_()
+    used = []
+    for name in ("scaled_pointwise", "scaled_pointwise_grads"):
+        operator = getattr(torch.ops.timm_dynamic, name)
+        counted = lambda *args, name=name, operator=operator: used.append(name) or operator(*args)  # noqa: E731
+        monkeypatch.setattr(torch.ops.timm_dynamic, name, counted, raising=False)
+    output = layer(x)
+    assert type(output.grad_fn).__name__ == "_DCDConvBackward"
+    grad = torch.randn(3, 56, 9, 7).transpose(2, 3)
+    gradients = torch.autograd.grad(output.relu_(), (x, *layer.parameters()), grad)  # may be overwritten
+    assert used == ["scaled_pointwise"] * 2 + ["scaled_pointwise_grads", "scaled_pointwise"]
+    monkeypatch.setattr(dcd, "serves", lambda bn: False)
+    expected = other(other_x).relu()
+    torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip(
+        gradients, torch.autograd.grad(expected, (other_x, *other.parameters()), grad.double()), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted.float(), rtol=1e-4, atol=1e-5 * max(1, wanted.abs().max().item()))
+    torch.testing.assert_close(layer.bn1.running_var, other.bn1.running_var.float())
+    layer.zero_grad()
+    layer(x.detach()).sum().backward()  # no gradient of the input is wanted
+    assert layer.weight.grad.abs().sum() > 0
 
 
 def test_gradcheck(case):

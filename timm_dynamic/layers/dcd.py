@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.folding import Items
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
-from timm_dynamic.ops._library import shortcut_serves
+from timm_dynamic.ops._library import fuses_few, shortcut_serves
 from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
 from timm_dynamic.ops.dcd_training import dcd_conv, serves
 from timm_dynamic.ops.pool_and_project import pool, project
 from timm_dynamic.ops.scaled_conv import combine, conv_sample
-from timm_dynamic.ops.scaled_pointwise import scaled_pointwise_serves
 
 
 class _Factors(nn.Module):
@@ -202,10 +201,10 @@ class DCDConv2d(DropInConv2d, _Factors):
         """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
 
         Args:
-            x: As for `forward`.
+            x: Such that `inference_kernel_serves`.
             norm: Scale, shift and limits.
         """
-        serves = shortcut_serves(x, self.weight) and _are_affine(self.bn1, self.bn2)
+        serves = fuses_few(x, self.weight) and _are_affine(self.bn1, self.bn2)
         return self._by_operators(x, norm) if serves else None
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -246,35 +245,26 @@ class DCDConv2d(DropInConv2d, _Factors):
         few = x.shape[0] == 1 or (x.shape[0] > 1 and x.device.type == "cpu")
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
-    def _by_operators(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float] | None = None) -> Tensor:
+    def _by_operators(
+        self, x: Tensor, norm: tuple[Tensor | None, Tensor | None, float, float] = (None, None, -torch.inf, torch.inf)
+    ) -> Tensor:
         branch, weight, bias = self._branch_arguments(self.pool_size), self.weight, self.bias
+        if (*self.kernel_size, *self.stride, self.groups) == (1, 1, 1, 1, 1):
+            return torch.ops.timm_dynamic.dcd_pointwise(x, *branch, weight, bias, *norm)
         options = (self.stride, self._padding, self.dilation)
-        pointwise = self.groups == 1 and scaled_pointwise_serves(x, weight, self.stride)
+        one = len(x) == self.groups == 1
         if self._has_large_maps(x):
-            own, shift = torch.ops.timm_dynamic.dcd_sample_weights(x, *branch, weight, bias)
-            scale, limits = None, (-torch.inf, torch.inf)
-            if norm is not None and (pointwise or len(x) == 1):  # what adds the bias does the norm
-                scale, norm_shift, *limits = norm
-                shift, norm = torch.addcmul(norm_shift, scale, shift), None
-            if pointwise:
-                scale = None if scale is None else scale.repeat(len(x), 1)
-                y = torch.ops.timm_dynamic.scaled_pointwise(
-                    x, own.flatten(2), None, scale, None, None, shift, *limits
-                )
-            elif scale is not None:
+            own, biases = torch.ops.timm_dynamic.dcd_sample_weights(x, *branch, weight, bias)
+            if one and norm[0] is not None:  # the norm adds the bias
                 y = conv_sample(self._pad(x), own[0], None, *options)
-                torch.ops.timm_dynamic.affine_(y, scale, shift[0], *limits)
+                norm = norm[0], torch.addcmul(norm[1], norm[0], biases[0]), *norm[2:]
             else:
-                y = self._convolve_each(x, own, shift)
-        elif pointwise:
-            if norm is None:
-                norm = torch.ones_like(weight[:, 0, 0, 0]), torch.zeros_like(weight[:, 0, 0, 0]), -torch.inf, torch.inf
-            y, norm = torch.ops.timm_dynamic.dcd_pointwise(x, *branch, weight, bias, *norm), None
+                y = self._convolve_each(x, own, biases)
         else:
-            one = len(x) == self.groups == 1
             y = conv_sample(self._pad(x), weight, bias, *options) if one else self.conv(x)
+            y = y.contiguous()  # it is not where a 1x1 weight has been put into channels_last
             torch.ops.timm_dynamic.dcd_branch_(x, *branch, *self.stride, y)
-        if norm is not None:
+        if norm[0] is not None:
             torch.ops.timm_dynamic.affine_(y, *norm)
         return y
 

@@ -91,11 +91,12 @@ def _is_plain_inference(x: Tensor, device_type: str) -> bool:
 
 def shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
     """Whether an operator may serve that fuses a layer's small operations: it is there for NCHW and few samples."""
-    return (
-        inference_kernel_serves(x, *parameters)
-        and 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH
-        and all(t.is_contiguous() for t in (x, *parameters))
-    )
+    return inference_kernel_serves(x, *parameters) and fuses_few(x, *parameters)
+
+
+def fuses_few(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether it may where `inference_kernel_serves`."""
+    return 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH and all(t.is_contiguous() for t in (x, *parameters))
 
 
 _warned: set[str] = set()

@@ -85,24 +85,28 @@ def dcd_pointwise_reference(
     p: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm_scale: Tensor,
-    norm_shift: Tensor,
+    norm_scale: Tensor | None,
+    norm_shift: Tensor | None,
     low: float,
     high: float,
 ) -> Tensor:
     """Defines `torch.ops.timm_dynamic.dcd_pointwise`.
 
+    Its compiled kernel makes a weight for every sample where maps are large beside it.
+
     Args:
         x, fc, q, norm1, norm2, eps1, eps2, pool_size, p: As for `dcd_branch_reference`.
         weight, bias: `[O, C, 1, 1]` and `[O]`.
-        norm_scale, norm_shift, low, high: The output is `clamp(norm_scale * y + norm_shift)`; `[O]` each, and limits.
+        norm_scale, norm_shift, low, high: The output is `clamp(norm_scale * y + norm_shift)`; `[O]` each or None, and
+            limits.
 
     Returns:
         `[B, O, H, W]`.
     """
     y = F.conv2d(x, weight, bias)
     dcd_branch_reference(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, 1, 1, y)
-    return (y * norm_scale[:, None, None] + norm_shift[:, None, None]).clamp(low, high)
+    y = y if norm_scale is None else y * norm_scale[:, None, None]
+    return (y if norm_shift is None else y + norm_shift[:, None, None]).clamp(low, high)
 
 
 def dcd_sample_weights_reference(
@@ -149,7 +153,8 @@ torch.library.define(
 )
 torch.library.define(
     f"{NAMESPACE}::dcd_pointwise",
-    f"({_COMMON}, Tensor weight, Tensor? bias, Tensor norm_scale, Tensor norm_shift, float low, float high) -> Tensor",
+    f"({_COMMON}, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, float low, "
+    "float high) -> Tensor",
     tags=_TAGS,
 )
 torch.library.define(

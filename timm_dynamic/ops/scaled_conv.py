@@ -116,7 +116,7 @@ def in_cache(*tensors: Tensor):
 def conv_sample(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation) -> Tensor:
     """`conv2d` of one sample, without groups.
 
-    With far more outputs than positions it is a product: oneDNN's convolution first copies its weight to another layout.
+    With far more outputs than positions it is a product: oneDNN's convolution first puts its weight in another layout.
     """
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     # `linear` knows neither autograd nor autocast.

@@ -97,8 +97,8 @@ def _scaled_pointwise_fake(x, weight, *others):
 
 @torch.library.register_fake(f"{NAMESPACE}::scaled_pointwise_grads")
 def _scaled_pointwise_grads_fake(grad, dz, x, v, scale, weight):
-    O, L, C = grad.shape[1], v.shape[1], x.shape[1]
-    return torch.empty_like(weight), torch.empty_like(scale), x.new_empty(O, L), x.new_empty(L, C)
+    L = v.shape[1]
+    return torch.empty_like(weight), torch.empty_like(scale), x.new_empty(len(weight), L), x.new_empty(L, x.shape[1])
 
 
 def scaled_pointwise_serves(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> bool:

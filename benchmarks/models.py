@@ -71,15 +71,15 @@ def run(model: str, options: str) -> list[dict] | str:
         return json.loads(path.read_text())["rows"]
 
 
-def combine(model: str, samples: list[list[dict]]) -> list[dict]:
+def combine(samples: list[list[dict]]) -> list[dict]:
     """One row for each of several processes' rows: medians of their medians and of their ratios."""
     rows = []
     for same in zip(*samples, strict=True):
         row = {**same[0], **{key: median(r[key] for r in same) for key in ("median_ms", "p10_ms", "p90_ms")}}
         row["time_ratios"] = [r["time_ratio"] for r in same]
         row["time_ratio"] = median(row["time_ratios"])
-        rows.append({"twin_of": model if row["model"] == row["baseline"] else None, **row})
-    twins = {row["batch_size"]: row for row in rows if row["twin_of"]}
+        rows.append(row)
+    twins = {row["batch_size"]: row for row in rows if row["model"] == row["baseline"]}
     for row in rows:
         row["memory_ratio"] = row["peak_memory"] / twins[row["batch_size"]]["peak_memory"]
     return rows
@@ -98,7 +98,7 @@ def _known(head: dict, key: str) -> str:
 
 def save(output: Path, head: dict, samples: dict[str, list], finished: bool) -> list[dict]:
     good = {key: [sample for sample in found if not isinstance(sample, str)] for key, found in samples.items()}
-    rows = [row for key, found in good.items() if found for row in combine(key.split()[0], found)]
+    rows = [row for found in good.values() if found for row in combine(found)]
     failed = {key: sample for key, found in samples.items() for sample in found if isinstance(sample, str)}
     report = {**head, "failed": failed, **({} if finished else {"samples": samples}), "rows": rows}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,3 +110,74 @@ def test_the_floor_is_bytes_or_operations(script):
     case = cases.Case("a", "b", "c", torch.float32, "rows", lambda: None, bytes=3 * 10**9, flops=4 * 10**12)
     assert cases.floor_ms(case, copy_gb_per_s=1000, tflop_per_s=2000) == 3
     assert cases.floor_ms(case, copy_gb_per_s=1000, tflop_per_s=1000) == 4
+
+
+def rows_of(model, ratio, batch=1):
+    """What `timm-dynamic benchmark` would give: the twin, ours."""
+    common = {"mode": "eval", "batch_size": batch, "backend": "C++", "execution": "eager", "baseline": "twin"}
+    common |= {"p10_ms": 1.0, "p90_ms": 3.0, "macs_ratio": 1.0, "dtype": "float32", "memory_format": "contiguous"}
+    twin = {"model": "twin", "median_ms": 2.0, "time_ratio": 1.0, "peak_memory": 10 * 2**20}
+    ours = {"model": model, "median_ms": 2.0 * ratio, "time_ratio": ratio, "peak_memory": 15 * 2**20}
+    return [common | twin, common | ours]
+
+
+@pytest.fixture
+def models(script, monkeypatch, tmp_path):
+    """`models(*flags)` runs models.py on two cases, whose processes give `models.answers`; its report."""
+    module = script("models")
+    monkeypatch.setattr(module, "cases", lambda device, paths: ["--mode eval", "--mode train"])
+    monkeypatch.setattr(module, "run", lambda model, options: run.asked.append((model, options)) or run.answers.pop(0))
+
+    def run(*flags):
+        path = tmp_path / "models.json"
+        monkeypatch.setattr("sys.argv", ["models.py", "--models", "dcd", "--output", str(path), *flags])
+        run.asked = []
+        module.main()
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_models_medians_over_processes(models):
+    models.answers = [rows_of("dcd", ratio) for ratio in (1.5, 4.0, 1.25, 4.0, 2.0, 4.0)]
+    report = models("--processes", "3", "--threads", str(torch.get_num_threads()))
+    assert [model for model, _ in models.asked] == ["dcd"] * 6
+    assert ["train" in options for _, options in models.asked] == [False, True] * 3
+    assert "samples" not in report and not report["failed"]
+    twin, ours, *_ = report["rows"]
+    assert (ours["time_ratio"], ours["time_ratios"], ours["median_ms"]) == (1.5, [1.5, 1.25, 2.0], 3.0)
+    assert (twin["memory_ratio"], ours["memory_ratio"]) == (1, 1.5)
+
+
+def test_models_goes_on_where_it_stopped(models, script, capsys, monkeypatch):
+    flags = ("--processes", "2", "--minutes", "1", "--threads", str(torch.get_num_threads()))
+    models.answers = [rows_of("dcd", 1.5)]
+    with pytest.raises(IndexError):  # killed
+        models(*flags)
+    models.answers = [rows_of("dcd", 4.0), "out of memory at --batch-size 1"]
+    clock = iter([0, 0, 0, 61])
+    monkeypatch.setattr(script("models"), "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    report = models(*flags)
+    assert "1 of 4 are left" in capsys.readouterr().out
+    assert list(report["failed"].values()) == ["out of memory at --batch-size 1"]
+    assert [row["time_ratios"] for row in report["rows"]] == [[1], [1.5], [1], [4]]
+
+
+def test_models_starts_again_for_other_code(script, tmp_path):
+    path, started = tmp_path / "models.json", script("models").started
+    assert started(path, {"commit": "a"}) == {}
+    path.write_text(json.dumps({"commit": "a-dirty", "threads": 2, "date": "then", "samples": {"dcd": []}}))
+    assert started(path, {"commit": "a", "threads": 2, "date": "now"}) == {"dcd": []}
+    assert started(path, {"commit": "b", "threads": 2, "date": "now"}) == {}
+    assert started(path, {"commit": "a", "threads": 1, "date": "now"}) == {}
+    path.write_text(json.dumps({"commit": "a", "threads": 2, "rows": []}))  # finished
+    assert started(path, {"commit": "a", "threads": 2}) == {}
+
+
+def test_cases_are_options_of_the_benchmark(script):
+    from timm_dynamic.cli import benchmark
+
+    for device in ("cpu", "cuda"):
+        for paths in (False, True):
+            for case in script("models").cases(device, paths):
+                benchmark.make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])

@@ -3,9 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
 HEAD = """
 ## {title} on {where}
 
@@ -116,6 +113,9 @@ def save_ratios(cases: dict[tuple, list[dict]], conditions: str, path: Path) -> 
         conditions: What was measured on, as a line under the title.
         path: File to write, in the format of its suffix.
     """
+    from matplotlib.figure import Figure  # here: a machine that only measures need not have it
+    from matplotlib.patches import Patch
+
     panels = sorted({key[2:] for key in cases})
     models = list(dict.fromkeys(key[0] for key in cases))
     found = {what(row) for rows in cases.values() for row in rows}

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,3 +183,118 @@ def test_cases_are_options_of_the_benchmark(script):
         for paths in (False, True):
             for case in script("models").cases(device, paths):
                 benchmark.make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])
+
+
+@pytest.fixture
+def report(script):
+    """What models.py writes of `paths`: eager and compiled, each by our kernels and without."""
+    common = {"img_size": 224, "dtype": "float32", "memory_format": "contiguous", "mode": "eval", "batch_size": 32}
+    common |= {"p10_ms": 1.0, "p90_ms": 3.0, "memory_ratio": 1.5, "baseline": "twin", "peak_memory": 15e6}
+    rows = []
+    for execution in ("eager", "compile inductor"):
+        ways = [("twin", "torch", 1.0), ("dcd", "C++", 1.25), ("dcd", "reference", 7.5)]
+        for model, backend, ratio in ways:
+            own = {"model": model, "backend": backend, "execution": execution, "median_ms": 2 * ratio}
+            macs = 1.0 if model == "twin" else 1.02
+            rows.append(common | own | {"time_ratio": ratio, "time_ratios": [ratio, 1.0], "macs_ratio": macs})
+    return {"cuda": None, "failed": {"dcd --mode train": "out of memory"}, "rows": rows}
+
+
+def test_models_in_the_page(script, report, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = script("page_models").models_text(report, "paths_cpu.json", "a machine", tmp_path)
+    assert "`python benchmarks/models.py --paths`, `results/paths_cpu.json`, a machine; 224 px, float32" in text
+    assert "`dcd` / `twin`, 1.02x the MACs:" in text
+    lines = [line for line in text.splitlines() if line.startswith("| eval")]
+    assert [line.split(" | ")[2] for line in lines] == [
+        way + compiled for compiled in ("", ", compiled") for way in ("static twin", "ours", "reference path")
+    ]
+    assert lines[0] == "| eval | 32 | static twin | 2.0 | 1.0-3.0 | 1.00 |  | 15 | 1.50 | 1.00 |"
+    assert lines[2] == "| eval | 32 | reference path | 15.0 | 1.0-3.0 | 7.50 | 1.00, 7.50 | 15 | 1.50 | 1.02 |"
+    assert text.endswith("- `dcd --mode train`: out of memory\n")
+    assert (tmp_path / "paths_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def kernels():
+    row = {"kernel": "gather<float>", "arch": "sm_90", "registers": 40, "shared": 0, "stack": 0, "local": 0}
+    return {"rows": [row], "binary_bytes": 10**6, "compiler": "nvcc", "ptx": ["sm_120"]}
+
+
+def test_what_no_gpu_has_verified_is_said(script):
+    page = script("page_gpu")
+    assert {*page.OPERATORS, "static"} == script("roof_cases").OPERATORS.keys()
+    text = page.gpu_text(None, None, kernels(), str)
+    assert "Unverified on GPU: every CUDA kernel, and every operator (ddf, sparse, mixed_conv2d" in text
+    assert "| `gather` | unverified | 1 |" in text
+
+
+def test_what_a_gpu_has_verified_is_said(script):
+    page = script("page_gpu")
+    tests = {"passed": 9, "failed": 0, "sources": page.sources(), "sanitizers": {"memcheck": "clean (3 tests)"}}
+    text = page.gpu_text(tests, None, kernels(), lambda report: "an H200")
+    assert "an H200: 9 of 9 tests passed; memcheck clean (3 tests)." in text
+    assert "| `gather` | tested | 1 |" in text and "to the roof is unverified on GPU" in text
+    for other in ({"sources": "of another day"}, {"failed": 1}):
+        assert "| `gather` | unverified | 1 |" in page.gpu_text(tests | other, None, kernels(), str)
+    assert "have changed since" in page.gpu_text(tests | {"sources": "of another day"}, None, kernels(), str)
+
+
+def test_the_roof_in_the_page(roof, script):
+    report = {"copy_gb_per_s": 4000.0, "bf16_matrix_tflop_per_s": 700.0}
+    report["rows"] = list(roof.rows(["static", "mixed_conv2d", "dcd", "ddf"], 1e-3, 1e-3, CPU))
+    report["rows"][-1] = {key: value for key, value in report["rows"][-1].items() if key != "ms"} | {"error": "no"}
+    table = script("page_gpu").roof_table(report, "gpu_roof.json", "an H200")
+    assert "a large copy runs at 4000 GB/s" in table
+    lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in table.splitlines() if line.startswith("| ")}
+    assert lines["mixed_conv2d, forward"][5] == "1.00, 1.00 |"  # every call takes 2 ms here
+    assert lines["dcd: DCDConv2d, forward + backward"][5] == "1.00, 1.00 |"
+    assert lines["static: conv2d, forward"][5] == " |"
+    assert lines["ddf: depthwise, torch"][3] == "1 (1 failed)"
+    assert lines["static: conv2d, forward"][4].count(" %") == 3
+
+
+def test_the_page_is_what_the_results_give(script, monkeypatch, tmp_path):
+    """Never written by hand: run `python benchmarks/page.py` where this fails."""
+    pytest.importorskip("matplotlib")
+    shutil.copytree(BENCHMARKS / "results", tmp_path / "results")
+    page = script("page")
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    page.main()
+    assert (tmp_path / "README.md").read_text() == (BENCHMARKS / "README.md").read_text()
+    pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
+    assert pictures == {path.name for path in (BENCHMARKS / "results").glob("*.png")}
+
+
+def test_gpu_tests_counts_what_pytest_says(script, capsys):
+    said = "print('FAILED a.py::b - x\\n3 passed, 1 failed, 2 errors in 1s')"
+    result = script("gpu_tests").run("memcheck", [sys.executable, "-c", said + "; raise SystemExit(1)"])
+    assert (result["status"], result["passed"], result["failed"]) == (1, 3, 3)
+    assert result["failures"] == ["a.py::b"]
+    assert "3 passed" in capsys.readouterr().out
+
+
+def test_gpu_tests_stops_what_takes_too_long(script, monkeypatch):
+    module = script("gpu_tests")
+    monkeypatch.setitem(module.SECONDS, "memcheck", 3)
+    sleeps = "import time\ntry:\n time.sleep(600)\nexcept KeyboardInterrupt:\n print('2 passed in 3s')"
+    result = module.run("memcheck", [sys.executable, "-c", sleeps])
+    assert (result["status"], result["passed"]) == ("stopped after 3 s", 2)
+
+
+def test_gpu_tests_finds_the_files_by_their_mark(script):
+    of_operators, others = script("gpu_tests").files()
+    assert "tests/ops/test_ddf_cuda.py" in of_operators
+    assert {"tests/models/test_on_gpu.py", "tests/test_timing.py"} <= set(others)
+    assert not [path for path in others if path.startswith("tests/ops")]
+
+
+def test_gpu_table(script, report, tmp_path, monkeypatch, capsys):
+    environment = {"device": "an H200", "torch": "2.11", "commit": "abc"}
+    (tmp_path / "paths_cuda.json").write_text(json.dumps(environment | report))
+    table = script("gpu_table")
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    table.main()
+    out = capsys.readouterr().out
+    assert "gpu_roof.json: not there yet" in out
+    assert "paths_cuda.json: an H200, torch 2.11, commit abc" in out
+    assert "dcd                eval     32 reference path" in out and "7.50   1.50   1.02" in out

@@ -75,23 +75,23 @@ build() { # what is built already is kept
   [[ ${#failed[@]} == 0 ]] || exit 1
 }
 
-tests() { # all that are marked `cuda`, and a few under compute-sanitizer: at most 340 s
-  run tests 430 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
+tests() { # all that are marked `cuda`, and a few under compute-sanitizer: at most 460 s
+  run tests 530 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
 }
 
 ops() {
   run "share of the roof" 200 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
-  run "ddf against alternatives" 160 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
+  run "ddf against alternatives" 140 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
 }
 
 models() {
-  run models 480 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 6 --output "$RESULTS/paths_cuda.json"
+  run models 420 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 5 --output "$RESULTS/paths_cuda.json"
 }
 
 sparse() {
   local dtype
   for dtype in float32 bfloat16; do
-    run "sparse execution, $dtype" 110 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
+    run "sparse execution, $dtype" 100 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
       --output "$RESULTS/sparse_cuda_$dtype.json"
   done
 }

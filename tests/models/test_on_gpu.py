@@ -88,8 +88,8 @@ def gradients(model, x):
     return {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
 
-def on_gpu(model, **to):
-    return copy.deepcopy(model).to(DEVICE, **to)
+def on(device, model, **to):
+    return copy.deepcopy(model).to(device, **to)
 
 
 def error(actual, truth):
@@ -101,28 +101,28 @@ def test_evaluation(case):
     truth = outputs(copy.deepcopy(model).double(), x.double())
     on_cpu = error(outputs(model, x), truth)
     for layout in LAYOUTS:
-        actual = outputs(on_gpu(model, memory_format=layout), x.to(DEVICE, memory_format=layout))
+        actual = outputs(on(DEVICE, model, memory_format=layout), x.to(DEVICE, memory_format=layout))
         assert error(actual, truth) <= 10 * on_cpu + 1e-5, layout
 
 
 def test_gradients(case):
     model, x = case
     truth = gradients(copy.deepcopy(model).double(), x.double())
-    on_cpu = gradients(copy.deepcopy(model), x)
+    # Some of them amplify what rounding does by far: how much, both layouts on the CPU show.
+    cpu, gpu = (
+        [gradients(on(device, model, memory_format=layout), x.to(device, memory_format=layout)) for layout in LAYOUTS]
+        for device in ("cpu", DEVICE)
+    )
     largest = max(grad.norm() for grad in truth.values())
-    # A ReLU's input of nearly 0 can have the other sign. Batch norms over a few numbers make much of it.
-    flips = 0.05 if x.shape[-1] == 64 and x.shape[0] == 2 else 5e-3
-    for layout in LAYOUTS:
-        actual = gradients(on_gpu(model, memory_format=layout), x.to(DEVICE, memory_format=layout))
-        for name, expected in truth.items():
-            lost, allowed = (((grads[name] - expected).norm() / largest).item() for grads in (actual, on_cpu))
-            assert lost <= 10 * allowed + flips, (name, layout)
+    for name, expected in truth.items():
+        allowed, lost = (max((g[name] - expected).norm() / largest for g in grads) for grads in (cpu, gpu))
+        assert lost <= 10 * allowed + 5e-3, name  # a ReLU's input of nearly 0 can have the other sign
 
 
 def test_autocast_bfloat16_channels_last(small):
     model, x = small
     truth = outputs(model, x)
-    model = on_gpu(model, memory_format=torch.channels_last)
+    model = on(DEVICE, model, memory_format=torch.channels_last)
     x = x.to(DEVICE, memory_format=torch.channels_last)
     with torch.autocast(DEVICE, torch.bfloat16):
         actual = outputs(model, x)
@@ -133,30 +133,13 @@ def test_autocast_bfloat16_channels_last(small):
     assert error(actual, truth) < (0.5 if hasattr(model, "masked_blocks") else 0.05)
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-def test_second_run_after_compile(small, amp):
-    model, x = small
-    model, x = on_gpu(model), x.to(DEVICE)
-    torch.compiler.reset()
-    compiled = torch.compile(copy.deepcopy(model))
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
-        for images in (x, x.flip(0)):
-            lost = error(outputs(compiled, images), outputs(model, images))
-            assert lost < (0.5 if hasattr(model, "masked_blocks") else 0.05) if amp else lost < 1e-3
-        expected, actual = gradients(model, x), gradients(compiled, x)
-    for (name, grad), compiled_grad in zip(expected.items(), actual.values(), strict=True):
-        assert compiled_grad.isfinite().all(), name
-        if not amp:
-            assert (compiled_grad - grad).norm() <= 1e-2 * max(g.norm() for g in expected.values()), name
-
-
 def test_a_stream_of_ones_own(small):
     model, x = small
-    expected = outputs(on_gpu(model), x.to(DEVICE))
+    expected = outputs(on(DEVICE, model), x.to(DEVICE))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        model, x = on_gpu(model), x.to(DEVICE)
+        model, x = on(DEVICE, model), x.to(DEVICE)
         torch.cuda._sleep(10**7)  # whatever ran on another stream would be too early
         x = x * 1
         actual = outputs(model, x)
@@ -168,7 +151,7 @@ def test_a_stream_of_ones_own(small):
 @torch.no_grad()
 def test_cuda_graph(small, amp):
     model, x = small
-    model, x = on_gpu(model, memory_format=torch.channels_last), x.to(DEVICE, memory_format=torch.channels_last)
+    model, x = on(DEVICE, model, memory_format=torch.channels_last), x.to(DEVICE, memory_format=torch.channels_last)
     if hasattr(model, "execution"):
         model.execution = "dense"  # sparse execution waits for the number of active positions
     images, stream = x.flip(0), torch.cuda.Stream()
@@ -184,3 +167,17 @@ def test_cuda_graph(small, amp):
     images.copy_(x)
     graph.replay()
     assert error(captured.double().cpu(), expected) < (1e-2 if amp else 1e-5)
+
+
+def test_second_run_after_compile(small):
+    """In evaluation and in training; last, as it takes longest."""
+    model, x = small
+    model, x = on(DEVICE, model), x.to(DEVICE)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model))
+    for images in (x, x.flip(0)):
+        assert error(outputs(compiled, images), outputs(model, images)) < 1e-3
+    expected, actual = gradients(model, x), gradients(compiled, x)
+    largest = max(grad.norm() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (actual[f"_orig_mod.{name}"] - grad).norm() <= 1e-2 * largest, name

@@ -16,6 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
+PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
 export PYTHONPATH=$PWD
 mkdir -p "$RESULTS"
 failed=()

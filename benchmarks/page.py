@@ -16,16 +16,16 @@ medians of interleaved rounds in one process. The CPU is a shared, noisy virtual
 15 %, at batch 16 by up to 25 %, from process to process, above all with what page faults its large maps cost.
 """
 OPERATOR = """
-## The ddf operator on a CPU
+## The ddf operator on {where}
 
-`python benchmarks/op_ddf.py --threads 2`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
+`{command}`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
 `conv2d` of that size in the same layout; "compiled" is the pure-PyTorch reference under `torch.compile`.
 
 | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios |
 |---|---|---|---|---|---|---|---|---|---|
 """
 DDF = """
-A forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
+On a CPU a forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
 
 ## DDF-ResNet-50 on a CPU
 
@@ -67,9 +67,9 @@ def machine(report: dict) -> str:
     return f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}"
 
 
-def operator_table(name: str) -> str:
-    report = load(name)
-    table = OPERATOR.format(file=name, machine=machine(report))
+def operator_table(report: dict, name: str) -> str:
+    where = "a GPU" if report["cuda"] else "a CPU"
+    table = OPERATOR.format(where=where, command=report["command"], file=name, machine=machine(report))
     found: dict[tuple, dict] = {}
     for row in report["rows"]:
         case = (tuple(row["shape"]), row["kernel_size"], row["stride"], row["dtype"], row["layout"])
@@ -127,7 +127,11 @@ def loop_table(name: str) -> str:
 
 
 def main() -> None:
-    page = HEAD + operator_table("op_ddf_cpu.json") + ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
+    page = HEAD
+    for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
+        if report := load_if_there(name):
+            page += operator_table(report, name)
+    page += ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
     for name in MODELS:
         if report := load_if_there(name):
             page += models_text(report, name, machine(report), HERE / "results")

@@ -18,6 +18,7 @@ VERIFIED = """
 `benchmarks/gpu.sh tests`, `results/gpu_tests.json`, {machine}: {passed} of {total} tests passed; {sanitizers}.
 """
 CHANGED = "The kernels' sources have changed since: what they are now is unverified on GPU.\n"
+INCOMPLETE = "Not all of the tests ran: the rest is unverified on GPU.\n"
 KERNELS = """
 What each kernel takes, read from the binary ({megabytes:.1f} MB) by `benchmarks/kernel_report.py`, `results/{file}`;
 {compiler}; PTX for {ptx}. Of a kernel's variants (dtype, kernel size, vector width)
@@ -46,7 +47,9 @@ def sources() -> str:
 
 def tested(tests: dict | None) -> bool:
     """Whether the kernels as they are now passed their tests on a GPU."""
-    return bool(tests) and tests["sources"] == sources() and tests["failed"] == 0 < tests["passed"]
+    return (
+        bool(tests) and tests["complete"] and tests["sources"] == sources() and tests["failed"] == 0 < tests["passed"]
+    )
 
 
 def gpu_text(tests: dict | None, roof: dict | None, kernels: dict, machine) -> str:
@@ -62,6 +65,7 @@ def gpu_text(tests: dict | None, roof: dict | None, kernels: dict, machine) -> s
         parts = [f"{name} {how}" for name, how in tests["sanitizers"].items()] or ["no sanitizer ran"]
         total = tests["passed"] + tests["failed"]
         text = VERIFIED.format(machine=machine(tests), passed=tests["passed"], total=total, sanitizers=", ".join(parts))
+        text += "" if tests["complete"] else INCOMPLETE
         text += "" if tests["sources"] == sources() else CHANGED
     else:
         text = UNVERIFIED.format(what=f"every CUDA kernel, and every operator ({', '.join(OPERATORS)})")

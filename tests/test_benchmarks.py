@@ -230,11 +230,12 @@ def test_what_no_gpu_has_verified_is_said(script):
 
 def test_what_a_gpu_has_verified_is_said(script):
     page = script("page_gpu")
-    tests = {"passed": 9, "failed": 0, "sources": page.sources(), "sanitizers": {"memcheck": "clean (3 tests)"}}
+    tests = {"passed": 9, "failed": 0, "complete": True, "sources": page.sources()}
+    tests["sanitizers"] = {"memcheck": "clean (3 tests)"}
     text = page.gpu_text(tests, None, kernels(), lambda report: "an H200")
     assert "an H200: 9 of 9 tests passed; memcheck clean (3 tests)." in text
     assert "| `gather` | tested | 1 |" in text and "to the roof is unverified on GPU" in text
-    for other in ({"sources": "of another day"}, {"failed": 1}):
+    for other in ({"sources": "of another day"}, {"failed": 1}, {"complete": False}):
         assert "| `gather` | unverified | 1 |" in page.gpu_text(tests | other, None, kernels(), str)
     assert "have changed since" in page.gpu_text(tests | {"sources": "of another day"}, None, kernels(), str)
 

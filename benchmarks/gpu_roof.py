@@ -34,6 +34,7 @@ def gpu_ms(call: Callable[[], object], in_graph: bool = True, at_least_ms: float
         at_least_ms: Time of a batch.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # where the arguments are made
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()

@@ -152,7 +152,8 @@ def _sparse(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
     ]
     for what, call, moved, flops in made:
         words = f"[{B}, {outside}/{inside}, {n}, {n}], {M} active"
-        yield Case("sparse", what, words, dtype, "rows", call, moved, flops, what != "neighbour_table")
+        in_graph = what != "neighbour_table"
+        yield Case("sparse", what, words, dtype, "rows", torch.no_grad()(call), moved, flops, in_graph)
 
 
 class _Maps(NamedTuple):

@@ -59,6 +59,15 @@ def test_what_fails_is_reported_and_the_rest_goes_on(roof, monkeypatch):
     assert second["in_graph"] and attempts[:3] == [True, False, True]
 
 
+def test_sparse_execution_is_inference(roof, monkeypatch, script):
+    """With gradients its kernels would not serve."""
+    cases, enabled = script("roof_cases"), []
+    monkeypatch.setattr(cases, "mask_logits", lambda *args: enabled.append(torch.is_grad_enabled()))
+    for case in cases.sparse_cases(CPU):
+        case.call()
+    assert enabled == [False, False]
+
+
 def floors(script, name, device=CPU):
     return {case.what: (case.bytes, case.flops) for case in script("roof_cases").OPERATORS[name](device)}
 

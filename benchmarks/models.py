@@ -86,10 +86,18 @@ def combine(samples: list[list[dict]]) -> list[dict]:
 
 
 def started(output: Path, head: dict) -> dict[str, list]:
-    """What an unfinished run has measured, by model and case; nothing if there is none, or it is of another code."""
+    """What an unfinished run has measured, by model and case; nothing if there is none.
+
+    Raises:
+        ValueError: If it was begun with other code or on another machine.
+    """
     before = json.loads(output.read_text()) if output.exists() else {}
-    same = all(_known(before, key) == _known(head, key) for key in head if key != "date")
-    return before["samples"] if same and "samples" in before else {}
+    for key in head if "samples" in before else ():
+        if key != "date" and _known(before, key) != _known(head, key):
+            raise ValueError(
+                f"{output} was begun with {key} {before.get(key)}, not {head[key]}: delete it, or finish it there"
+            )
+    return before.get("samples", {})
 
 
 def _known(head: dict, key: str) -> str:
@@ -125,7 +133,10 @@ def main() -> None:
     head = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
     rounds = args.processes or (3 if args.device == "cpu" else 1)
     wanted = [f"{model} {case}" for case in cases(args.device, args.paths) for model in models]
-    samples = started(output, head)
+    try:
+        samples = started(output, head)
+    except ValueError as error:
+        parser.error(str(error))
     todo = [key for i in range(rounds) for key in wanted if len(samples.get(key, [])) <= i]
     deadline, rows = time.monotonic() + 60 * args.minutes, []
     for i, key in enumerate(tqdm(todo, disable=None)):

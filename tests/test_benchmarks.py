@@ -174,15 +174,17 @@ def test_models_goes_on_where_it_stopped(models, script, capsys, monkeypatch):
     assert [row["time_ratios"] for row in report["rows"]] == [[1], [1.5], [1], [4]]
 
 
-def test_models_starts_again_for_other_code(script, tmp_path):
+def test_models_does_not_go_on_with_other_code(script, tmp_path):
     path, started = tmp_path / "models.json", script("models").started
     assert started(path, {"commit": "a"}) == {}
     path.write_text(json.dumps({"commit": "a-dirty", "threads": 2, "date": "then", "samples": {"dcd": []}}))
     assert started(path, {"commit": "a", "threads": 2, "date": "now"}) == {"dcd": []}
-    assert started(path, {"commit": "b", "threads": 2, "date": "now"}) == {}
-    assert started(path, {"commit": "a", "threads": 1, "date": "now"}) == {}
+    with pytest.raises(ValueError, match="was begun with commit a-dirty, not b: delete it"):
+        started(path, {"commit": "b", "threads": 2, "date": "now"})
+    with pytest.raises(ValueError, match="was begun with threads 2, not 1"):
+        started(path, {"commit": "a", "threads": 1, "date": "now"})
     path.write_text(json.dumps({"commit": "a", "threads": 2, "rows": []}))  # finished
-    assert started(path, {"commit": "a", "threads": 2}) == {}
+    assert started(path, {"commit": "b", "threads": 2}) == {}
 
 
 def test_cases_are_options_of_the_benchmark(script):

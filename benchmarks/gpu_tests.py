@@ -28,7 +28,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda"
 # A sanitizer makes a test up to a hundred times slower.
 SANITIZED = "test_random_cases and full-full or (test_mask_logits or TestRows) and float32 and not 1030 or test_tables"
 SANITIZERS = ("memcheck", "racecheck")
-SECONDS = {"tests of operators": 140, "other tests": 200, "memcheck": 60, "racecheck": 60}
+SECONDS = {"tests of operators": 190, "other tests": 120, "memcheck": 100, "racecheck": 100}
 
 
 def files() -> tuple[list[str], list[str]]:

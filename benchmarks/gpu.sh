@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [tests|ops|models|sparse]...
+# Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [build|tests|ops|models|sparse]...
 #
 # Wants a GPU, nvcc, and a python3 (or $PYTHON) with torch >= 2.11, timm, pytest and setuptools >= 77; no network. Each
-# part takes less than 9 minutes and stands alone: one that was interrupted is run again. JSON goes to
-# benchmarks/results.
+# part takes less than 9 minutes, all together less than 25; each stands alone, and one that was interrupted is run
+# again: `models` goes on where it stopped, `ops` and `sparse` keep what they measured. JSON goes to benchmarks/results
+# (or $RESULTS), and a table of it comes last.
+#
+# What the machine lacks can be carried there as a folder of wheels, some 40 MB, that $WHEELS names. They are unpacked
+# to build/carried, which comes before what is installed. Where there is a network, for Python 3.12 and torch 2.11:
+#   pip download -d build/wheels --only-binary=:all: --python-version 3.12 --no-deps "setuptools>=77" ninja timm \
+#     torchvision==0.26.* numpy pillow pyyaml safetensors tqdm packaging pytest pluggy iniconfig pygments \
+#     huggingface_hub httpx2 httpcore2 h11 truststore anyio idna click
+#   WHEELS=build/wheels benchmarks/gpu.sh
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
+PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
 export PYTHONPATH=$PWD
 mkdir -p "$RESULTS"
 failed=()
@@ -25,14 +34,28 @@ run() { # run NAME SECONDS COMMAND...: says how it went, remembers failures, goe
   fi
 }
 
+unpack() { # a wheel is an archive of what goes on the path, but for programs (ninja)
+  local wheel program carried=$PWD/build/carried
+  [[ -n ${WHEELS:-} ]] || return 0
+  for wheel in "$WHEELS"/*.whl; do
+    "$PYTHON" -m zipfile -e "$wheel" "$carried" || exit 2
+  done
+  for program in "$carried"/*.data/scripts; do
+    chmod -R +x "$program"
+    PATH=$program:$PATH
+  done
+  PYTHONPATH=$PYTHONPATH:$carried
+}
+
 check_machine() {
   "$PYTHON" - <<'CHECK' || exit 2
 import importlib.util as find
 import sys
 
-missing = [name for name in ("torch", "timm", "pytest", "setuptools") if find.find_spec(name) is None]
+wanted = ("torch", "timm", "torchvision", "huggingface_hub", "numpy", "tqdm", "yaml", "pytest", "setuptools")
+missing = [name for name in wanted if find.find_spec(name) is None]
 if missing:
-    sys.exit(f"gpu.sh: this python3 lacks {', '.join(missing)}")
+    sys.exit(f"gpu.sh: this python3 lacks {', '.join(missing)}; the head of gpu.sh says how to carry them here")
 import setuptools
 import timm
 import torch
@@ -45,7 +68,7 @@ print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, timm {timm.__
 CHECK
 }
 
-build() {
+build() { # what is built already is kept
   local arch
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 2
   TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 300 "$PYTHON" setup.py -q build_ext --inplace
@@ -53,48 +76,23 @@ build() {
   [[ ${#failed[@]} == 0 ]] || exit 1
 }
 
-tests() {
-  local suite=tests/ops/test_ddf_cuda.py pytest=("$PYTHON" -m pytest -p no:cacheprovider)
-  run "operator tests" 240 "${pytest[@]}" -m cuda "$suite"
-  if ! command -v compute-sanitizer >/dev/null; then
-    echo "== compute-sanitizer is not on the PATH: no memcheck, no racecheck"
-    return
-  fi
-  # Without torch's cache of memory every tensor has an allocation of its own, whose end memcheck knows.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 run memcheck 130 compute-sanitizer --tool memcheck --error-exitcode 1 \
-    "${pytest[@]}" -x "$suite" -k "test_random_cases and full-full or test_shapes_layouts_dtypes and float32"
-  run racecheck 130 compute-sanitizer --tool racecheck --error-exitcode 1 \
-    "${pytest[@]}" -x "$suite" -k "test_random_cases and full-full"
+tests() { # all that are marked `cuda`, and a few under compute-sanitizer: at most 510 s
+  run tests 535 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
 }
 
 ops() {
-  run "share of the roof" 260 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
-  run "operator against alternatives" 260 "$PYTHON" benchmarks/op_ddf.py --device cuda \
-    --output "$RESULTS/op_ddf_cuda.json"
+  run "share of the roof" 200 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
+  run "ddf against alternatives" 140 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
 }
 
 models() {
-  local mode
-  for mode in eval train; do
-    run "models, $mode" 260 "$PYTHON" benchmark_latency.py --device cuda --mode "$mode" --amp --amp-dtype bfloat16 \
-      --channels-last --models ddf_mul_resnet50 --baseline static --batch-size 1 32 128 \
-      --json "$RESULTS/ddf_resnet50_cuda_$mode.json"
-  done
-  run "weight-dynamic models" 500 "$PYTHON" benchmarks/models.py --device cuda --output "$RESULTS/models_cuda.json"
+  run models 420 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 5 --output "$RESULTS/paths_cuda.json"
 }
 
 sparse() {
-  local suite=tests/ops/test_sparse_cuda.py pytest=("$PYTHON" -m pytest -p no:cacheprovider) tool dtype
-  run "tests of sparse execution" 120 "${pytest[@]}" -m cuda "$suite"
-  if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool of sparse execution" 60 compute-sanitizer --tool "$tool" \
-        --error-exitcode 1 "${pytest[@]}" -x "$suite" \
-        -k "(test_mask_logits or TestRows) and float32 and not 1030 or test_tables"
-    done
-  fi
+  local dtype
   for dtype in float32 bfloat16; do
-    run "sparse execution, $dtype" 140 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
+    run "sparse execution, $dtype" 100 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
       --output "$RESULTS/sparse_cuda_$dtype.json"
   done
 }
@@ -103,13 +101,17 @@ parts=("$@")
 [[ $# -gt 0 ]] || parts=(tests ops models sparse)
 for part in "${parts[@]}"; do
   case $part in
-    tests | ops | models | sparse) ;;
-    *) echo "gpu.sh: unknown part '$part'; choose from tests, ops, models, sparse" >&2 && exit 2 ;;
+    build | tests | ops | models | sparse) ;;
+    *) echo "gpu.sh: unknown part '$part'; choose from build, tests, ops, models, sparse" >&2 && exit 2 ;;
   esac
 done
+unpack
 check_machine
 build
-for part in "${parts[@]}"; do "$part"; done
+for part in "${parts[@]}"; do
+  [[ $part == build ]] || "$part"
+done
+"$PYTHON" benchmarks/gpu_table.py "$RESULTS"
 if [[ ${#failed[@]} -gt 0 ]]; then
   printf 'FAILED: %s\n' "${failed[@]}"
   exit 1

@@ -1,11 +1,18 @@
-"""Times the weight-dynamic models against their static twins: batch 1 and 16 eval, batch 16 training step, 224 px.
+"""Times the models against their static twins, 224 px.
 
-    python benchmarks/models.py [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] [--output FILE]
+    python benchmarks/models.py [--paths] [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] \
+        [--minutes N] [--output FILE]
 
 Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory. On a CPU what
 a process gets of memory and caches decides a good part of a ratio: every case runs in several processes, one after the
-other over all cases, and the median counts. On a GPU the batches are 1, 64 and 128, channels_last, in bfloat16, eager
-and compiled, in one process.
+other over all cases, and the median counts. On a GPU everything is channels_last, in bfloat16, eager and compiled.
+
+With `--paths` what serves without our kernels is timed too (the reference path), everything once more under
+torch.compile, beside the twin under the same; on a CPU at batch 1, 32 and 128 instead of 1 and 16 (training: 16, more
+takes minutes a step).
+
+The file is written after every process; a run that was stopped, or that `--minutes` ended, goes on where it was when
+the same command is given again.
 """
 
 import argparse
@@ -14,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -24,30 +32,42 @@ from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment
 
 MODELS = ("dcd_resnet50", "dcd_mobilenetv2", "ped_resnet18", "dy_mobilenetv2")
+GPU = "--channels-last --amp --amp-dtype bfloat16 --num-warm-iter 3 --num-bench-iter 20"
 
 
-def cases(device: str) -> list[list[str]]:
-    """What follows `--models NAME --baseline static`."""
-    if device == "cpu":
-        return [
-            ["--mode", "eval", "--batch-size", "1", "--num-bench-iter", "40"],
-            ["--mode", "eval", "--batch-size", "16", "--num-bench-iter", "9"],
-            ["--mode", "train", "--batch-size", "16", "--num-bench-iter", "6"],
+def cases(device: str, paths: bool) -> list[str]:
+    """What follows `--models NAME --baseline static`, the more important first."""
+    if device == "cuda":
+        sizes = [("eval", "1 32 64 128"), ("train", "32 64 128")]
+        compiled = [("eval", "128"), ("train", "128"), ("eval", "1"), ("eval", "32"), ("train", "32")]
+        found = [f"--mode {mode} --batch-size {batches} {GPU}" for mode, batches in sizes]
+        found += [f"--mode {mode} --batch-size {batches} {GPU} --torchcompile" for mode, batches in compiled]
+    elif paths:
+        eager = [
+            "--mode eval --batch-size 1 --num-warm-iter 3 --num-bench-iter 20",
+            "--mode eval --batch-size 32 --num-warm-iter 2 --num-bench-iter 5",
+            "--mode train --batch-size 16 --num-warm-iter 2 --num-bench-iter 4",
+            "--mode eval --batch-size 128 --num-warm-iter 1 --num-bench-iter 3",
         ]
-    common = ["--channels-last", "--amp", "--amp-dtype", "bfloat16", "--num-bench-iter", "40"]
-    return [
-        ["--mode", mode, "--batch-size", *sizes, *common, *compiler]
-        for compiler in ([], ["--torchcompile"])
-        for mode, sizes in (("eval", ("1", "64", "128")), ("train", ("64", "128")))
-    ]
+        found = eager + [f"{case} --torchcompile" for case in eager]
+    else:
+        found = [
+            "--mode eval --batch-size 1 --num-warm-iter 3 --num-bench-iter 40",
+            "--mode eval --batch-size 16 --num-warm-iter 3 --num-bench-iter 9",
+            "--mode train --batch-size 16 --num-warm-iter 3 --num-bench-iter 6",
+        ]
+    return [case + " --backends kernel reference" * paths for case in found]
 
 
-def run(argv: list[str]) -> list[dict]:
-    """The rows of `timm-dynamic benchmark`, in a process of its own."""
+def run(model: str, options: str) -> list[dict] | str:
+    """The rows of `timm-dynamic benchmark`, in a process of its own, or why there are none."""
+    argv = ["--models", model, "--baseline", "static", *options.split()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "timm_dynamic.cli", "benchmark", *argv, "--json", str(path)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if process.returncode:
+            return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         return json.loads(path.read_text())["rows"]
 
 
@@ -65,37 +85,77 @@ def combine(samples: list[list[dict]]) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--processes", type=int, help="for every case (default: 3, on a GPU 1)")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    output = args.output or Path(__file__).parent / "results" / f"models_{args.device}.json"
-    report = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
-    options = ["--device", args.device, "--threads", str(args.threads), "--num-warm-iter", "3"]
-    wanted = [(model, tuple(case)) for model in args.models for case in cases(args.device)]
-    found: dict[tuple, list] = {key: [] for key in wanted}
-    rounds = args.processes or (3 if args.device == "cpu" else 1)
-    with tqdm(total=rounds * len(wanted), disable=None) as bar:
-        for _ in range(rounds):
-            for model, case in wanted:
-                found[model, case].append(run(["--models", model, "--baseline", "static", *case, *options]))
-                bar.update()
-    report["rows"] = [row for samples in found.values() for row in combine(samples)]
-    for row in report["rows"]:
-        if row["model"] != row["baseline"]:
-            each = " ".join(f"{ratio:.2f}" for ratio in row["time_ratios"])
-            print(
-                f"{row['model']} / {row['baseline']}, {row['execution']}, batch {row['batch_size']} {row['mode']}: "
-                f"time {row['time_ratio']:.2f} ({each}), memory {row['memory_ratio']:.2f}, MACs {row['macs_ratio']:.2f}"
+def started(output: Path, head: dict) -> dict[str, list]:
+    """What an unfinished run has measured, by model and case; nothing if there is none.
+
+    Raises:
+        ValueError: If it was begun with other code or on another machine.
+    """
+    before = json.loads(output.read_text()) if output.exists() else {}
+    for key in head if "samples" in before else ():
+        if key != "date" and _known(before, key) != _known(head, key):
+            raise ValueError(
+                f"{output} was begun with {key} {before.get(key)}, not {head[key]}: delete it, or finish it there"
             )
+    return before.get("samples", {})
+
+
+def _known(head: dict, key: str) -> str:
+    return str(head.get(key)).removesuffix("-dirty")  # of a commit: the file itself, which is written, makes it so
+
+
+def save(output: Path, head: dict, samples: dict[str, list], finished: bool) -> list[dict]:
+    good = {key: [sample for sample in found if not isinstance(sample, str)] for key, found in samples.items()}
+    rows = [row for found in good.values() if found for row in combine(found)]
+    failed = {key: sample for key, found in samples.items() for sample in found if isinstance(sample, str)}
+    report = {**head, "failed": failed, **({} if finished else {"samples": samples}), "rows": rows}
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, output)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paths", action="store_true", help="also the reference path, and all under torch.compile")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", help="default: four, with --paths also ddf_mul_resnet50")
+    parser.add_argument("--processes", type=int, help="for every case (default: 3, on a GPU 1)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no process after so many")
+    parser.add_argument("--output", type=Path, help="default: results/models_DEVICE.json or paths_DEVICE.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    kind = "paths" if args.paths else "models"
+    output = args.output or Path(__file__).parent / "results" / f"{kind}_{args.device}.json"
+    models = args.models or [*MODELS, *(["ddf_mul_resnet50"] if args.paths else [])]
+    head = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
+    rounds = args.processes or (3 if args.device == "cpu" else 1)
+    wanted = [f"{model} {case}" for case in cases(args.device, args.paths) for model in models]
+    try:
+        samples = started(output, head)
+    except ValueError as error:
+        parser.error(str(error))
+    todo = [key for i in range(rounds) for key in wanted if len(samples.get(key, [])) <= i]
+    deadline, rows = time.monotonic() + 60 * args.minutes, []
+    for i, key in enumerate(tqdm(todo, disable=None)):
+        if time.monotonic() > deadline:
+            print(f"{len(todo) - i} of {rounds * len(wanted)} are left: the same command goes on with them")
+            break
+        model, options = key.split(" ", 1)
+        found = run(model, f"{options} --device {args.device} --threads {args.threads}")
+        if isinstance(found, str):
+            tqdm.write(f"{key}: {found}")
+        samples.setdefault(key, []).append(found)
+        rows = save(output, head, samples, finished=i + 1 == len(todo))
+    for row in rows:
+        each = " ".join(f"{ratio:.2f}" for ratio in row["time_ratios"])
+        print(
+            f"{row['model']} ({row['backend']}, {row['execution']}) / {row['baseline']}, batch {row['batch_size']} "
+            f"{row['mode']}: time {row['time_ratio']:.2f} ({each}), {row['median_ms']:.1f} ms, "
+            f"memory {row['memory_ratio']:.2f}, MACs {row['macs_ratio']:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+from page_gpu import gpu_text
+from page_models import models_text
+from page_rejected import rejected_text
 from page_sparse import sparse_text
 
 HERE = Path(__file__).parent
@@ -13,30 +16,21 @@ medians of interleaved rounds in one process. The CPU is a shared, noisy virtual
 15 %, at batch 16 by up to 25 %, from process to process, above all with what page faults its large maps cost.
 """
 OPERATOR = """
-## The ddf operator on a CPU
+## The ddf operator on {where}
 
-`python benchmarks/op_ddf.py --threads 2`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
+`{command}`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
 `conv2d` of that size in the same layout; "compiled" is the pure-PyTorch reference under `torch.compile`.
 
 | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios |
 |---|---|---|---|---|---|---|---|---|---|
 """
 DDF = """
-A forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
+On a CPU a forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
 
 ## DDF-ResNet-50 on a CPU
 
 `results/{file}` (its command is in it): at batch 1, 224 px, `ddf_mul_resnet50` takes {time:.2f}x the time of `resnet50`
 ({ours:.1f} against {twin:.1f} ms) for {macs:.2f}x the MACs.
-"""
-MODELS = """
-## Weight-dynamic models on {where}
-
-`{command}`, `results/{file}`, {machine}. Time and peak memory as ratios to the static twin, timm's as it is, 224
-px. The time is the median over several processes, whose own follow it.
-
-| model / twin | mode | batch | execution | time | of each process | p10-p90 | ms | memory | MACs |
-|---|---|---|---|---|---|---|---|---|---|
 """
 DIGITS = """
 ## A trained network with several budgets
@@ -58,37 +52,24 @@ by `examples/train_loop.py`, which knows nothing of auxiliary losses. The last c
 | model | seeds | train | plain loop | auxiliary: train, loop |
 |---|---|---|---|---|
 """
-FILES = {
-    "models_cpu.json": ("a CPU", "python benchmarks/models.py"),
-    "models_cuda.json": ("a GPU", "python benchmarks/models.py --device cuda"),
-}
-GPU = """
-## GPU
-
-Unverified on GPU: the CUDA kernels compile for sm_75 to sm_120 and PTX, and have not run on a device.
-`benchmarks/gpu.sh` builds, tests and measures them on one.
-"""
-KERNELS = """
-What each kernel takes, read from the binary ({megabytes:.1f} MB) by `benchmarks/kernel_report.py`, `results/{file}`;
-{compiler}; PTX for {ptx}. Of a kernel's variants (dtype, kernel size, vector width)
-the largest number counts. {spills}
-
-| kernel | variants | shared memory, bytes | stack, bytes | registers: {archs} |
-|---|---|---|---|{rule}
-"""
+MODELS = ("models_cpu.json", "paths_cpu.json", "models_cuda.json", "paths_cuda.json")
 
 
 def load(name: str) -> dict:
     return json.loads((HERE / "results" / name).read_text())
 
 
+def load_if_there(name: str) -> dict | None:
+    return load(name) if (HERE / "results" / name).exists() else None
+
+
 def machine(report: dict) -> str:
     return f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}"
 
 
-def operator_table(name: str) -> str:
-    report = load(name)
-    table = OPERATOR.format(file=name, machine=machine(report))
+def operator_table(report: dict, name: str) -> str:
+    where = "a GPU" if report["cuda"] else "a CPU"
+    table = OPERATOR.format(where=where, command=report["command"], file=name, machine=machine(report))
     found: dict[tuple, dict] = {}
     for row in report["rows"]:
         case = (tuple(row["shape"]), row["kernel_size"], row["stride"], row["dtype"], row["layout"])
@@ -119,21 +100,6 @@ def ddf_text(name: str, operator: str) -> str:
     )
 
 
-def models_table(name: str, where: str, command: str) -> str:
-    report = load(name)
-    table = MODELS.format(file=name, where=where, command=command, machine=machine(report))
-    for row in report["rows"]:
-        if row["model"] == row["baseline"]:
-            continue
-        table += (
-            f"| `{row['model']}` / `{row['baseline']}` | {row['mode']} | {row['batch_size']} | {row['execution']} | "
-            f"{row['time_ratio']:.2f} | {', '.join(f'{ratio:.2f}' for ratio in sorted(row['time_ratios']))} | "
-            f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {row['median_ms']:.1f} | "
-            f"{row['memory_ratio']:.2f} | {row['macs_ratio']:.2f} |\n"
-        )
-    return table
-
-
 def digits_table(name: str) -> str:
     report = load(name)
     table = DIGITS.format(file=name, machine=machine(report), batch=report["batch_size"])
@@ -160,41 +126,23 @@ def loop_table(name: str) -> str:
     return table
 
 
-def kernels_table(name: str) -> str:
-    report = load(name)
-    families: dict[str, list[dict]] = {}
-    for row in report["rows"]:
-        families.setdefault(row["kernel"].split("<")[0], []).append(row)
-    archs = sorted({row["arch"] for row in report["rows"]}, key=lambda arch: int(arch[3:]))
-    framed = sorted({f"`{row['kernel']}`" for row in report["rows"] if row["stack"] or row["local"]})
-    table = KERNELS.format(
-        file=name,
-        megabytes=report["binary_bytes"] / 1e6,
-        compiler=report["compiler"],
-        ptx=", ".join(report["ptx"]),
-        spills=f"With a stack frame: {', '.join(framed)}." if framed else "No spills: no kernel has a stack frame.",
-        archs=" | ".join(archs),
-        rule="---|" * len(archs),
-    )
-    for family, rows in families.items():
-        registers = (str(max(row["registers"] for row in rows if row["arch"] == arch)) for arch in archs)
-        shared, stack = (max(row[field] for row in rows) for field in ("shared", "stack"))
-        table += (
-            f"| `{family}` | {len(rows) // len(archs)} | {shared or ''} | {stack or ''} | {' | '.join(registers)} |\n"
-        )
-    return table
-
-
 def main() -> None:
-    page = HEAD + operator_table("op_ddf_cpu.json") + ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
-    for name, (where, command) in FILES.items():
-        if (HERE / "results" / name).exists():
-            page += models_table(name, where, command)
+    page = HEAD
+    for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
+        if report := load_if_there(name):
+            page += operator_table(report, name)
+    page += ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
+    for name in MODELS:
+        if report := load_if_there(name):
+            page += models_text(report, name, machine(report), HERE / "results")
     for path in sorted(HERE.glob("results/sparse_*.json")):
         report = load(path.name)
         page += sparse_text(report, path.name, machine(report), path.parent)
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
-    (HERE / "README.md").write_text(page + GPU + kernels_table("cuda_kernels.json"))
+    page += rejected_text(load("op_ddf_cpu.json"))
+    on_gpu = (load_if_there(f"gpu_{name}.json") for name in ("tests", "roof"))
+    page += gpu_text(*on_gpu, load("cuda_kernels.json"), machine)
+    (HERE / "README.md").write_text(page)
 
 
 if __name__ == "__main__":

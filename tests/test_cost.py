@@ -122,6 +122,12 @@ def test_calls_operators():
     assert not calls_operators(nn.Conv2d(8, 6, 3), X)
 
 
+@pytest.mark.parametrize("name", ["test_dcd_resnet", "test_ped_resnet", "test_dy_resnet", "dynconv_resnet8"])
+def test_operators_of_every_family_are_seen(name):
+    model = timm.create_model(name)
+    assert calls_operators(model, torch.zeros(1, *model.pretrained_cfg["input_size"]))
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_the_convolutions_of_dcd_are_those_of_its_twin(batch):
     x = torch.zeros(batch, 3, 64, 64)

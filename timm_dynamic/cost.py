@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.ops._library import operators_only
 from timm_dynamic.ops._linear import ONEDNN
@@ -151,8 +152,16 @@ def _is_convolution(operator) -> bool:
 
 
 def calls_operators(model: nn.Module, x: Tensor) -> bool:
-    """Whether an evaluation forward calls an operator of `timm_dynamic.ops`, so that compiled kernels matter to it."""
-    return torch.ops.timm_dynamic.ddf in _flops(model, x)["Global"]
+    """Whether compiled kernels matter to a model: it runs operators of `timm_dynamic.ops`, at least for some inputs.
+
+    Args:
+        model: Any model; it is left as it was found.
+        x: An input of it. The operators of some layers are not among what serves all inputs: those layers count.
+    """
+    called = _flops(model, x)["Global"]
+    return any(str(operator).startswith("timm_dynamic.") for operator in called) or any(
+        isinstance(module, (DCDConv2d, DCDLinear, SparseBranch)) for module in model.modules()
+    )
 
 
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.capacity import run_without_waiting
 from timm_dynamic.layers.folding import KeepsFolded, activation, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse

@@ -57,12 +57,13 @@ def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: f
 
     Args:
         out: `[P, N]`; rows that are not in `positions` stay as they are.
-        positions: `[M]`, each once.
+        positions: `[M]`, each once; -1: nowhere.
         rows: `[M, N]`.
         low, high: Limits of the result.
     """
-    at = positions.long()
-    out[at] = (out[at] + rows).clamp(low, high)
+    some = positions >= 0
+    at = positions[some].long()
+    out[at] = (out[at] + rows[some]).clamp(low, high)
 
 
 def _product(source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def scatter_conv_reference_(
 
     Args:
         out: `[P, N]`; rows that are not in `positions` stay as they are.
-        positions: `[M]`, each once.
+        positions: `[M]`, each once; -1: nowhere.
         source, table, matrix, bias, low, high: As for `gather_conv`.
     """
     scatter_rows_(out, positions, _product(source, table, matrix, bias), low, high)
@@ -141,7 +142,7 @@ def window_table_reference(
     """Defines the operator `torch.ops.timm_dynamic.window_table`: what a convolution's outputs read.
 
     Args:
-        positions: `[M]`, of the convolution's output map.
+        positions: `[M]`, of the convolution's output map; -1: none, which reads nothing.
         input_size, output_size: (H, W) of its maps.
         kernel_size, stride, dilation, padding: Of the convolution.
 
@@ -154,7 +155,7 @@ def window_table_reference(
     taps = [torch.arange(k, device=positions.device) * d for k, d in zip(kernel_size, dilation, strict=True)]
     y = (p // Wo * stride[0] - padding[0])[:, None, None] + taps[0][:, None]
     x = (p % Wo * stride[1] - padding[1])[:, None, None] + taps[1]
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W) & (positions >= 0)[:, None, None]
     return torch.where(inside, (b[:, None, None] * H + y) * W + x, -1).flatten(1).int()
 
 
@@ -183,6 +184,47 @@ def neighbour_table_reference(
     return positions, is_needed.nonzero()[:, 0].int(), row_of[table].int()
 
 
+def fixed_neighbour_table_reference(
+    mask: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    capacity: Pair,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Defines the operator `torch.ops.timm_dynamic.fixed_neighbour_table`: tables of the same sizes for every mask.
+
+    The kernel tells the host nothing about the mask. What there is no room for is left out; the counts say so.
+
+    Args:
+        mask, input_size, kernel_size, stride, dilation, padding: As for `neighbour_table`.
+        capacity: How many active positions and how many needed ones there is room for. If that is room for all
+            positions of the input map, all count as needed.
+
+    Returns:
+        As `neighbour_table`, `[capacity[0]]`, `[capacity[1]]` and `[capacity[0], T]`, with -1 in the rows that are
+        left and for what was left out; and how many positions are active and needed, `[2]`.
+    """
+    positions, needed, table = neighbour_table_reference(mask, input_size, kernel_size, stride, dilation, padding)
+    inputs = mask.shape[0] * math.prod(input_size)
+    if capacity[1] >= inputs:
+        table = F.pad(needed, (0, 1), value=-1)[table.long()]
+        needed = torch.arange(inputs, dtype=torch.int32, device=mask.device)
+    counts = torch.tensor([len(positions), len(needed)], dtype=torch.int32, device=mask.device)
+    return (
+        _resize(positions, capacity[0]),
+        _resize(needed, capacity[1]),
+        _resize(table.where(table < capacity[1], -1), capacity[0]),
+        counts,
+    )
+
+
+def _resize(rows: Tensor, count: int) -> Tensor:
+    """Cut or, with -1, extended."""
+    return torch.cat([rows[:count], rows.new_full((max(0, count - len(rows)), *rows.shape[1:]), -1)])
+
+
 _CONV = "Tensor source, Tensor? table, Tensor matrix, Tensor bias, float low, float high"
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] dilation, int[2] padding"
 _OPERATORS = {
@@ -207,6 +249,10 @@ _OPERATORS = {
     "neighbour_table": (
         neighbour_table_reference,
         f"(Tensor mask, int[2] input_size, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
+    ),
+    "fixed_neighbour_table": (
+        fixed_neighbour_table_reference,
+        f"(Tensor mask, int[2] input_size, {_WINDOW}, int[2] capacity) -> (Tensor, Tensor, Tensor, Tensor)",
     ),
 }
 for _name, (_reference, _schema) in _OPERATORS.items():
@@ -252,9 +298,18 @@ def _neighbour_table_fake(mask, input_size, kernel_size, *others):
     return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::fixed_neighbour_table")
+def _fixed_neighbour_table_fake(mask, input_size, kernel_size, stride, dilation, padding, capacity):
+    shapes = ((capacity[0],), (capacity[1],), (capacity[0], kernel_size[0] * kernel_size[1]), (2,))
+    return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
 _INDICES = (torch.int32, torch.bool)
 _DTYPES = {"cpu": (torch.float32, *_INDICES), "cuda": (*CUDA_DTYPES, *_INDICES)}
-_NO_KERNEL = {"cpu": ("gather_rows", "scatter_rows_"), "cuda": ("gather_conv", "scatter_conv_")}
+_NO_KERNEL = {
+    "cpu": ("gather_rows", "scatter_rows_", "fixed_neighbour_table"),
+    "cuda": ("gather_conv", "scatter_conv_"),
+}
 
 
 def kernels_serve(tensor: Tensor) -> bool:
@@ -302,3 +357,8 @@ def window_table(positions: Tensor, *args) -> Tensor:
 def neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     """See `neighbour_table_reference`."""
     return _choose("neighbour_table", mask)(mask, *args)
+
+
+def fixed_neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `fixed_neighbour_table_reference`."""
+    return _choose("fixed_neighbour_table", mask)(mask, *args)

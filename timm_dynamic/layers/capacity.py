@@ -7,7 +7,7 @@ is read once, after the network, and where there was too little room its output 
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn

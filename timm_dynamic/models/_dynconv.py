@@ -120,7 +120,11 @@ class MaskedModel(KeepsFolded):
         model = self
         if x.dtype == autocast_dtype(x) == torch.float32:
             model = self._keep(None, self._stages, self._fold_outside)
-        return self.forward_head(model.forward_features(x))
+
+        def forward() -> Tensor:
+            return self.forward_head(model.forward_features(x))
+
+        return forward() if torch.compiler.is_compiling() else run_without_waiting(forward, self, x)
 
     @torch.jit.unused
     def _stages(self) -> list[nn.Module]:

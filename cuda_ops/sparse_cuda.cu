@@ -1,5 +1,5 @@
-// CUDA kernels of sparse execution; timm_dynamic/ops/sparse.py and mask_logits.py define what they
-// compute. The matrix products between them are left to cuBLAS.
+// CUDA kernels of sparse execution; timm_dynamic/ops/sparse.py and learned_mask.py define what
+// they compute. The matrix products between them are left to cuBLAS.
 //
 // Most walk over rows, lists of which say where to read or write. A group of adjacent threads, the
 // lanes, works on kRows rows at a time, such that so many loads are under way; along a row each
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads) window_entries(const WindowTable op)
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int taps = op.window.taps();
   if (i >= int64_t(op.M) * taps) return;
-  op.table[i] = input_of(op.window, op.positions[int(i) / taps], int(i) % taps);
+  const int position = op.positions[int(i) / taps];
+  op.table[i] = position < 0 ? -1 : input_of(op.window, position, int(i) % taps);
 }
 
 // Of a mask of any dtype: neither 0 nor, in floating point, -0.
@@ -148,6 +149,7 @@ __device__ bool is_active(const NeighbourTable& op, int i) {
 }
 
 __device__ bool is_needed(const NeighbourTable& op, int i) {
+  if (op.all_needed) return true;
   const Window<int>& w = op.window;
   const int map = w.H * w.W, first = i / map * (w.Ho * w.Wo), y = i % map / w.W, x = i % w.W;
   for (int tap = 0; tap < w.taps(); ++tap) {
@@ -205,34 +207,27 @@ __device__ int place_of(const NeighbourTable& op, int skip, int i) {
   return word & bit ? op.before[skip + i / 32] + __popc(word & (bit - 1)) : -1;
 }
 
-// A thread an output and tap, then a thread an input.
+// A thread an output and tap, then a thread an input. Each also empties one entry that is left
+// over.
 __global__ void __launch_bounds__(kThreads) list_positions(const NeighbourTable op) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int taps = op.window.taps(), skip = words_of(op.outputs);
   const int64_t j = i - int64_t(op.outputs) * taps;
   if (j < 0) {
     const int output = int(i) / taps, tap = int(i) % taps, m = place_of(op, 0, output);
-    if (m < 0) return;
+    if (output >= op.sizes[0] && output < op.active_capacity) {
+      op.table[i] = -1;
+      if (tap == 0) op.positions[output] = -1;
+    }
+    if (m < 0 || m >= op.active_capacity) return;
     const int input = input_of(op.window, output, tap);
-    op.table[m * taps + tap] = input < 0 ? -1 : place_of(op, skip, input);
+    const int place = input < 0 ? -1 : place_of(op, skip, input);
+    op.table[m * taps + tap] = place < op.needed_capacity ? place : -1;
     if (tap == 0) op.positions[m] = output;
   } else if (j < op.inputs) {
     const int place = place_of(op, skip, j);
-    if (place >= 0) op.needed[place] = j;
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_weights(const MaskWeights op) {
-  const int i = blockIdx.x * kThreads + threadIdx.x, k = i / op.C, c = i % op.C;
-  const auto conv = static_cast<const T*>(op.conv_weight), fc = static_cast<const T*>(op.fc_weight);
-  if (k < kDots - 1) {
-    op.out[i] = float(conv[c * op.stride_c + k / 3 * op.stride_y + k % 3 * op.stride_x]);
-  } else if (k == kDots - 1) {
-    op.out[i] = float(fc[c]);
-  } else if (i == kDots * op.C) {
-    op.out[i] =
-        float(*static_cast<const T*>(op.conv_bias)) + float(*static_cast<const T*>(op.fc_bias));
+    if (j >= op.sizes[1] && j < op.needed_capacity) op.needed[j] = -1;
+    if (place >= 0 && place < op.needed_capacity) op.needed[place] = j;
   }
 }
 
@@ -245,7 +240,7 @@ DDF_HOST_DEVICE constexpr int block_positions(int lanes) { return kThreads / lan
 
 // The dot products of positions with the weights.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) mask_dots(const MaskLogits op, int lanes, int blocks) {
+__global__ void __launch_bounds__(kThreads) mask_dots(const LearnedMask op, int lanes, int blocks) {
   __shared__ float last_dots[block_positions(kSumsAtOnce)];
   const auto weights = reinterpret_cast<const Vec<float, V>*>(op.weights);
   const int vectors = op.C / V, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
@@ -293,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) mask_dots(const MaskLogits op, int l
 // for a sample.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    mask_windows(const MaskLogits op, int blocks, int own_blocks) {
+    mask_windows(const LearnedMask op, int blocks, int own_blocks) {
   __shared__ float warp_sums[kThreads / kWarp];
   const int b = blockIdx.x / own_blocks, block = blockIdx.x % own_blocks;
   float total = 0;
@@ -315,7 +310,7 @@ __global__ void __launch_bounds__(kThreads)
     const int at = w.input(i / w.Wo, i % w.Wo, tap);
     if (at >= 0) sum += dots[at * kDots + tap];
   }
-  static_cast<T*>(op.out)[int64_t(b) * outputs + i] = T(sum);
+  static_cast<T*>(op.out)[int64_t(b) * outputs + i] = T(sum >= 0 ? 1.f : 0.f);
 }
 
 // The fewest lanes that load a row of `loads` at once, all of a warp if none do.
@@ -380,22 +375,17 @@ void launch(const WindowTable& op, cudaStream_t stream) {
 void launch(const NeighbourTable& op, cudaStream_t stream) {
   const int64_t bits = (words_of(op.outputs) + words_of(op.inputs)) * 32;
   const int64_t entries = int64_t(op.outputs) * op.window.taps();
-  run_kernel(mark_positions, blocks_for(bits), kThreads, 0, stream, op);
+  if (bits > 0) run_kernel(mark_positions, blocks_for(bits), kThreads, 0, stream, op);
   run_kernel(count_positions, 2, kWarp * kWarp, 0, stream, op);
-  run_kernel(list_positions, blocks_for(entries + op.inputs), kThreads, 0, stream, op);
+  if (entries + op.inputs > 0)
+    run_kernel(list_positions, blocks_for(entries + op.inputs), kThreads, 0, stream, op);
 }
 
-void launch(const MaskWeights& op, Dtype dtype, cudaStream_t stream) {
-  dispatch(dtype, [&]<typename T>() {
-    run_kernel(pack_weights<T>, blocks_for(kDots * int64_t(op.C) + 1), kThreads, 0, stream, op);
-  });
-}
+int LearnedMask::lanes() const { return lanes_for(C / (aligned ? kMaskVector : 1), kSumsAtOnce); }
 
-int MaskLogits::lanes() const { return lanes_for(C / (aligned ? kMaskVector : 1), kSumsAtOnce); }
+int LearnedMask::blocks() const { return ceil_div(map(), block_positions(lanes())); }
 
-int MaskLogits::blocks() const { return ceil_div(map(), block_positions(lanes())); }
-
-void launch(const MaskLogits& op, Dtype dtype, cudaStream_t stream) {
+void launch(const LearnedMask& op, Dtype dtype, cudaStream_t stream) {
   const int lanes = op.lanes(), blocks = op.blocks();
   const int own_blocks = blocks_for(op.window.Ho * op.window.Wo);
   dispatch(dtype, [&]<typename T>() {

@@ -1,16 +1,12 @@
 """Sparse execution with tables of fixed sizes, as on a GPU: the results are those of the exact tables."""
 
-import copy
-import pickle
-import threading
 from unittest import mock
 
 import pytest
 import torch
-from dynconv_networks import build, every_kind, image
-from torch import nn
+from dynconv_networks import build, build_with_share, every_kind, image
 
-from timm_dynamic.layers import capacity, sparse_branch
+from timm_dynamic.layers import capacity
 from timm_dynamic.layers.capacity import Capacities
 from timm_dynamic.ops import sparse
 
@@ -36,37 +32,13 @@ def dense(model, x):
     return y
 
 
-def set_masks(model, share):
-    """Mask units that look at nothing but the image's mean: active where a fixed pattern is below `share(x)`."""
-
-    class Unit(nn.Module):
-        def __init__(self, stride):
-            super().__init__()
-            self.stride = stride
-
-        def forward(self, x):
-            size = [-(-n // self.stride) for n in x.shape[2:]]
-            pattern = torch.rand(len(x), 1, *size, generator=torch.Generator().manual_seed(3))
-            return (pattern < share[0]).to(x.dtype)
-
-    for block in model.masked_blocks():
-        block.masker = Unit(block.masker.stride)
-
-
-def make(kind, share):
-    model = build(kind)
-    set_masks(model, share)
-    model.execution = "sparse"
-    return model
-
-
 @every_kind
 class TestNetworks:
     @torch.no_grad()
     def test_every_mask(self, kind):
         """What fits the capacities, and what does not, equals dense execution; the first call asks every block."""
         share = [0.2]
-        model, x = make(kind, share), image(kind, 3)
+        model, x = build_with_share(kind, share), image(kind, 3)
         blocks = len(model.masked_blocks())
         runs = []
         for share[0] in (0.2, 0.2, 0.21, 0.0, 0.9, 0.9, 0.2, 1.0, 1.0, 0.0):
@@ -81,7 +53,7 @@ class TestNetworks:
     @torch.no_grad()
     def test_fixed_share(self, kind):
         share = [0.2]
-        model, x = make(kind, share), image(kind)
+        model, x = build_with_share(kind, share), image(kind)
         for room, share[0] in ((0.0, 0.0), (1.0, 1.0), (1.0, 0.3), (0.9, 0.05)):
             with Capacities(room) as capacities, counting("neighbour_table") as exact:
                 y = model(x)

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "sparse_cuda.h"
 
@@ -40,10 +41,28 @@ struct Rows {
   __device__ int64_t operator[](int r) const { return first + r * step; }
 };
 
-template <typename Unit>
+struct Keep {
+  template <typename Unit>
+  __device__ Unit operator()(const Unit& unit) const {
+    return unit;
+  }
+};
+
+template <typename T, int V>
+struct Limit {
+  float low, high;
+
+  __device__ Vec<T, V> operator()(Vec<T, V> v) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v.at[i] = T(limit(float(v.at[i]), low, high));
+    return v;
+  }
+};
+
+template <typename Unit, typename F>
 __global__ void __launch_bounds__(kThreads)
     gather_units(int64_t M, int units, int lanes, const Unit* __restrict__ source,
-                 const int* __restrict__ table, Unit* __restrict__ out) {
+                 const int* __restrict__ table, Unit* __restrict__ out, const F change) {
   const Rows rows(lanes);
   int64_t from[kRows];
 #pragma unroll
@@ -54,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRows; ++r) values[r] = from[r] < 0 ? Unit{} : source[from[r] * units + u];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      if (rows[r] < M) out[rows[r] * units + u] = values[r];
+      if (rows[r] < M) out[rows[r] * units + u] = change(values[r]);
   }
 }
 
@@ -342,16 +361,22 @@ void dispatch_rows(Dtype dtype, int C, bool aligned, F f) {
 
 }  // namespace
 
-void launch(const GatherRows& op, cudaStream_t stream) {
-  const int lanes = lanes_for(op.units);
-  const auto copy = [&]<typename Unit>(Unit) {
-    run_kernel(gather_units<Unit>, row_blocks(op.M, lanes), kThreads, 0, stream, op.M, op.units,
-               lanes, static_cast<const Unit*>(op.source), op.table, static_cast<Unit*>(op.out));
+void launch(const GatherRows& op, Dtype dtype, cudaStream_t stream) {
+  const auto gather = [&]<typename Unit, typename F>(Unit, int units, F change) {
+    const int lanes = lanes_for(units);
+    run_kernel(gather_units<Unit, F>, row_blocks(op.M, lanes), kThreads, 0, stream, op.M, units,
+               lanes, static_cast<const Unit*>(op.source), op.table, static_cast<Unit*>(op.out),
+               change);
   };
-  if (op.unit == 16) return copy(uint4{});
-  if (op.unit == 8) return copy(uint2{});
-  if (op.unit == 4) return copy(uint32_t{});
-  copy(uint16_t{});
+  if (op.low > -INFINITY || op.high < INFINITY)
+    return dispatch_rows(dtype, op.C, op.unit == 16, [&]<typename T, int V>(int vectors) {
+      gather(Vec<T, V>{}, vectors, Limit<T, V>{op.low, op.high});
+    });
+  const int units = int64_t(op.C) * (dtype == Dtype::kFloat32 ? 4 : 2) / op.unit;
+  if (op.unit == 16) return gather(uint4{}, units, Keep{});
+  if (op.unit == 8) return gather(uint2{}, units, Keep{});
+  if (op.unit == 4) return gather(uint32_t{}, units, Keep{});
+  gather(uint16_t{}, units, Keep{});
 }
 
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream) {

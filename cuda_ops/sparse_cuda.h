@@ -9,11 +9,12 @@
 
 namespace timm_dynamic {
 
-// out[m] = source[table[m]], zeros where the table holds -1. Rows are copied `unit` bytes at a
-// time, of which they have `units`.
+// out[m] = clamp(source[table[m]]), zeros where the table holds -1.
 struct GatherRows {
   int64_t M;
-  int unit, units;
+  int C;
+  int unit;  // the most bytes, up to 16, that may be loaded at once
+  float low, high;
   const void* source;
   const int* table;
   void* out;
@@ -83,7 +84,7 @@ struct LearnedMask {
   int blocks() const;  // of a sample
 };
 
-void launch(const GatherRows& op, cudaStream_t stream);
+void launch(const GatherRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream);
 void launch(const WindowTable& op, cudaStream_t stream);

@@ -71,19 +71,19 @@ void check_entries(int64_t entries) {
   STD_TORCH_CHECK(entries <= INT32_MAX, "too many positions and taps for int32: ", entries);
 }
 
-Tensor gather_rows(const Tensor& source, const Tensor& table) {
+Tensor gather_rows(const Tensor& source, const Tensor& table, double low, double high) {
   GatherRows op;
   op.source = matrix("source", source);
   op.table = indices_beside("table", table, 2, source);
   const int64_t bytes = source.size(1) * source.element_size();
-  op.M = table.numel();
+  STD_TORCH_CHECK(bytes <= INT32_MAX, "rows too long: ", bytes, " bytes");
+  op.M = table.numel(), op.C = source.size(1);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
   const Tensor out = empty(source, {table.size(0), table.size(1) * source.size(1)});
   if (out.numel() == 0) return out;
   op.out = out.mutable_data_ptr();
   op.unit = largest_unit(bytes, op.source, op.out);
-  STD_TORCH_CHECK(bytes / op.unit <= INT32_MAX, "rows too long: ", bytes, " bytes");
-  op.units = bytes / op.unit;
-  launch(op, Device(source).stream);
+  launch(op, dtype_of(source), Device(source).stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }

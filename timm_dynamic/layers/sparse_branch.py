@@ -220,7 +220,7 @@ def _execute(block: SparseBranch, plan: _Plan, x: Tensor, mask: Tensor, overwrit
     in_place = overwrite and block.downsample is None and x.dtype == dtype
     out = x if in_place else _shortcut(block, plan, x)
     if tables is not None:
-        _add_branch(plan, x, mask, out, tables)
+        _add_branch_by_parts(plan, x, mask, out, tables)
     else:
         samples = _samples_at_once(x, len(plan.convs[0].bias)) if plan.depthwise else len(x)
         for part in zip(*(tensor.split(samples) for tensor in (x, mask, out)), strict=True):
@@ -255,16 +255,34 @@ def _whole_tables(plan: _Plan, x: Tensor, mask: Tensor, limit: float) -> _Tables
     return _Tables(*tables)
 
 
-def _add_branch(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor, tables: _Tables | None = None) -> None:
+def _add_branch_by_parts(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor, tables: _Tables) -> None:
+    """`_add_branch` as a GPU does it: gather, product, ..., product, scatter."""
+    first, second, *others = plan.convs
+    middle, needed = _middle(plan, x, mask), tables.needed
+    table = needed[:, None]
+    if plan.first_window:
+        table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
+    elif len(needed) == len(x) * middle.numel():
+        table = None  # all, in their order
+    y = sparse.product(rows_of(x).to(first.bias.dtype), table, first.weight, first.bias)
+    limits = first.low, first.high
+    if plan.depthwise:
+        y, limits = sparse.gather_depthwise(y.clamp_(*limits), tables.table, *second), sparse.NO_LIMITS
+    else:
+        y, limits = sparse.product(y, tables.table, second.weight, second.bias, limits), (second.low, second.high)
+    for last in others:
+        y = sparse.product(y, None, last.weight, last.bias, limits)
+    sparse.scatter_rows_(rows_of(out), tables.positions, y, plan.low, plan.high)
+
+
+def _add_branch(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor) -> None:
     """Add the branch to `out`, in place, and apply the block's activation, at the active positions."""
     first, second, *others = plan.convs
     middle = _middle(plan, x, mask)
-    positions, needed, table = tables or sparse.neighbour_table(mask, middle, *plan.second_window)
+    positions, needed, table = sparse.neighbour_table(mask, middle, *plan.second_window)
     first_table = needed[:, None]
     if plan.first_window:
         first_table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
-    elif tables and len(needed) == len(x) * middle.numel():
-        first_table = None  # all, in their order
     y, final = sparse.gather_conv(rows_of(x).to(first.bias.dtype), first_table, *first), second
     if others:
         gather = sparse.gather_depthwise if plan.depthwise else sparse.gather_conv

@@ -9,9 +9,10 @@ row, `(b*H + y)*W + x`. Tables hold row numbers, -1 outside the image, whose fea
 
 The clamp is ReLU, ReLU6 or nothing. These serve inference: they have no gradient.
 
-On a GPU the first two are made of three parts, between which the features are in memory; the product is cuBLAS's:
+On a GPU the first two are made of three parts, between which the features are in memory; the product is cuBLAS's, and
+what reads it may do the clamp:
 
-    gather_rows:   out[m] = source[table[m, 0]], source[table[m, 1]], ...
+    gather_rows:   out[m] = clamp(source[table[m, 0]], source[table[m, 1]], ...)
     scatter_rows_: out[p[m]] = clamp(out[p[m]] + rows[m])
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, has_kernel
 
 Pair = tuple[int, int]
+NO_LIMITS = (-math.inf, math.inf)
 _PANEL_WIDTHS = (64, 48, 32, 16)  # columns that a kernel does at once
 
 
@@ -39,17 +41,19 @@ def pack_matrix(matrix: Tensor) -> Tensor:
     return F.pad(matrix, (0, -N % width)).view(K, -1, width).transpose(0, 1).contiguous()
 
 
-def gather_rows_reference(source: Tensor, table: Tensor) -> Tensor:
+def gather_rows_reference(source: Tensor, table: Tensor, low: float, high: float) -> Tensor:
     """Defines the operator `torch.ops.timm_dynamic.gather_rows`.
 
     Args:
         source: `[P, C]`.
         table: `[M, T]`, rows of `source`.
+        low, high: Limits of the result, between which there is 0.
 
     Returns:
         `[M, T*C]`.
     """
-    return torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()].flatten(1)
+    rows = torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()].flatten(1)
+    return rows if (low, high) == NO_LIMITS else rows.clamp_(low, high)
 
 
 def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: float, high: float) -> None:
@@ -66,9 +70,14 @@ def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: f
     out[at] = (out[at] + rows[some]).clamp(low, high)
 
 
-def _product(source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`gather_conv` without limits."""
-    rows = source if table is None else gather_rows(source, table)
+def product(
+    source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor, source_limits: tuple[float, float] = NO_LIMITS
+) -> Tensor:
+    """`gather_conv` without limits, but of a source that is clamped first, in its own memory if there is no table."""
+    if table is not None:
+        rows = gather_rows(source, table, *source_limits)
+    else:
+        rows = source if source_limits == NO_LIMITS else source.clamp_(*source_limits)
     return torch.addmm(bias, rows, matrix.transpose(0, 1).flatten(1)[:, : len(bias)])
 
 
@@ -87,8 +96,8 @@ def gather_conv_reference(
     Returns:
         `[M, N]`.
     """
-    out = _product(source, table, matrix, bias)
-    return out if (low, high) == (-math.inf, math.inf) else out.clamp_(low, high)
+    out = product(source, table, matrix, bias)
+    return out if (low, high) == NO_LIMITS else out.clamp_(low, high)
 
 
 def scatter_conv_reference_(
@@ -108,7 +117,7 @@ def scatter_conv_reference_(
         positions: `[M]`, each once; -1: nowhere.
         source, table, matrix, bias, low, high: As for `gather_conv`.
     """
-    scatter_rows_(out, positions, _product(source, table, matrix, bias), low, high)
+    scatter_rows_(out, positions, product(source, table, matrix, bias), low, high)
 
 
 def gather_depthwise_reference(
@@ -126,7 +135,7 @@ def gather_depthwise_reference(
     Returns:
         `[M, C]`.
     """
-    taps = gather_rows(source, table).view(*table.shape, source.shape[1])
+    taps = gather_rows(source, table, *NO_LIMITS).view(*table.shape, source.shape[1])
     return ((taps * weight).sum(1) + bias).clamp(low, high)
 
 
@@ -228,7 +237,7 @@ def _resize(rows: Tensor, count: int) -> Tensor:
 _CONV = "Tensor source, Tensor? table, Tensor matrix, Tensor bias, float low, float high"
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] dilation, int[2] padding"
 _OPERATORS = {
-    "gather_rows": (gather_rows_reference, "(Tensor source, Tensor table) -> Tensor"),
+    "gather_rows": (gather_rows_reference, "(Tensor source, Tensor table, float low, float high) -> Tensor"),
     "scatter_rows_": (
         scatter_rows_reference_,
         "(Tensor(a!) out, Tensor positions, Tensor rows, float low, float high) -> ()",
@@ -261,7 +270,7 @@ for _name, (_reference, _schema) in _OPERATORS.items():
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gather_rows")
-def _gather_rows_fake(source, table):
+def _gather_rows_fake(source, table, low, high):
     return source.new_empty(table.shape[0], table.shape[1] * source.shape[1])
 
 

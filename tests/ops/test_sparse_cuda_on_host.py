@@ -18,13 +18,14 @@ from ops.test_sparse_cuda import (
     RELU6,
     TOLERANCE,
     check,
+    check_mask,
     mask_arguments,
     misaligned,
     randn,
     table,
 )
 
-from timm_dynamic.ops import mask_logits_reference, sparse
+from timm_dynamic.ops import mask_logits_reference, pack_mask_weights, sparse
 
 pytestmark = cuda_on_host.needs_compiler
 operators = cuda_on_host.operators("sparse")
@@ -47,15 +48,21 @@ def cast(tensors, dtype):
 @pytest.mark.parametrize("M", [0, 1, 33, 70])
 class TestRows:
     def test_gather_rows(self, operators, M, C, dtype):
-        source, rows = torch.randn(40, C).to(dtype), table(M, 3, 40)
-        expected = sparse.gather_rows_reference(source, rows)
-        source[0] = math.nan
-        for from_ in (source, misaligned(source)):
-            assert torch.equal(operators.gather_rows(from_, rows, seed=next(SEEDS)), expected)
+        source, rows = 4 * torch.randn(40, C).to(dtype), table(M, 3, 40)
+        for limits in (RELU6, NO_LIMITS):
+            expected = sparse.gather_rows_reference(source, rows, *limits)
+            unused = source.index_fill(0, torch.tensor(0), math.nan)
+            for from_ in (unused, misaligned(unused)):
+                assert torch.equal(operators.gather_rows(from_, rows, *limits, seed=next(SEEDS)), expected)
+        source[1] = math.nan
+        seen = operators.gather_rows(source, rows, *RELU6).isnan()
+        assert torch.equal(seen, (rows == 1).repeat_interleave(C, 1))
 
     def test_scatter_rows(self, operators, M, C, dtype):
         out, positions = randn(M + 3, C, dtype=dtype), torch.randperm(M + 3)[:M].int()
         rows = randn(M, C, dtype=dtype)
+        nowhere = torch.rand(M) < 0.3
+        positions[nowhere], rows[nowhere] = -1, math.nan
         out[0, 0] = math.nan
         for limits, place in ((RELU6, misaligned), (NO_LIMITS, torch.clone)):
             expected, actual = out.clone(), place(out.to(dtype))
@@ -65,7 +72,7 @@ class TestRows:
             assert torch.equal(actual.isnan(), where_nan)
             check(actual.nan_to_num(0), expected.masked_fill(where_nan, 0), dtype)
             untouched = torch.ones(M + 3, dtype=torch.bool)
-            untouched[positions.long()] = False
+            untouched[positions[~nowhere].long()] = False
             assert torch.equal(actual.double().nan_to_num(9)[untouched], out.nan_to_num(9)[untouched])
 
     def test_gather_depthwise(self, operators, M, C, dtype):
@@ -87,10 +94,18 @@ def check_tables(operators, mask, size, window, padding):
         actual = operators.neighbour_table(own, size, *window, padding, seed=next(SEEDS))
         for one, other in zip(actual, expected, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
+    outputs, inputs = mask.numel(), len(mask) * math.prod(size)
+    rooms = [(0, 0), (outputs, inputs), (outputs // 2, inputs // 2), (outputs, inputs // 3), (outputs // 3, inputs)]
+    for room, own in zip((*rooms, tuple(map(len, expected[:2]))), itertools.cycle((mask, signed, signed.half()))):
+        fixed = sparse.fixed_neighbour_table_reference(mask, size, *window, padding, room)
+        actual = operators.fixed_neighbour_table(own, size, *window, padding, room, seed=next(SEEDS))
+        for one, other in zip(actual, fixed, strict=True):
+            assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
     geometry = (size, mask.shape[2:], *window, padding)
-    actual = operators.window_table(expected[0], *geometry, seed=next(SEEDS))
-    assert actual.dtype == torch.int32
-    assert torch.equal(actual, sparse.window_table_reference(expected[0], *geometry))
+    for positions in (expected[0], torch.cat([expected[0], expected[0].new_full((3,), -1)])):
+        actual = operators.window_table(positions, *geometry, seed=next(SEEDS))
+        assert actual.dtype == torch.int32
+        assert torch.equal(actual, sparse.window_table_reference(positions, *geometry))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
@@ -123,33 +138,29 @@ def test_random_tables(operators, B, size, kernel, stride, dilation, density):
     check_tables(operators, torch.rand(B, 1, *output) < density, size, (kernel, stride, dilation), padding)
 
 
-def check_mask_logits(operators, case, dtype):
-    args = mask_arguments(*case, dtype)
-    expected = mask_logits_reference(*args)
-    own = cast(args, dtype)
-    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
-    own[0] = torch.cat([own[0][:1, :1, :1, :1].flatten(), own[0].permute(0, 2, 3, 1).flatten()])[1:]
-    own[0] = own[0].view(args[0].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # misaligned
-    own[1] = own[1].to(memory_format=torch.channels_last)
-    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
-    own[1:5] = [t.float() for t in own[1:5]]  # under autocast
-    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
+@pytest.mark.parametrize("room", [(13, 5), (-1, 5), (12, 36), (12, 5, 5)], ids=str)
+def test_capacities_that_cannot_be(operators, room):
+    with pytest.raises(RuntimeError, match="capacity must be two numbers up to 12 and 35"):
+        operators.fixed_neighbour_table(torch.ones(1, 1, 3, 4), (5, 7), (3, 3), (2, 2), (1, 1), (1, 1), room)
+
+
+def check_masks(operators, case, dtype):
+    *own, stride = mask_arguments(*case, dtype)
+    logits, weights = mask_logits_reference(*own, stride), pack_mask_weights(*(t.float() for t in own[1:]))
+    x = own[0].permute(0, 2, 3, 1).contiguous().to(dtype)
+    for place in (torch.clone, misaligned):
+        check_mask(
+            operators.learned_mask(place(x).permute(0, 3, 1, 2), weights, stride, seed=next(SEEDS)), logits, dtype
+        )
 
 
 @DTYPES
 @pytest.mark.parametrize("case", MASK_UNITS, ids=str)
-def test_mask_logits(operators, case, dtype):
-    check_mask_logits(operators, (min(case[0], 3), *case[1:]), dtype)
+def test_learned_mask(operators, case, dtype):
+    check_masks(operators, (min(case[0], 3), *case[1:]), dtype)
 
 
 @given(*(st.integers(1, n) for n in (3, 70, 20, 20, 3)), st.sampled_from(list(TOLERANCE)))
 @settings(max_examples=40, deadline=None)
 def test_random_mask_units(operators, B, C, H, W, stride, dtype):
-    check_mask_logits(operators, (B, C, H, W, stride), dtype)
-
-
-def test_nan_stays_in_its_sample(operators):
-    args = cast(mask_arguments(3, 16, 5, 5, 1), torch.float32)
-    args[0][1, 3, 2, 2] = math.nan
-    out = operators.mask_logits(*args)
-    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+    check_masks(operators, (B, C, H, W, stride), dtype)

@@ -44,12 +44,14 @@ class PatternMask(nn.Module):
 
     def __init__(self, stride, share):
         super().__init__()
-        self.stride, self.share = stride, share
+        self.stride, self.share, self.patterns = stride, share, {}
 
     def forward(self, x):
-        size = [-(-n // self.stride) for n in x.shape[2:]]
-        pattern = torch.rand(len(x), 1, *size, generator=torch.Generator().manual_seed(3))
-        return (pattern.to(x.device) < self.share[0]).to(x.dtype)
+        shape = (len(x), 1, *(-(-n // self.stride) for n in x.shape[2:]))
+        if (shape, x.device) not in self.patterns:
+            pattern = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+            self.patterns[shape, x.device] = pattern.to(x.device)
+        return (self.patterns[shape, x.device] < self.share[0]).to(x.dtype)
 
 
 def build_with_share(kind, share, **kwargs):

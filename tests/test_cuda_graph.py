@@ -1,5 +1,6 @@
 """`CudaGraph` without a GPU: what it captures and when. Instead of a graph, the function runs again."""
 
+import copy
 import re
 from unittest import mock
 
@@ -28,12 +29,12 @@ class Recorder:
     def __call__(self, forward, device):
         self.captures += 1
         forward()
-        captured = [dict(seen) for seen in self.seen()]
+        captured = copy.deepcopy(self.seen())
 
         def replay():
             with mock.patch.object(capacity, "remember"):
                 for seen, before in zip(self.seen(), captured, strict=False):
-                    seen.update(before)
+                    seen.update(copy.deepcopy(before))
                 forward()
 
         return replay

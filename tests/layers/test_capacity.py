@@ -209,10 +209,54 @@ def test_room():
     """A quarter more than was seen, in whole steps, and at most all."""
     with mock.patch.object(capacity, "_MULTIPLE", 128):
         capacities = Capacities()
-        assert capacities.room((0, 1), (1000, 1000)) == (0, 128)
+        assert capacities.room((0, 1), (1000, 1000)) == (128, 128)
         assert capacities.room((100, 103), (1000, 1000)) == (128, 256)
         assert capacities.room((900, 40), (1000, 49)) == (1000, 49)
     assert Capacities(0.25).expected({}, (), (10, 16)) == Capacities(0.25).room((3, 4), (10, 16)) == (3, 4)
+
+
+def test_recent(monkeypatch):
+    monkeypatch.setattr(capacity, "_RECENT", 3)
+    recent = capacity.Recent()
+    recent.add((5, 9))
+    recent.add((7, 8))
+    assert [recent.most() for _ in range(8)] == [(7, 9)] * 6 + [None] * 2
+    for counts, most in (((4, 4), (4, 4)), ((6, 2), (6, 4)), ((1, 1), (6, 4)), ((1, 1), (6, 4)), ((2, 1), (2, 1))):
+        recent.add(counts)
+        assert recent.most() == most
+
+
+@torch.no_grad()
+def test_forgets(monkeypatch):
+    """One image whose masks are full does not make all later ones slow."""
+    monkeypatch.setattr(capacity, "_RECENT", 2)
+    share, rooms = [1.0], []
+    model, x = build_with_share("basic", share), image()
+    model(x)
+    share[0] = 0.2
+    for _ in range(6):
+        with mock.patch.object(sparse, "fixed_neighbour_table", wraps=sparse.fixed_neighbour_table) as fixed:
+            torch.testing.assert_close(model(x), dense(model, x))
+        rooms.append(fixed.call_args_list[0].args[-1][0] / (2 * 32 * 32))
+    assert rooms[0] == 1 and 0.2 < rooms[-1] < 0.3
+    model.execution, model.max_active, share[0] = "auto", 0.5, 1.0
+    ran = []
+    for _ in range(9):
+        with counting("neighbour_table") as exact, counting("scatter_rows_") as scatter:
+            model(x)
+        ran.append((exact.call_count, scatter.call_count))
+    share[0] = 0.1
+    for _ in range(9):
+        torch.testing.assert_close(model(x), dense(model, x))
+        model.execution = "auto"
+    assert set(ran[1:]) == {(0, 0), (3, 0)}  # everywhere; now and then blocks ask
+    with counting("scatter_rows_") as scatter:
+        model(x)
+    assert scatter.call_count == 3
+
+
+def what_was_seen(blocks):
+    return [{key: vars(recent)["_now"] for key, recent in kept_for(block)[2].seen.items()} for block in blocks]
 
 
 @torch.no_grad()
@@ -223,10 +267,10 @@ def test_only_what_had_a_right_input_is_remembered():
     first, *others = model.masked_blocks()
     first.masker.share = [0.1]
     model(x)
-    first.masker.share, before = [0.8], [dict(kept_for(block)[2].seen) for block in others]
+    first.masker.share, before = [0.8], what_was_seen(others)
     with Capacities() as capacities:
         for block in others:
             block.masker.share = [1.0]
         model(x)
     assert not capacities.suffice(capacities.counts())
-    assert [kept_for(block)[2].seen for block in others] == before
+    assert what_was_seen(others) == before

@@ -1,7 +1,7 @@
 """Sparse execution without waiting for masks: tables with room for so many positions, whatever the mask.
 
 How many positions a mask leaves active is known on the GPU only. A host that wants to know waits, at every block, and
-the GPU has nothing to do meanwhile. So tables get the size that was enough so far and some more; what there really was
+the GPU has nothing to do meanwhile. So tables get the size that was enough lately and some more; what there really was
 is read once, after the network, and where there was too little room its output is thrown away.
 """
 
@@ -11,18 +11,38 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
 
+from timm_dynamic.layers.folding import has_hooks
 from timm_dynamic.ops import sparse
 
 _HEAD_ROOM = 1.25  # times the most that was seen
 _MULTIPLE = 128  # rows that a GPU's matrix product computes together
+_RECENT = 64  # runs after which what was seen begins to be forgotten
 _MAX_SHAPES = 64  # of inputs for which a block remembers what it saw
 
 Counts = tuple[int, int]  # of active and of needed positions
-Seen = dict[tuple, Counts]  # the most, by device and shape of the input
 
 _running = threading.local()
+
+
+class Recent:
+    """The most positions that a block had in its last runs, `_RECENT` to twice as many."""
+
+    def __init__(self):
+        self._runs, self._now, self._before = 0, (), ()
+
+    def add(self, counts: Counts) -> None:
+        self._now = tuple(map(max, self._now or counts, counts))
+
+    def most(self) -> Counts | None:
+        """Asked for a run; None: that many runs came without `add`."""
+        self._runs += 1
+        if self._runs > _RECENT:
+            self._runs, self._now, self._before = 1, (), self._now
+        return tuple(map(max, self._now or self._before, self._before or self._now)) or None
+
+
+Seen = dict[tuple, Recent]  # by device and shape of the input
 
 
 def current() -> "Capacities | None":
@@ -55,13 +75,15 @@ class Capacities:
         """How many positions a block will have; None: it has to ask."""
         if self.exact:
             return None
-        return seen.get(key) if self.share is None else tuple(math.ceil(self.share * total) for total in totals)
+        if self.share is not None:
+            return tuple(math.ceil(self.share * total) for total in totals)
+        return seen[key].most() if key in seen else None
 
     def room(self, expected: Counts, totals: Counts) -> Counts:
         """For that many."""
         if self.share is not None:
             return expected
-        rounded = (math.ceil(_HEAD_ROOM * count / _MULTIPLE) * _MULTIPLE for count in expected)
+        rounded = (math.ceil(_HEAD_ROOM * max(count, 1) / _MULTIPLE) * _MULTIPLE for count in expected)
         return tuple(map(min, rounded, totals))
 
     def take(self, seen: Seen, key: tuple, room: Counts, counts: Tensor) -> None:
@@ -87,7 +109,7 @@ class Capacities:
 def remember(seen: Seen, key: tuple, counts: Counts) -> None:
     if key not in seen and len(seen) >= _MAX_SHAPES:
         seen.clear()
-    seen[key] = tuple(map(max, seen.get(key, counts), counts))
+    seen.setdefault(key, Recent()).add(counts)
 
 
 def _read(counts: Tensor) -> list[list[int]]:
@@ -114,13 +136,11 @@ def serves(x: Tensor) -> bool:
 
 def any_hooks(model: nn.Module) -> bool:
     """Whether somebody looks into a model."""
-    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
-        return True
     modules: list[nn.Module | None] = list(model._modules.values())
     while modules:
         module = modules.pop()
         if module is not None:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module):
                 return True
             modules.extend(module._modules.values())
     return False

@@ -168,7 +168,6 @@ __device__ bool is_active(const NeighbourTable& op, int i) {
 }
 
 __device__ bool is_needed(const NeighbourTable& op, int i) {
-  if (op.all_needed) return true;
   const Window<int>& w = op.window;
   const int map = w.H * w.W, first = i / map * (w.Ho * w.Wo), y = i % map / w.W, x = i % w.W;
   for (int tap = 0; tap < w.taps(); ++tap) {
@@ -226,11 +225,17 @@ __device__ int place_of(const NeighbourTable& op, int skip, int i) {
   return word & bit ? op.before[skip + i / 32] + __popc(word & (bit - 1)) : -1;
 }
 
+// The row of input i in `needed`, -1 if it has none.
+__device__ int needed_place(const NeighbourTable& op, int i) {
+  const int place = op.all_listed ? i : place_of(op, words_of(op.outputs), i);
+  return place < op.needed_capacity ? place : -1;
+}
+
 // A thread an output and tap, then a thread an input. Each also empties one entry that is left
 // over.
 __global__ void __launch_bounds__(kThreads) list_positions(const NeighbourTable op) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int taps = op.window.taps(), skip = words_of(op.outputs);
+  const int taps = op.window.taps();
   const int64_t j = i - int64_t(op.outputs) * taps;
   if (j < 0) {
     const int output = int(i) / taps, tap = int(i) % taps, m = place_of(op, 0, output);
@@ -240,13 +245,12 @@ __global__ void __launch_bounds__(kThreads) list_positions(const NeighbourTable 
     }
     if (m < 0 || m >= op.active_capacity) return;
     const int input = input_of(op.window, output, tap);
-    const int place = input < 0 ? -1 : place_of(op, skip, input);
-    op.table[m * taps + tap] = place < op.needed_capacity ? place : -1;
+    op.table[m * taps + tap] = input < 0 ? -1 : needed_place(op, input);
     if (tap == 0) op.positions[m] = output;
   } else if (j < op.inputs) {
-    const int place = place_of(op, skip, j);
-    if (j >= op.sizes[1] && j < op.needed_capacity) op.needed[j] = -1;
-    if (place >= 0 && place < op.needed_capacity) op.needed[place] = j;
+    const int place = needed_place(op, j);
+    if (place >= 0) op.needed[place] = j;
+    if (!op.all_listed && j >= op.sizes[1] && j < op.needed_capacity) op.needed[j] = -1;
   }
 }
 

@@ -58,7 +58,7 @@ struct NeighbourTable {
   int outputs, inputs;  // positions of the whole batch
   int active_capacity;  // rows of `positions` and `table`, at most `outputs`
   int needed_capacity;  // rows of `needed`, at most `inputs`
-  bool all_needed;      // whether all inputs count as needed
+  bool all_listed;      // in `needed`, whether or not they are needed
   int mask_bytes;       // of an element: 1, 2 or 4
   const void* mask;
   unsigned* words;  // [words_of(outputs) + words_of(inputs)]: the active ones, the needed ones

@@ -157,12 +157,12 @@ Window<int> table_window(const Tensor& mask, Sizes input_size, Sizes kernel_size
 int64_t inputs_of(const Tensor& mask, const Window<int>& w) { return mask.size(0) * w.H * w.W; }
 
 Tables make_tables(const Tensor& mask, const Window<int>& w, int64_t active, int64_t needed,
-                   bool all_needed, const Device& device) {
+                   bool all_listed, const Device& device) {
   const int64_t inputs = inputs_of(mask, w), taps = w.taps();
   check_entries(std::max(mask.numel() * taps, inputs));
   NeighbourTable op;
   op.window = w, op.outputs = mask.numel(), op.inputs = inputs;
-  op.active_capacity = active, op.needed_capacity = needed, op.all_needed = all_needed;
+  op.active_capacity = active, op.needed_capacity = needed, op.all_listed = all_listed;
   const Tables tables{empty_indices(mask, {active}), empty_indices(mask, {needed}),
                       empty_indices(mask, {active, taps}), empty_indices(mask, {2})};
   const int64_t words = words_of(op.outputs) + words_of(inputs);

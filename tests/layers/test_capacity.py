@@ -233,12 +233,12 @@ def test_forgets(monkeypatch):
     share, rooms = [1.0], []
     model, x = build_with_share("basic", share), image()
     model(x)
-    share[0] = 0.2
+    share[0] = 0.03
     for _ in range(6):
         with mock.patch.object(sparse, "fixed_neighbour_table", wraps=sparse.fixed_neighbour_table) as fixed:
             torch.testing.assert_close(model(x), dense(model, x))
-        rooms.append(fixed.call_args_list[0].args[-1][0] / (2 * 32 * 32))
-    assert rooms[0] == 1 and 0.2 < rooms[-1] < 0.3
+        rooms.append([room / (2 * 32 * 32) for room in fixed.call_args_list[0].args[-1]])
+    assert rooms[0] == [1, 1] and rooms[-1][0] < 0.1 and rooms[-1][1] < 0.5
     model.execution, model.max_active, share[0] = "auto", 0.5, 1.0
     ran = []
     for _ in range(9):

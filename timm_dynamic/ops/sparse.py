@@ -209,7 +209,7 @@ def fixed_neighbour_table_reference(
     Args:
         mask, input_size, kernel_size, stride, dilation, padding: As for `neighbour_table`.
         capacity: How many active positions and how many needed ones there is room for. If that is room for all
-            positions of the input map, all count as needed.
+            positions of the input map, all are listed as needed.
 
     Returns:
         As `neighbour_table`, `[capacity[0]]`, `[capacity[1]]` and `[capacity[0], T]`, with -1 in the rows that are
@@ -217,10 +217,10 @@ def fixed_neighbour_table_reference(
     """
     positions, needed, table = neighbour_table_reference(mask, input_size, kernel_size, stride, dilation, padding)
     inputs = mask.shape[0] * math.prod(input_size)
+    counts = torch.tensor([len(positions), len(needed)], dtype=torch.int32, device=mask.device)
     if capacity[1] >= inputs:
         table = F.pad(needed, (0, 1), value=-1)[table.long()]
         needed = torch.arange(inputs, dtype=torch.int32, device=mask.device)
-    counts = torch.tensor([len(positions), len(needed)], dtype=torch.int32, device=mask.device)
     return (
         _resize(positions, capacity[0]),
         _resize(needed, capacity[1]),

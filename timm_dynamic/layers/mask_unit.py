@@ -107,12 +107,19 @@ class MaskUnit(KeepsFolded):
         """The mask of eval mode."""
         if not torch.jit.is_scripting():
             if self.kernel_size == 3:
-                conv, fc = self.maskconv.conv, self.maskconv.fc
-                parameters = (conv.weight, conv.bias, fc.weight, fc.bias)
-                if learned_mask_serves(x, *parameters):
-                    weights = self._keep(None, tuple, lambda: pack_mask_weights(*parameters))
-                    return torch.ops.timm_dynamic.learned_mask(x, weights, self.stride)
+                mask = self._by_kernel(x)
+                if mask is not None:
+                    return mask
         return (self.logits(x) >= 0).to(x.dtype)
+
+    @torch.jit.unused
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        conv, fc = self.maskconv.conv, self.maskconv.fc
+        parameters = (conv.weight, conv.bias, fc.weight, fc.bias)
+        if not learned_mask_serves(x, *parameters):
+            return None
+        weights = self._keep(None, tuple, lambda: pack_mask_weights(*parameters))
+        return torch.ops.timm_dynamic.learned_mask(x, weights, self.stride)
 
     @torch.jit.unused
     def _sample(self, logits: Tensor) -> Tensor:

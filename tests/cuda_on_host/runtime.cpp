@@ -11,6 +11,10 @@
 //   (-fsanitize=kernel-address), defined here; misaligned addresses (-fsanitize=alignment).
 //
 // Shared memory is garbage (all bits set: NaN, -1) when a block starts.
+//
+// Blocks run one after the other and threads change places only where they wait, so a race shows as
+// a wrong result for some seeds and not always. Not seen at all: launch bounds, sizes that need
+// more memory than there is here, what nvcc makes of the code, and speed.
 #include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -23,7 +27,6 @@
 #include <map>
 #include <numeric>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -39,7 +42,7 @@ using cuda_on_host::Complete;
 using cuda_on_host::Site;
 
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kStack = 256 << 10, kMaxDynamic = 227 << 10, kDefaultDynamic = 48 << 10;
+constexpr size_t kStack = 256 << 10, kMaxDynamic = 48 << 10;
 
 struct Copy {  // of __pipeline_memcpy_async
   char* to;
@@ -74,7 +77,6 @@ const void* error_at;
 std::mt19937 random_bits;
 unsigned seed;
 int processors = 4;
-std::map<const void*, size_t> dynamic_limits;
 alignas(128) char dynamic[kMaxDynamic];
 size_t dynamic_bytes;
 
@@ -286,6 +288,7 @@ const char* refusal(const cudaLaunchConfig_t& config) {
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid too large";
   if (block.x > kMaxThreads || block.z > 64 || block.x * block.y * block.z > kMaxThreads)
     return "a block too large";
+  if (config.dynamicSmemBytes > kMaxDynamic) return "too much dynamic shared memory";
   return nullptr;
 }
 
@@ -340,10 +343,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Body& new_body) {
   prepare();
   if (!error.empty()) return cudaErrorLaunchFailure;
   body = new_body;
-  const auto limit =
-      dynamic_limits.contains(body.kernel) ? dynamic_limits[body.kernel] : kDefaultDynamic;
   const char* refused = refusal(config);
-  if (!refused && config.dynamicSmemBytes > limit) refused = "too much dynamic shared memory";
   if (refused) {
     error = described(std::string("launch with ") + refused, body.kernel);
     return cudaErrorInvalidConfiguration;
@@ -428,24 +428,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? processors
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(kMaxDynamic)
-                                                                  : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || size_t(value) > kMaxDynamic) {
-    error = described("more dynamic shared memory asked for than there is", kernel);
-    return cudaErrorInvalidValue;
-  }
-  dynamic_limits[kernel] = value;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = processors;
   return cudaSuccess;
 }
 

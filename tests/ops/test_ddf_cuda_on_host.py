@@ -37,7 +37,7 @@ def check(operators, shape, options, dtype, layout, seed, filters=FILTERS[0], pr
         )
 
 
-SHAPES = [(1, 1, 1, 1), (2, 1, 5, 3), (1, 5, 1, 17), (2, 16, 33, 1), (3, 37, 8, 9), (2, 64, 7, 7), (1, 68, 14, 12)]
+SHAPES = [(1, 1, 1, 1), (2, 1, 5, 3), (1, 5, 1, 17), (2, 16, 33, 1), (3, 37, 8, 9), (2, 64, 7, 7), (1, 68, 6, 12)]
 CASES = [(*case, next(DTYPES)) for case in itertools.product(SHAPES, (1, 2), LAYOUTS)]
 
 

@@ -53,7 +53,10 @@ class Operators:
             setattr(self, name, functools.partial(self._run, getattr(torch.ops, NAMESPACE), name))
 
     def _run(self, operators, name: str, *args, seed: int = 0, processors: int = 4):
-        """`seed` decides about the order of threads and blocks: 0 ascending, 1 descending, else at random."""
+        """`seed` decides about the order of threads and blocks: 0 ascending, 1 descending, else at random.
+
+        With an even one, each warp runs as far as it can before the next does; with an odd one, warps take turns.
+        """
         self._library.cuda_on_host_begin(seed, processors)
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN

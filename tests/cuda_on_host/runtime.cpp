@@ -207,35 +207,45 @@ std::string standstill() {
   return what + "\n  " + std::to_string(threads - alive) + " have returned";
 }
 
-template <typename T>
-void shuffle_order(std::vector<T>& order) {
+std::vector<int> new_order(int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
   if (seed == 1) std::reverse(order.begin(), order.end());
   if (seed > 1) std::shuffle(order.begin(), order.end(), random_bits);
+  return order;
+}
+
+// Runs the lanes of a warp up to where each waits next. Whether any could run.
+bool advance(int warp) {
+  bool ran = false;
+  for (const int lane : new_order(warpSize)) {
+    const int i = warp * warpSize + lane;
+    if (i >= threads || fibers[i].state != State::kReady || !error.empty()) continue;
+    ran = true;
+    resume(fibers[i]);
+  }
+  return ran;
 }
 
 void run_block() {
   for (const Range& range : shared) std::memset(range.begin, 0xff, range.end - range.begin);
   std::memset(dynamic, 0xff, dynamic_bytes);
   alive = threads, waiting = predicates = 0;
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  shuffle_order(order);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady, fiber.number = i, fiber.copies.assign(1, {});
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
-  while (alive > 0) {
+  while (alive > 0 && error.empty()) {
     bool progress = false;
-    if (seed > 1) shuffle_order(order);
-    for (const int i : order) {
-      if (fibers[i].state != State::kReady) continue;
-      progress = true;
-      resume(fibers[i]);
-      if (!error.empty()) return;
+    for (const int warp : new_order((threads + warpSize - 1) / warpSize)) {
+      // Far ahead of the others, or side by side.
+      while (advance(warp)) {
+        progress = true;
+        if (seed % 2 == 1) break;
+      }
     }
     if (!progress) error = standstill(), error_at = nullptr;
-    if (!error.empty()) return;
   }
 }
 
@@ -286,6 +296,7 @@ const char* refusal(const cudaLaunchConfig_t& config) {
   if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z)
     return "an empty grid or block";
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid too large";
+  if (uint64_t(grid.x) * grid.y * grid.z > 1 << 24) return "more blocks than are emulated";
   if (block.x > kMaxThreads || block.z > 64 || block.x * block.y * block.z > kMaxThreads)
     return "a block too large";
   if (config.dynamicSmemBytes > kMaxDynamic) return "too much dynamic shared memory";
@@ -352,12 +363,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Body& new_body) {
   arguments.end = arguments.begin + body.bytes;
   gridDim = config.gridDim, blockDim = config.blockDim, dynamic_bytes = config.dynamicSmemBytes;
   threads = blockDim.x * blockDim.y * blockDim.z;
-  std::vector<uint64_t> blocks(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  shuffle_order(blocks);
-  for (const uint64_t i : blocks) {
-    blockIdx = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y),
-                unsigned(i / gridDim.x / gridDim.y)};
+  for (const int i : new_order(gridDim.x * gridDim.y * gridDim.z)) {
+    blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y};
     run_block();
     if (error.empty()) continue;
     for (Fiber& fiber : fibers) fiber.started = false;

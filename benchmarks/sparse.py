@@ -12,8 +12,9 @@ import argparse
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -50,19 +51,21 @@ def masks(model: nn.Module, share: float, pattern: str) -> Iterator[None]:
     """Within this context the mask units of a model, which run, give other masks."""
     made: dict[torch.Size, Tensor] = {}
 
-    def replace(unit: nn.Module, inputs: tuple, mask: Tensor) -> Tensor:
+    def replace(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        mask = run(x)
         if mask.shape not in made:
             own = active_positions(mask.shape[2:], share, pattern).to(mask)
             made[mask.shape] = own.expand_as(mask).contiguous()
         return made[mask.shape]
 
-    blocks = [module for module in model.modules() if isinstance(module, SparseBranch)]
-    handles = [block.masker.register_forward_hook(replace) for block in blocks]
+    units = [module.masker for module in model.modules() if isinstance(module, SparseBranch)]
+    for unit in units:  # no hooks: with these a GPU would wait for every mask
+        unit.forward = partial(replace, unit.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for unit in units:
+            del unit.forward
 
 
 def folded(model: nn.Module) -> nn.Module:

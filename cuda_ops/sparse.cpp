@@ -207,6 +207,7 @@ Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size
   parallel(M, T * 4, [&](int64_t begin, int64_t end) {
     std::fill(out + begin * T, out + end * T, -1);
     for (int64_t m = begin; m < end; ++m) {
+      if (at[m] < 0) continue;
       const int64_t first = at[m] / outputs * w.H * w.W;
       w.each_tap(at[m] % outputs / w.Wo, at[m] % w.Wo, [&](int64_t tap, int64_t input) {
         out[m * T + tap] = static_cast<int32_t>(first + input);

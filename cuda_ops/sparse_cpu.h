@@ -60,6 +60,7 @@ INLINE void gather_tile(const GatherConv& op, int64_t row, int64_t panel, int64_
     return;
   }
   for (int r = 0; r < R; ++r) {
+    if (op.positions && op.positions[row + r] < 0) continue;
     const int64_t to = (op.positions ? op.positions[row + r] : row + r) * op.N + begin;
     for (int v = 0; v < V; ++v) {
       const int64_t count = op.N - begin - v * n;

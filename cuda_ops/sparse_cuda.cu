@@ -1,5 +1,5 @@
-// CUDA kernels of sparse execution; timm_dynamic/ops/sparse.py and mask_logits.py define what they
-// compute. The matrix products between them are left to cuBLAS.
+// CUDA kernels of sparse execution; timm_dynamic/ops/sparse.py and learned_mask.py define what
+// they compute. The matrix products between them are left to cuBLAS.
 //
 // Most walk over rows, lists of which say where to read or write. A group of adjacent threads, the
 // lanes, works on kRows rows at a time, such that so many loads are under way; along a row each
@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "sparse_cuda.h"
 
@@ -40,10 +41,28 @@ struct Rows {
   __device__ int64_t operator[](int r) const { return first + r * step; }
 };
 
-template <typename Unit>
+struct Keep {
+  template <typename Unit>
+  __device__ Unit operator()(const Unit& unit) const {
+    return unit;
+  }
+};
+
+template <typename T, int V>
+struct Limit {
+  float low, high;
+
+  __device__ Vec<T, V> operator()(Vec<T, V> v) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v.at[i] = T(limit(float(v.at[i]), low, high));
+    return v;
+  }
+};
+
+template <typename Unit, typename F>
 __global__ void __launch_bounds__(kThreads)
     gather_units(int64_t M, int units, int lanes, const Unit* __restrict__ source,
-                 const int* __restrict__ table, Unit* __restrict__ out) {
+                 const int* __restrict__ table, Unit* __restrict__ out, const F change) {
   const Rows rows(lanes);
   int64_t from[kRows];
 #pragma unroll
@@ -54,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < kRows; ++r) values[r] = from[r] < 0 ? Unit{} : source[from[r] * units + u];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      if (rows[r] < M) out[rows[r] * units + u] = values[r];
+      if (rows[r] < M) out[rows[r] * units + u] = change(values[r]);
   }
 }
 
@@ -137,7 +156,8 @@ __global__ void __launch_bounds__(kThreads) window_entries(const WindowTable op)
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int taps = op.window.taps();
   if (i >= int64_t(op.M) * taps) return;
-  op.table[i] = input_of(op.window, op.positions[int(i) / taps], int(i) % taps);
+  const int position = op.positions[int(i) / taps];
+  op.table[i] = position < 0 ? -1 : input_of(op.window, position, int(i) % taps);
 }
 
 // Of a mask of any dtype: neither 0 nor, in floating point, -0.
@@ -205,34 +225,32 @@ __device__ int place_of(const NeighbourTable& op, int skip, int i) {
   return word & bit ? op.before[skip + i / 32] + __popc(word & (bit - 1)) : -1;
 }
 
-// A thread an output and tap, then a thread an input.
+// The row of input i in `needed`, -1 if it has none.
+__device__ int needed_place(const NeighbourTable& op, int i) {
+  const int place = op.all_listed ? i : place_of(op, words_of(op.outputs), i);
+  return place < op.needed_capacity ? place : -1;
+}
+
+// A thread an output and tap, then a thread an input. Each also empties one entry that is left
+// over.
 __global__ void __launch_bounds__(kThreads) list_positions(const NeighbourTable op) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int taps = op.window.taps(), skip = words_of(op.outputs);
+  const int taps = op.window.taps();
   const int64_t j = i - int64_t(op.outputs) * taps;
   if (j < 0) {
     const int output = int(i) / taps, tap = int(i) % taps, m = place_of(op, 0, output);
-    if (m < 0) return;
+    if (output >= op.sizes[0] && output < op.active_capacity) {
+      op.table[i] = -1;
+      if (tap == 0) op.positions[output] = -1;
+    }
+    if (m < 0 || m >= op.active_capacity) return;
     const int input = input_of(op.window, output, tap);
-    op.table[m * taps + tap] = input < 0 ? -1 : place_of(op, skip, input);
+    op.table[m * taps + tap] = input < 0 ? -1 : needed_place(op, input);
     if (tap == 0) op.positions[m] = output;
   } else if (j < op.inputs) {
-    const int place = place_of(op, skip, j);
+    const int place = needed_place(op, j);
     if (place >= 0) op.needed[place] = j;
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) pack_weights(const MaskWeights op) {
-  const int i = blockIdx.x * kThreads + threadIdx.x, k = i / op.C, c = i % op.C;
-  const auto conv = static_cast<const T*>(op.conv_weight), fc = static_cast<const T*>(op.fc_weight);
-  if (k < kDots - 1) {
-    op.out[i] = float(conv[c * op.stride_c + k / 3 * op.stride_y + k % 3 * op.stride_x]);
-  } else if (k == kDots - 1) {
-    op.out[i] = float(fc[c]);
-  } else if (i == kDots * op.C) {
-    op.out[i] =
-        float(*static_cast<const T*>(op.conv_bias)) + float(*static_cast<const T*>(op.fc_bias));
+    if (!op.all_listed && j >= op.sizes[1] && j < op.needed_capacity) op.needed[j] = -1;
   }
 }
 
@@ -245,7 +263,7 @@ DDF_HOST_DEVICE constexpr int block_positions(int lanes) { return kThreads / lan
 
 // The dot products of positions with the weights.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) mask_dots(const MaskLogits op, int lanes, int blocks) {
+__global__ void __launch_bounds__(kThreads) mask_dots(const LearnedMask op, int lanes, int blocks) {
   __shared__ float last_dots[block_positions(kSumsAtOnce)];
   const auto weights = reinterpret_cast<const Vec<float, V>*>(op.weights);
   const int vectors = op.C / V, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
@@ -293,7 +311,7 @@ __global__ void __launch_bounds__(kThreads) mask_dots(const MaskLogits op, int l
 // for a sample.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    mask_windows(const MaskLogits op, int blocks, int own_blocks) {
+    mask_windows(const LearnedMask op, int blocks, int own_blocks) {
   __shared__ float warp_sums[kThreads / kWarp];
   const int b = blockIdx.x / own_blocks, block = blockIdx.x % own_blocks;
   float total = 0;
@@ -315,7 +333,7 @@ __global__ void __launch_bounds__(kThreads)
     const int at = w.input(i / w.Wo, i % w.Wo, tap);
     if (at >= 0) sum += dots[at * kDots + tap];
   }
-  static_cast<T*>(op.out)[int64_t(b) * outputs + i] = T(sum);
+  static_cast<T*>(op.out)[int64_t(b) * outputs + i] = T(sum >= 0 ? 1.f : 0.f);
 }
 
 // The fewest lanes that load a row of `loads` at once, all of a warp if none do.
@@ -347,62 +365,62 @@ void dispatch_rows(Dtype dtype, int C, bool aligned, F f) {
 
 }  // namespace
 
-void launch(const GatherRows& op, cudaStream_t stream) {
-  const int lanes = lanes_for(op.units);
-  const auto copy = [&]<typename Unit>(Unit) {
-    gather_units<<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(
-        op.M, op.units, lanes, static_cast<const Unit*>(op.source), op.table,
-        static_cast<Unit*>(op.out));
+void launch(const GatherRows& op, Dtype dtype, cudaStream_t stream) {
+  const auto gather = [&]<typename Unit, typename F>(Unit, int units, F change) {
+    const int lanes = lanes_for(units);
+    run_kernel(gather_units<Unit, F>, row_blocks(op.M, lanes), kThreads, 0, stream, op.M, units,
+               lanes, static_cast<const Unit*>(op.source), op.table, static_cast<Unit*>(op.out),
+               change);
   };
-  if (op.unit == 16) return copy(uint4{});
-  if (op.unit == 8) return copy(uint2{});
-  if (op.unit == 4) return copy(uint32_t{});
-  copy(uint16_t{});
+  if (op.low > -INFINITY || op.high < INFINITY)
+    return dispatch_rows(dtype, op.C, op.unit == 16, [&]<typename T, int V>(int vectors) {
+      gather(Vec<T, V>{}, vectors, Limit<T, V>{op.low, op.high});
+    });
+  const int units = int64_t(op.C) * (dtype == Dtype::kFloat32 ? 4 : 2) / op.unit;
+  if (op.unit == 16) return gather(uint4{}, units, Keep{});
+  if (op.unit == 8) return gather(uint2{}, units, Keep{});
+  if (op.unit == 4) return gather(uint32_t{}, units, Keep{});
+  gather(uint16_t{}, units, Keep{});
 }
 
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream) {
   dispatch_rows(dtype, op.C, op.aligned, [&]<typename T, int V>(int vectors) {
     const int lanes = lanes_for(vectors);
-    add_rows<T, V><<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(op, lanes);
+    run_kernel(add_rows<T, V>, row_blocks(op.M, lanes), kThreads, 0, stream, op, lanes);
   });
 }
 
 void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream) {
   dispatch_rows(dtype, op.C, op.aligned, [&]<typename T, int V>(int vectors) {
     const int lanes = lanes_for(vectors);
-    depthwise_rows<T, V><<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(op, lanes);
+    run_kernel(depthwise_rows<T, V>, row_blocks(op.M, lanes), kThreads, 0, stream, op, lanes);
   });
 }
 
 void launch(const WindowTable& op, cudaStream_t stream) {
-  window_entries<<<blocks_for(int64_t(op.M) * op.window.taps()), kThreads, 0, stream>>>(op);
+  run_kernel(window_entries, blocks_for(int64_t(op.M) * op.window.taps()), kThreads, 0, stream, op);
 }
 
 void launch(const NeighbourTable& op, cudaStream_t stream) {
   const int64_t bits = (words_of(op.outputs) + words_of(op.inputs)) * 32;
   const int64_t entries = int64_t(op.outputs) * op.window.taps();
-  mark_positions<<<blocks_for(bits), kThreads, 0, stream>>>(op);
-  count_positions<<<2, kWarp * kWarp, 0, stream>>>(op);
-  list_positions<<<blocks_for(entries + op.inputs), kThreads, 0, stream>>>(op);
+  if (bits > 0) run_kernel(mark_positions, blocks_for(bits), kThreads, 0, stream, op);
+  run_kernel(count_positions, 2, kWarp * kWarp, 0, stream, op);
+  if (entries + op.inputs > 0)
+    run_kernel(list_positions, blocks_for(entries + op.inputs), kThreads, 0, stream, op);
 }
 
-void launch(const MaskWeights& op, Dtype dtype, cudaStream_t stream) {
-  dispatch(dtype, [&]<typename T>() {
-    pack_weights<T><<<blocks_for(kDots * int64_t(op.C) + 1), kThreads, 0, stream>>>(op);
-  });
-}
+int LearnedMask::lanes() const { return lanes_for(C / (aligned ? kMaskVector : 1), kSumsAtOnce); }
 
-int MaskLogits::lanes() const { return lanes_for(C / (aligned ? kMaskVector : 1), kSumsAtOnce); }
+int LearnedMask::blocks() const { return ceil_div(map(), block_positions(lanes())); }
 
-int MaskLogits::blocks() const { return ceil_div(map(), block_positions(lanes())); }
-
-void launch(const MaskLogits& op, Dtype dtype, cudaStream_t stream) {
+void launch(const LearnedMask& op, Dtype dtype, cudaStream_t stream) {
   const int lanes = op.lanes(), blocks = op.blocks();
   const int own_blocks = blocks_for(op.window.Ho * op.window.Wo);
   dispatch(dtype, [&]<typename T>() {
     const auto dots = op.aligned ? mask_dots<T, kMaskVector> : mask_dots<T, 1>;
-    dots<<<op.B * blocks, kThreads, 0, stream>>>(op, lanes, blocks);
-    mask_windows<T><<<op.B * own_blocks, kThreads, 0, stream>>>(op, blocks, own_blocks);
+    run_kernel(dots, op.B * blocks, kThreads, 0, stream, op, lanes, blocks);
+    run_kernel(mask_windows<T>, op.B * own_blocks, kThreads, 0, stream, op, blocks, own_blocks);
   });
 }
 

@@ -9,11 +9,12 @@
 
 namespace timm_dynamic {
 
-// out[m] = source[table[m]], zeros where the table holds -1. Rows are copied `unit` bytes at a
-// time, of which they have `units`.
+// out[m] = clamp(source[table[m]]), zeros where the table holds -1.
 struct GatherRows {
   int64_t M;
-  int unit, units;
+  int C;
+  int unit;  // the most bytes, up to 16, that may be loaded at once
+  float low, high;
   const void* source;
   const int* table;
   void* out;
@@ -51,33 +52,29 @@ struct WindowTable {
 // Sets of positions are words of 32 bits, with the number of set bits before each word.
 DDF_HOST_DEVICE constexpr int64_t words_of(int64_t positions) { return (positions + 31) / 32; }
 
+// Of what there is no room for, only the number is kept; rows that are left are -1.
 struct NeighbourTable {
   Window<int> window;
   int outputs, inputs;  // positions of the whole batch
+  int active_capacity;  // rows of `positions` and `table`, at most `outputs`
+  int needed_capacity;  // rows of `needed`, at most `inputs`
+  bool all_listed;      // in `needed`, whether or not they are needed
   int mask_bytes;       // of an element: 1, 2 or 4
   const void* mask;
   unsigned* words;  // [words_of(outputs) + words_of(inputs)]: the active ones, the needed ones
   int* before;      // likewise
   int* sizes;       // [2]: how many are active, how many needed
-  int *positions, *needed, *table;  // with room for all
+  int *positions, *needed, *table;
 };
 
 constexpr int kDots = 10;  // nine taps and the linear layer of a mask unit
 
-// The weights of a mask unit, in the dtype of x or float32; `conv_weight` is [1, C, 3, 3].
-struct MaskWeights {
-  int C;
-  int64_t stride_c, stride_y, stride_x;
-  const void *conv_weight, *conv_bias, *fc_weight, *fc_bias;
-  float* out;  // [kDots, C], then the sum of both biases
-};
-
-struct MaskLogits {
+struct LearnedMask {
   Window<int> window;
   int B, C;
   bool aligned;
   const void* x;
-  const float* weights;  // of MaskWeights
+  const float* weights;  // [kDots, C], then the bias
   float* dots;           // [B, H * W, kDots]
   float* sums;           // [B, blocks()]: of the last dot product, over the positions of a block
   void* out;
@@ -87,12 +84,11 @@ struct MaskLogits {
   int blocks() const;  // of a sample
 };
 
-void launch(const GatherRows& op, cudaStream_t stream);
+void launch(const GatherRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream);
 void launch(const WindowTable& op, cudaStream_t stream);
 void launch(const NeighbourTable& op, cudaStream_t stream);
-void launch(const MaskWeights& op, Dtype dtype, cudaStream_t stream);
-void launch(const MaskLogits& op, Dtype dtype, cudaStream_t stream);
+void launch(const LearnedMask& op, Dtype dtype, cudaStream_t stream);
 
 }  // namespace timm_dynamic

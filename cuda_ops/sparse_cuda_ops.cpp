@@ -1,4 +1,4 @@
-// The operators of timm_dynamic/ops/sparse.py and mask_logits.py on CUDA: checks and memory. Their
+// The operators of timm_dynamic/ops/sparse.py and learned_mask.py on CUDA: checks and memory. Their
 // kernels are in sparse_cuda.cu.
 #include <torch/csrc/stable/library.h>
 
@@ -71,19 +71,19 @@ void check_entries(int64_t entries) {
   STD_TORCH_CHECK(entries <= INT32_MAX, "too many positions and taps for int32: ", entries);
 }
 
-Tensor gather_rows(const Tensor& source, const Tensor& table) {
+Tensor gather_rows(const Tensor& source, const Tensor& table, double low, double high) {
   GatherRows op;
   op.source = matrix("source", source);
   op.table = indices_beside("table", table, 2, source);
   const int64_t bytes = source.size(1) * source.element_size();
-  op.M = table.numel();
+  STD_TORCH_CHECK(bytes <= INT32_MAX, "rows too long: ", bytes, " bytes");
+  op.M = table.numel(), op.C = source.size(1);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
   const Tensor out = empty(source, {table.size(0), table.size(1) * source.size(1)});
   if (out.numel() == 0) return out;
   op.out = out.mutable_data_ptr();
   op.unit = largest_unit(bytes, op.source, op.out);
-  STD_TORCH_CHECK(bytes / op.unit <= INT32_MAX, "rows too long: ", bytes, " bytes");
-  op.units = bytes / op.unit;
-  launch(op, Device(source).stream);
+  launch(op, dtype_of(source), Device(source).stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -137,50 +137,81 @@ Tensor window_table(const Tensor& positions, Sizes input_size, Sizes output_size
   return table;
 }
 
-// Tables with room for all positions come back cut to what there are: the host waits once, for the
-// two sizes.
-std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
-                                                   Sizes kernel_size, Sizes stride, Sizes dilation,
-                                                   Sizes padding) {
+struct Tables {
+  Tensor positions, needed, table;
+  Tensor sizes;  // [2]: how many positions are active, how many needed
+};
+
+Window<int> table_window(const Tensor& mask, Sizes input_size, Sizes kernel_size, Sizes stride,
+                         Sizes dilation, Sizes padding) {
   STD_TORCH_CHECK(
       mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
           (mask.scalar_type() == ScalarType::Bool || is_served(mask)),
       "mask must be [B, 1, H, W], boolean, float32, float16 or bfloat16, and contiguous, "
       "got ",
       shape_text(mask));
-  NeighbourTable op;
-  const Window<int>& w = op.window = small_window(make_window(
-      input_size, {mask.size(2), mask.size(3)}, kernel_size, stride, dilation, padding));
-  const int64_t inputs = mask.size(0) * w.H * w.W, taps = w.taps();
-  check_entries(std::max(mask.numel() * taps, inputs));
-  op.outputs = mask.numel(), op.inputs = inputs;
-  Tensor positions = empty_indices(mask, {op.outputs}), needed = empty_indices(mask, {inputs}),
-         table = empty_indices(mask, {op.outputs, taps});
-  int sizes[2] = {};
-  if (op.outputs > 0) {
-    const int64_t words = words_of(op.outputs) + words_of(inputs);
-    const Tensor scratch = empty_indices(mask, {2 * words + 2});
-    op.before = static_cast<int*>(scratch.mutable_data_ptr());
-    op.words = reinterpret_cast<unsigned*>(op.before + words);
-    op.sizes = op.before + 2 * words;
-    op.mask = mask.const_data_ptr(), op.mask_bytes = mask.element_size();
-    op.positions = static_cast<int*>(positions.mutable_data_ptr());
-    op.needed = static_cast<int*>(needed.mutable_data_ptr());
-    op.table = static_cast<int*>(table.mutable_data_ptr());
-    const Device device(mask);
-    launch(op, device.stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    STD_CUDA_CHECK(
-        cudaMemcpyAsync(sizes, op.sizes, sizeof sizes, cudaMemcpyDeviceToHost, device.stream));
-    STD_CUDA_CHECK(cudaStreamSynchronize(device.stream));
-  }
-  return {torch::stable::narrow(positions, 0, 0, sizes[0]),
-          torch::stable::narrow(needed, 0, 0, sizes[1]),
-          torch::stable::narrow(table, 0, 0, sizes[0])};
+  return small_window(make_window(input_size, {mask.size(2), mask.size(3)}, kernel_size, stride,
+                                  dilation, padding));
 }
 
-Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias,
-                   const Tensor& fc_weight, const Tensor& fc_bias, int64_t stride) {
+int64_t inputs_of(const Tensor& mask, const Window<int>& w) { return mask.size(0) * w.H * w.W; }
+
+Tables make_tables(const Tensor& mask, const Window<int>& w, int64_t active, int64_t needed,
+                   bool all_listed, const Device& device) {
+  const int64_t inputs = inputs_of(mask, w), taps = w.taps();
+  check_entries(std::max(mask.numel() * taps, inputs));
+  NeighbourTable op;
+  op.window = w, op.outputs = mask.numel(), op.inputs = inputs;
+  op.active_capacity = active, op.needed_capacity = needed, op.all_listed = all_listed;
+  const Tables tables{empty_indices(mask, {active}), empty_indices(mask, {needed}),
+                      empty_indices(mask, {active, taps}), empty_indices(mask, {2})};
+  const int64_t words = words_of(op.outputs) + words_of(inputs);
+  const Tensor scratch = empty_indices(mask, {2 * words});
+  op.before = static_cast<int*>(scratch.mutable_data_ptr());
+  op.words = reinterpret_cast<unsigned*>(op.before + words);
+  op.sizes = static_cast<int*>(tables.sizes.mutable_data_ptr());
+  op.mask = mask.const_data_ptr(), op.mask_bytes = mask.element_size();
+  op.positions = static_cast<int*>(tables.positions.mutable_data_ptr());
+  op.needed = static_cast<int*>(tables.needed.mutable_data_ptr());
+  op.table = static_cast<int*>(tables.table.mutable_data_ptr());
+  launch(op, device.stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return tables;
+}
+
+// Tables with room for all positions, cut to what there are: the host waits once, for the sizes.
+std::tuple<Tensor, Tensor, Tensor> neighbour_table(const Tensor& mask, Sizes input_size,
+                                                   Sizes kernel_size, Sizes stride, Sizes dilation,
+                                                   Sizes padding) {
+  const Window<int> w = table_window(mask, input_size, kernel_size, stride, dilation, padding);
+  const Device device(mask);
+  const Tables tables = make_tables(mask, w, mask.numel(), inputs_of(mask, w), false, device);
+  int sizes[2];
+  STD_CUDA_CHECK(cudaMemcpyAsync(sizes, tables.sizes.const_data_ptr(), sizeof sizes,
+                                 cudaMemcpyDeviceToHost, device.stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(device.stream));
+  const auto cut = [](Tensor t, int64_t rows) { return torch::stable::narrow(t, 0, 0, rows); };
+  return {cut(tables.positions, sizes[0]), cut(tables.needed, sizes[1]),
+          cut(tables.table, sizes[0])};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fixed_neighbour_table(const Tensor& mask,
+                                                                 Sizes input_size,
+                                                                 Sizes kernel_size, Sizes stride,
+                                                                 Sizes dilation, Sizes padding,
+                                                                 Sizes capacity) {
+  const Window<int> w = table_window(mask, input_size, kernel_size, stride, dilation, padding);
+  const int64_t outputs = mask.numel(), inputs = inputs_of(mask, w);
+  STD_TORCH_CHECK(capacity.size() == 2 && capacity[0] >= 0 && capacity[0] <= outputs &&
+                      capacity[1] >= 0 && capacity[1] <= inputs,
+                  "capacity must be two numbers up to ", outputs, " and ", inputs);
+  const Device device(mask);
+  const Tables tables =
+      make_tables(mask, w, capacity[0], capacity[1], capacity[1] == inputs, device);
+  return {tables.positions, tables.needed, tables.table, tables.sizes};
+}
+
+Tensor learned_mask(const Tensor& x, const Tensor& weights, int64_t stride) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_served(x) && x.stride(1) == 1 &&
                       x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
                       x.stride(0) == x.size(1) * x.size(2) * x.size(3),
@@ -188,45 +219,28 @@ Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& con
                   "empty, got ",
                   shape_text(x));
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  const auto dtype = conv_weight.scalar_type();
-  STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(0) == 1 && conv_weight.size(1) == C &&
-                      conv_weight.size(2) == 3 && conv_weight.size(3) == 3 &&
-                      (dtype == ScalarType::Float || dtype == x.scalar_type()) &&
-                      conv_weight.device() == x.device(),
-                  "conv_weight must be [1, ", C, ", 3, 3] in float32 or the dtype of x, got ",
-                  shape_text(conv_weight));
+  STD_TORCH_CHECK(weights.numel() == kDots * C + 1 && weights.is_contiguous() &&
+                      weights.scalar_type() == ScalarType::Float && weights.device() == x.device(),
+                  "weights must be ", kDots * C + 1, " contiguous float32 on the device of x, got ",
+                  shape_text(weights));
   STD_TORCH_CHECK(stride > 0, "stride must be positive, got ", stride);
-  MaskLogits op;
+  LearnedMask op;
   op.window = small_window(
       {H, W, (H - 1) / stride + 1, (W - 1) / stride + 1, 3, 3, stride, stride, 1, 1, 1, 1});
   check_entries(std::max({B, (C + 1) * kDots, H * W * kDots}));
   op.B = B, op.C = C;
-  op.x = x.const_data_ptr();
-  op.aligned = largest_unit(C * x.element_size(), op.x) == 16;
+  op.x = x.const_data_ptr(), op.weights = static_cast<const float*>(weights.const_data_ptr());
+  op.aligned = largest_unit(C * x.element_size(), op.x) == 16 && largest_unit(16, op.weights) == 16;
   check_entries(B * std::max<int64_t>(op.blocks(), op.window.Ho * op.window.Wo));
-
   const auto floats = [&](int64_t count) {
     return torch::stable::empty({count}, ScalarType::Float, std::nullopt, x.device());
   };
-  const Tensor weights = floats(kDots * C + 1), dots = floats(B * H * W * kDots),
-               sums = floats(B * op.blocks());
+  const Tensor dots = floats(B * H * W * kDots), sums = floats(B * op.blocks());
   const Tensor out = empty(x, {B, 1, op.window.Ho, op.window.Wo});
-  MaskWeights packing;
-  packing.C = C;
-  packing.stride_c = conv_weight.stride(1), packing.stride_y = conv_weight.stride(2);
-  packing.stride_x = conv_weight.stride(3);
-  packing.conv_weight = conv_weight.const_data_ptr();
-  packing.conv_bias = operand("conv_bias", conv_bias, 1, conv_weight);
-  packing.fc_weight = operand("fc_weight", fc_weight, C, conv_weight);
-  packing.fc_bias = operand("fc_bias", fc_bias, 1, conv_weight);
-  packing.out = static_cast<float*>(weights.mutable_data_ptr());
-  op.weights = packing.out;
   op.dots = static_cast<float*>(dots.mutable_data_ptr());
   op.sums = static_cast<float*>(sums.mutable_data_ptr());
   op.out = out.mutable_data_ptr();
-  const Device device(x);
-  launch(packing, dtype_of(conv_weight), device.stream);
-  launch(op, dtype_of(x), device.stream);
+  launch(op, dtype_of(x), Device(x).stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -240,5 +254,6 @@ STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CUDA, m) {
   m.impl("gather_depthwise", TORCH_BOX(&timm_dynamic::gather_depthwise));
   m.impl("window_table", TORCH_BOX(&timm_dynamic::window_table));
   m.impl("neighbour_table", TORCH_BOX(&timm_dynamic::neighbour_table));
-  m.impl("mask_logits", TORCH_BOX(&timm_dynamic::mask_logits));
+  m.impl("fixed_neighbour_table", TORCH_BOX(&timm_dynamic::fixed_neighbour_table));
+  m.impl("learned_mask", TORCH_BOX(&timm_dynamic::learned_mask));
 }

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from timm_dynamic.layers import CountingConv2d
 
@@ -36,3 +37,27 @@ def build(kind="basic", **kwargs):
 def run(model, x, execution):
     model.execution = execution
     return model(x)
+
+
+class PatternMask(nn.Module):
+    """Instead of a mask unit: active where a fixed pattern is below `share[0]`, which a test changes."""
+
+    def __init__(self, stride, share):
+        super().__init__()
+        self.stride, self.share, self.patterns = stride, share, {}
+
+    def forward(self, x):
+        shape = (len(x), 1, *(-(-n // self.stride) for n in x.shape[2:]))
+        if (shape, x.device) not in self.patterns:
+            pattern = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+            self.patterns[shape, x.device] = pattern.to(x.device)
+        return (self.patterns[shape, x.device] < self.share[0]).to(x.dtype)
+
+
+def build_with_share(kind, share, **kwargs):
+    """With `PatternMask`s, and sparse execution."""
+    model = build(kind, **kwargs)
+    for block in model.masked_blocks():
+        block.masker = PatternMask(block.masker.stride, share)
+    model.execution = "sparse"
+    return model

@@ -2,6 +2,7 @@
 
 from timm_dynamic import models
 from timm_dynamic.cost import count_macs
+from timm_dynamic.cuda_graph import CudaGraph
 from timm_dynamic.inspect import record
 from timm_dynamic.ops import backend_info
 from timm_dynamic.replace import dynamize
@@ -9,6 +10,7 @@ from timm_dynamic.training import auxiliary_loss, set_progress
 from timm_dynamic.version import __version__
 
 __all__ = [
+    "CudaGraph",
     "__version__",
     "auxiliary_loss",
     "backend_info",

@@ -1,6 +1,7 @@
 """MaskUnit: the authors' formulas, the gradient, the noise and their schedule."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_dynamic import set_progress
-from timm_dynamic.layers import MaskUnit, load_reference
+from timm_dynamic.layers import MaskUnit, load_reference, mask_unit
 
 KINDS = [(kernel_size, stride) for kernel_size in (1, 3) for stride in (1, 2)]
 X = torch.randn(3, 8, 9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -198,3 +199,24 @@ def test_bad_arguments(kwargs, message):
 def test_bad_input(shape):
     with pytest.raises(ValueError, match=r"x must be \[B, 8, H, W\], got shape \["):
         MaskUnit(8)(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_weights_for_the_kernel_are_kept_until_they_change(monkeypatch):
+    """As on a GPU, with the reference in the place of the kernel."""
+    unit, x = MaskUnit(5, 2).double().eval(), torch.randn(3, 5, 7, 6).double()
+    changes = (
+        lambda: unit.maskconv.conv.weight.mul_(-1),
+        lambda: unit.load_state_dict(MaskUnit(5, 2).state_dict()),
+        lambda: nn.init.constant_(unit.maskconv.fc.bias, 1e4),
+        lambda: setattr(unit.maskconv, "fc", nn.Linear(5, 1).double()),
+    )
+    pack = mock.Mock(wraps=mask_unit.pack_mask_weights)
+    monkeypatch.setattr(mask_unit, "pack_mask_weights", pack)
+    for count, change in enumerate((lambda: None, *changes), 1):
+        change()
+        expected = unit(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(mask_unit, "learned_mask_serves", lambda *args: True)
+            assert torch.equal(unit(x), expected) and torch.equal(unit.routing(x), expected)
+        assert pack.call_count == count

@@ -68,12 +68,13 @@ class TestProducts:
     def test_scatter_conv(self, size, limits):
         source, rows, matrix, bias = product(*size)
         positions = torch.randperm(len(rows) + 3).int()[: len(rows)]
+        positions[torch.rand(len(rows)) < 0.2] = -1
         out = torch.randn(len(rows) + 3, size[3])
         expected = out.double()
         others = (source.double(), rows, in_float64(matrix), bias.double(), *limits)
         sparse.scatter_conv_reference_(expected, positions, *others)
         untouched = torch.ones(len(out), dtype=torch.bool)
-        untouched[positions.long()] = False
+        untouched[positions[positions >= 0].long()] = False
         before = out[untouched]
         source[0] = math.nan
         OPS.scatter_conv_(out, positions, source, rows, sparse.pack_matrix(matrix), bias, *limits)
@@ -175,6 +176,13 @@ def test_tables_make_convolutions(case, density, seed):
             for one, other in zip(OPS.neighbour_table(own_mask, [H, W], *window), expected, strict=True):
                 assert torch.equal(one, other) and one.dtype == torch.int32
         assert torch.equal(OPS.window_table(positions, [H, W], output, *window), own)
+        some = torch.cat([positions, positions.new_full((2,), -1)])
+        assert torch.equal(
+            OPS.window_table(some, [H, W], output, *window), torch.cat([own, own.new_full((2, own.shape[1]), -1)])
+        )
+        assert torch.equal(
+            OPS.window_table(some, [H, W], output, *window), sparse.window_table(some, (H, W), output, *window)
+        )
 
     x, weight = torch.randn(B, 2, H, W).double(), torch.randn(3, 2, *window[0]).double()
     kernel, stride, dilation, padding = window
@@ -190,6 +198,30 @@ def test_tables_make_convolutions(case, density, seed):
     assert unneeded.all()
 
 
+@given(convolutions(), st.floats(0, 1), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_tables_of_fixed_sizes(case, density, room, seed):
+    """The first rows are those of the exact tables; what there is no room for is left out and counted."""
+    B, H, W, *conv = case
+    output, window = geometry(H, W, *conv)
+    torch.manual_seed(seed)
+    mask, inputs = torch.rand(B, 1, *output) < density, B * H * W
+    for capacity in ((round(room[0] * mask.numel()), round(room[1] * inputs)), (mask.numel(), inputs)):
+        fixed = sparse.fixed_neighbour_table_reference(mask, (H, W), *window, capacity)
+        positions, needed, table, counts = (t.tolist() for t in fixed)
+        assert (len(positions), len(needed), len(table)) == (capacity[0], capacity[1], capacity[0])
+        exact = [t.tolist() for t in sparse.neighbour_table_reference(mask, (H, W), *window)]
+        everything = capacity[1] == inputs
+        assert counts == [len(exact[0]), len(exact[1])]
+        for m in range(capacity[0]):
+            assert positions[m] == (exact[0][m] if m < len(exact[0]) else -1)
+            for tap in range(len(table[m])):
+                place = exact[2][m][tap] if m < len(exact[0]) else -1
+                reads = exact[1][place] if place >= 0 and (everything or place < capacity[1]) else -1
+                assert (needed[table[m][tap]] if table[m][tap] >= 0 else -1) == reads
+        assert needed == (list(range(inputs)) if everything else (exact[1] + [-1] * inputs)[: capacity[1]])
+
+
 def arguments(dtype=torch.float32):
     """Of every operator."""
     source, rows, matrix, bias = product(6, 9, 5, 7)
@@ -198,7 +230,7 @@ def arguments(dtype=torch.float32):
     window = ([3, 3], [2, 2], [1, 1], [1, 1])
     mask = torch.rand(2, 1, 3, 4) < 0.5
     return {
-        "gather_rows": (source, rows),
+        "gather_rows": (source, rows, *RELU6),
         "scatter_rows_": (
             torch.randn(8, 7, dtype=dtype),
             torch.arange(6).int(),
@@ -210,6 +242,7 @@ def arguments(dtype=torch.float32):
         "gather_depthwise": (source, rows, torch.randn(9, 5, dtype=dtype), bias[:5].contiguous(), *RELU6),
         "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
         "neighbour_table": (mask, [5, 7], *window),
+        "fixed_neighbour_table": (mask, [5, 7], *window, [9, 40]),
     }
 
 

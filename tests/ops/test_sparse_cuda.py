@@ -1,15 +1,19 @@
 """The CUDA kernels of sparse execution against the references on the CPU. `benchmarks/gpu.sh tests` runs these."""
 
 import math
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
+from dynconv_networks import SMALL, build, build_with_share, every_kind, image
 from torch import nn
 
+from timm_dynamic import CudaGraph
+from timm_dynamic.layers import MaskUnit, capacity
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
-from timm_dynamic.ops import backend_info, mask_logits, mask_logits_reference, reference_only, sparse
+from timm_dynamic.ops import backend_info, mask_logits_reference, pack_mask_weights, reference_only, sparse
 
 
 def _why_not() -> str | None:
@@ -72,16 +76,19 @@ def check(actual, expected, dtype):
 @ROWS
 class TestRows:
     def test_gather_rows(self, M, C, dtype):
-        source, rows = torch.randn(40, C).to(dtype), table(M, 3, 40)
-        expected = sparse.gather_rows_reference(source, rows)
+        source, rows = 4 * torch.randn(40, C).to(dtype), table(M, 3, 40)
+        expected = [sparse.gather_rows_reference(source, rows, *limits) for limits in (RELU6, NO_LIMITS)]
         source[0] = math.nan
         source, rows = source.to(DEVICE), rows.to(DEVICE)
         for from_ in (source, misaligned(source)):
-            assert torch.equal(OPS.gather_rows(from_, rows).cpu(), expected)
+            for limits, own in zip((RELU6, NO_LIMITS), expected, strict=True):
+                assert torch.equal(OPS.gather_rows(from_, rows, *limits).cpu(), own)
 
     def test_scatter_rows(self, M, C, dtype):
         out, positions = randn(M + 3, C, dtype=dtype), torch.randperm(M + 3)[:M].int()
         rows = randn(M, C, dtype=dtype)
+        nowhere = torch.rand(M) < 0.3
+        positions[nowhere], rows[nowhere] = -1, math.nan
         out[0, 0] = math.nan
         for limits in (RELU6, NO_LIMITS):
             for place in (lambda t: t, misaligned):
@@ -92,7 +99,7 @@ class TestRows:
                 assert torch.equal(actual.isnan().cpu(), where_nan)
                 check(actual.nan_to_num(0), expected.masked_fill(where_nan, 0), dtype)
                 untouched = torch.ones(M + 3, dtype=torch.bool)
-                untouched[positions.long()] = False
+                untouched[positions[~nowhere].long()] = False
                 assert torch.equal(actual.cpu().double().nan_to_num(9)[untouched], out.nan_to_num(9)[untouched])
 
     def test_gather_depthwise(self, M, C, dtype):
@@ -152,7 +159,14 @@ def test_tables(case, density):
         actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding)
         for one, other in zip(actual, expected, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
-    positions = expected[0]
+    outputs, inputs = mask.numel(), B * math.prod(size)
+    for room in ((outputs, inputs), (outputs // 2, inputs // 2), (outputs // 3, inputs), tuple(map(len, expected[:2]))):
+        fixed = sparse.fixed_neighbour_table_reference(mask, size, *window, padding, room)
+        for own in (mask, signed, signed.bfloat16()):
+            actual = OPS.fixed_neighbour_table(own.to(DEVICE), size, *window, padding, room)
+            for one, other in zip(actual, fixed, strict=True):
+                assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
+    positions = torch.cat([expected[0], expected[0].new_full((3,), -1)])
     geometry = (size, output, *window, padding)
     actual = OPS.window_table(positions.to(DEVICE), *geometry)
     assert actual.dtype == torch.int32
@@ -178,41 +192,42 @@ def mask_arguments(B, C, H, W, stride, dtype=torch.float32):
     return [x, *(randn(*shape, dtype=dtype) for shape in shapes), stride]
 
 
+def check_mask(mask, logits, dtype):
+    """Right wherever rounding does not decide."""
+    assert mask.dtype == dtype and mask.shape == logits.shape and ((mask == 0) | (mask == 1)).all()
+    decided = logits.abs() > 1e-4 * logits.abs().max()
+    assert torch.equal(mask.cpu()[decided] == 1, logits[decided] >= 0)
+
+
 @DTYPES
 @pytest.mark.parametrize("case", MASK_UNITS, ids=str)
-def test_mask_logits(case, dtype):
-    args = mask_arguments(*case, dtype)
-    expected = mask_logits_reference(*args)
-    own = on_gpu(args, dtype)
-    check(OPS.mask_logits(*own), expected, dtype)
-    own[1] = own[1].to(memory_format=torch.channels_last)
-    check(OPS.mask_logits(*own), expected, dtype)
-    own[1:5] = [t.float() for t in own[1:5]]  # under autocast
-    check(OPS.mask_logits(*own), expected, dtype)
-
-
-def test_nan_stays_in_its_sample():
-    args = on_gpu(mask_arguments(3, 16, 5, 5, 1), torch.float32)
-    args[0][1, 3, 2, 2] = math.nan
-    out = OPS.mask_logits(*args)
-    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+def test_learned_mask(case, dtype):
+    *own, stride = mask_arguments(*case, dtype)
+    logits, weights = mask_logits_reference(*own, stride), pack_mask_weights(*(t.float() for t in own[1:]))
+    x = own[0].permute(0, 2, 3, 1).contiguous().to(DEVICE, dtype)
+    for place in (torch.clone, misaligned):
+        check_mask(OPS.learned_mask(place(x).permute(0, 3, 1, 2), weights.to(DEVICE), stride), logits, dtype)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_who_takes_the_kernel_for_masks(dtype):
-    args = on_gpu(mask_arguments(2, 16, 7, 6, 2), torch.float32)
-    x = args[0] if dtype is None else args[0].to(dtype)
-    calls = mock.Mock(wraps=OPS.mask_logits)
-    with mock.patch.object(OPS, "mask_logits", calls), torch.autocast(DEVICE, dtype, dtype is not None):
-        mask_logits(x, *args[1:])
-        assert calls.call_count == 1
-        mask_logits(x.contiguous(), *args[1:])
+def test_mask_units_take_the_kernel(dtype):
+    unit, x = MaskUnit(16, 2).to(DEVICE).eval(), torch.randn(2, 16, 7, 6, device=DEVICE)
+    x = x.to(dtype or torch.float32).to(memory_format=torch.channels_last)
+    calls = mock.Mock(wraps=OPS.learned_mask)
+    with mock.patch.object(OPS, "learned_mask", calls), torch.autocast(DEVICE, dtype, dtype is not None):
+        assert unit(x).dtype == x.dtype
+        unit.maskconv.fc.bias.fill_(1e4)
+        assert (unit(x) == 1).all() and (unit.routing(x) == 1).all()
+        unit.maskconv.fc.bias.fill_(-1e4)
+        assert (unit(x) == 0).all()
+        assert calls.call_count == 4
+        unit(x.contiguous())
         with reference_only():
-            mask_logits(x, *args[1:])
+            unit(x)
         with torch.enable_grad():
-            mask_logits(x, *args[1:])
-    assert calls.call_count == 1
+            unit(x)
+    assert calls.call_count == 4
 
 
 def arguments(dtype=torch.float32):
@@ -220,17 +235,19 @@ def arguments(dtype=torch.float32):
     source, rows, bias = randn(30, 5), table(6, 9, 30), randn(5)
     window = ([3, 3], [2, 2], [1, 1], [1, 1])
     every = {
-        "gather_rows": (source, rows),
+        "gather_rows": (source, rows, *RELU6),
         "scatter_rows_": (randn(8, 7), torch.arange(6).int(), randn(6, 7), *RELU6),
         "gather_depthwise": (source, rows, randn(9, 5), bias, *RELU6),
         "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
         "neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window),
-        "mask_logits": mask_arguments(2, 24, 7, 9, 2),
+        "fixed_neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window, [9, 40]),
+        "learned_mask": (mask_arguments(2, 24, 7, 9, 2)[0], randn(241), 2),
     }
     return {name: on_gpu(args, dtype) for name, args in every.items()}
 
 
-OPERATORS = ["gather_rows", "scatter_rows_", "gather_depthwise", "window_table", "neighbour_table", "mask_logits"]
+OPERATORS = ["gather_rows", "scatter_rows_", "gather_depthwise", "window_table", "neighbour_table"]
+OPERATORS += ["fixed_neighbour_table", "learned_mask"]
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -289,10 +306,11 @@ def test_another_device(name):
         ("neighbour_table", 0, torch.Tensor.double, "mask must be"),
         ("neighbour_table", 0, lambda t: t.transpose(2, 3), "mask must be"),
         ("neighbour_table", 1, lambda size: size + [1], "must be pairs, got 3"),
-        ("mask_logits", 0, lambda t: t.contiguous(), "x must be .* channels_last and not empty"),
-        ("mask_logits", 1, torch.Tensor.half, "conv_weight must be .* in float32 or the dtype of x"),
-        ("mask_logits", 4, torch.Tensor.half, "fc_bias must be 1 contiguous"),
-        ("mask_logits", 5, lambda stride: 0, "stride must be positive, got 0"),
+        ("fixed_neighbour_table", 6, lambda room: [25, 40], "capacity must be two numbers up to 24 and 70"),
+        ("learned_mask", 0, lambda t: t.contiguous(), "x must be .* channels_last and not empty"),
+        ("learned_mask", 1, torch.Tensor.half, "weights must be 241 contiguous float32"),
+        ("learned_mask", 1, lambda t: t[1:], "weights must be 241 contiguous float32"),
+        ("learned_mask", 2, lambda stride: 0, "stride must be positive, got 0"),
     ],
 )
 def test_bad_arguments_are_refused(name, index, change, message):
@@ -323,7 +341,7 @@ class TestBlocks:
     @torch.no_grad()
     def run(self, block, x, execution):
         block.execution = execution
-        with mock.patch.object(sparse, "scatter_conv_", wraps=sparse.scatter_conv_) as spy:
+        with mock.patch.object(sparse, "scatter_rows_", wraps=sparse.scatter_rows_) as spy:
             y = block(x)
         assert spy.called == (execution == "sparse")
         return y
@@ -361,3 +379,111 @@ class TestBlocks:
         for sparse_run, dense_run in (autocast, [self.run(block, x, execution) for execution in ("sparse", "dense")]):
             assert sparse_run.dtype == dtype
             torch.testing.assert_close(sparse_run, dense_run.to(dtype), rtol=0.1, atol=0.1)
+
+
+@contextmanager
+def no_waiting(reads):
+    """An error where PyTorch makes the host wait for the GPU, but for the one read after the network."""
+    own = capacity._read
+
+    def read(counts):
+        reads.append(counts)
+        torch.cuda.set_sync_debug_mode("default")
+        values = own(counts)
+        torch.cuda.set_sync_debug_mode("error")
+        return values
+
+    with mock.patch.object(capacity, "_read", read), mock.patch.object(sparse, "neighbour_table") as exact:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not exact.called
+
+
+def networks(kind, share, dtype):
+    """On the GPU, with masks of this share, and a batch."""
+    model = build_with_share(kind, share).to(DEVICE, dtype)
+    x = torch.randn(8, 3, SMALL[kind][2], SMALL[kind][2], device=DEVICE, dtype=dtype)
+    return model, x.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def dense(model, x):
+    before, model.execution = model.execution, "dense"
+    y = model(x)
+    model.execution = before
+    return y
+
+
+def assert_near(actual, expected):
+    """With the rounding of a whole network."""
+    assert (actual - expected).norm() < (1e-3 if actual.dtype == torch.float32 else 0.1) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_kind
+class TestNetworks:
+    @torch.no_grad()
+    def test_one_read_of_a_network(self, kind, dtype):
+        reads = []
+        model, x = networks(kind, [0.3], dtype)
+        expected, blocks = dense(model, x), len(model.masked_blocks())
+        for execution, max_active, counts in (("sparse", None, [blocks]), ("auto", 1.0, [blocks]), ("auto", 0.1, [])):
+            model.execution, model.max_active = execution, max_active
+            assert_near(model(x), expected)
+            for _ in range(2):
+                reads.clear()
+                with no_waiting(reads):
+                    y = model(x)
+                assert [len(read) for read in reads] == counts
+                assert_near(y, expected)
+
+    @torch.no_grad()
+    def test_too_little_room(self, kind, dtype):
+        share = [0.2]
+        model, x = networks(kind, share, dtype)
+        for share[0] in (0.2, 0.2, 0.95, 0.95, 0.0, 1.0):
+            assert_near(model(x), dense(model, x))
+
+    @torch.no_grad()
+    def test_graph(self, kind, dtype):
+        share, reads = torch.full((1,), 0.3, device=DEVICE), []
+        model, x = networks(kind, share, dtype)
+        graph, overflows = CudaGraph(model, x), 0
+        for active, fits in ((0.3, True), (0.1, True), (0.0, True), (0.99, False), (0.99, True), (0.2, True)):
+            share.fill_(active)
+            for own in (x, -x):
+                assert_near(graph(own), dense(model, own))
+            overflows += not fits
+            assert graph.overflows == overflows
+        with no_waiting(reads):
+            graph(x)
+        assert len(reads) == 1
+        with torch.cuda.stream(torch.cuda.Stream()):
+            late = graph(2 * x)
+        torch.cuda.synchronize()
+        assert_near(late, dense(model, 2 * x))
+        model.masked_blocks()[0].steps()[0][1].weight.mul_(-1)
+        assert_near(graph(x), dense(model, x))
+
+    @torch.no_grad()
+    def test_graph_with_a_share(self, kind, dtype):
+        model, x = networks(kind, [0.1], dtype)
+        for room, overflows in ((1.0, 0), (0.0, 2)):
+            graph = CudaGraph(model, x, room)
+            for _ in range(2):
+                assert_near(graph(x), dense(model, x))
+            assert graph.overflows == overflows
+
+    @torch.no_grad()
+    def test_graph_with_own_masks_and_autocast(self, kind, dtype):
+        model, x = build(kind).to(DEVICE, torch.float32), image(kind, 8, torch.float32).to(DEVICE)
+        model.execution = "sparse"
+        with torch.autocast(DEVICE, dtype, dtype != torch.float32):
+            graph = CudaGraph(model, x)
+            expected = [model(own) for own in (x, -x)]
+        for own, eager in zip((x, -x), expected, strict=True):
+            y = graph(own)
+            assert y.dtype == eager.dtype and (y - eager).norm() < 0.1 * eager.norm()

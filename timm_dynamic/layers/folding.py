@@ -80,6 +80,11 @@ _KEPT: "WeakKeyDictionary[KeepsFolded, tuple[Any, Watch, Any]]" = WeakKeyDiction
 register_optimizer_step_post_hook(lambda *args: _KEPT.clear())
 
 
+def kept_for(module: nn.Module) -> tuple | None:
+    """What is kept for a module; another object when it has been made anew."""
+    return _KEPT.get(module)
+
+
 class KeepsFolded(nn.Module):
     """Mixin of modules of which something folded is kept until they change."""
 

@@ -8,7 +8,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from timm_dynamic.layers.folding import KeepsFolded
 from timm_dynamic.layers.progress import Progress
+from timm_dynamic.ops.learned_mask import learned_mask_serves, pack_mask_weights
 from timm_dynamic.ops.mask_logits import mask_logits
 
 _EPS = 1e-8
@@ -29,7 +31,7 @@ class _Squeeze(nn.Module):
 
 
 @register_notrace_module
-class MaskUnit(nn.Module):
+class MaskUnit(KeepsFolded):
     """A mask of the positions that a residual branch computes: 1 where it does, else 0.
 
     The logits are `conv3x3(x; C -> 1) + linear(mean(x); C -> 1)`, or a 1x1 convolution. In eval mode the mask is
@@ -99,7 +101,25 @@ class MaskUnit(nn.Module):
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the mask of eval mode."""
+        return self._infer(x)
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """The mask of eval mode."""
+        if not torch.jit.is_scripting():
+            if self.kernel_size == 3:
+                mask = self._by_kernel(x)
+                if mask is not None:
+                    return mask
         return (self.logits(x) >= 0).to(x.dtype)
+
+    @torch.jit.unused
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        conv, fc = self.maskconv.conv, self.maskconv.fc
+        parameters = (conv.weight, conv.bias, fc.weight, fc.bias)
+        if not learned_mask_serves(x, *parameters):
+            return None
+        weights = self._keep(None, tuple, lambda: pack_mask_weights(*parameters))
+        return torch.ops.timm_dynamic.learned_mask(x, weights, self.stride)
 
     @torch.jit.unused
     def _sample(self, logits: Tensor) -> Tensor:
@@ -119,7 +139,6 @@ class MaskUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
-        logits = self.logits(x)
         if self.training and not torch.jit.is_scripting():
-            return self._sample(logits).to(x.dtype)
-        return (logits >= 0).to(x.dtype)
+            return self._sample(self.logits(x)).to(x.dtype)
+        return self._infer(x)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from timm_dynamic.layers import capacity
 from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, folded_copy, has_hooks, is_foldable, rows_of
 from timm_dynamic.ops import sparse
 from timm_dynamic.ops._autocast import autocast_dtype
@@ -82,19 +83,22 @@ class SparseBranch(KeepsFolded):
                 if self.training and self.on_cost is not None:
                     self.on_cost(self.cost(mask, x))
                 plan = self._plan(x)
-                if plan is not None and self._pays(mask):
-                    return _execute(self, plan, x, mask, overwrite)
+                if plan is not None:
+                    y = _execute(self, plan, x, mask, overwrite)
+                    if y is not None:
+                        return y
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.branch(x)
         return self.finish(y * mask.to(y.dtype) + shortcut)
 
     @torch.jit.unused
-    def _pays(self, mask: Tensor) -> bool:
-        """Whether so few positions are active that sparse execution is the faster one."""
-        limit = self.max_active
-        if limit is None:
-            limit = _MAX_ACTIVE[mask.device.type == "cpu" and sparse.kernels_serve(mask)]
-        return self.execution == "sparse" or limit >= 1 or mask.mean().item() <= limit
+    def _pays_up_to(self, mask: Tensor) -> float:
+        """The share of active positions up to which sparse execution is the faster one."""
+        if self.execution == "sparse":
+            return 1.0
+        if self.max_active is not None:
+            return self.max_active
+        return _MAX_ACTIVE[mask.device.type == "cpu" and sparse.kernels_serve(mask)]
 
     @torch.jit.unused
     def dilated(self, mask: Tensor, x: Tensor) -> Tensor:
@@ -165,6 +169,7 @@ class _Plan(NamedTuple):
     depthwise: bool
     low: float
     high: float
+    seen: capacity.Seen
 
 
 def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
@@ -187,27 +192,93 @@ def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
         _window(second),
         second.groups > 1,
         *LIMITS[type(final)],
+        {},
     )
 
 
+class _Tables(NamedTuple):
+    """What `sparse.neighbour_table` gives."""
+
+    positions: Tensor
+    needed: Tensor
+    table: Tensor
+
+
 @torch.compiler.disable
-def _execute(block: SparseBranch, plan: _Plan, x: Tensor, mask: Tensor, overwrite: bool) -> Tensor:
-    """The block at the active positions, in channels_last."""
+def _execute(block: SparseBranch, plan: _Plan, x: Tensor, mask: Tensor, overwrite: bool) -> Tensor | None:
+    """The block at the active positions, in channels_last; None if it is faster at all positions."""
+    limit, tables = block._pays_up_to(mask), None
+    if x.device.type == "cpu" and capacity.current() is None:
+        if limit < 1 and mask.mean().item() > limit:
+            return None
+    else:
+        tables = _whole_tables(plan, x, mask, limit)
+        if tables is None:
+            return None
     dtype = plan.convs[0].bias.dtype
     x = x.contiguous(memory_format=torch.channels_last)
     in_place = overwrite and block.downsample is None and x.dtype == dtype
     out = x if in_place else _shortcut(block, plan, x)
-    samples = _samples_at_once(x, len(plan.convs[0].bias)) if plan.depthwise else len(x)
-    for part in zip(*(tensor.split(samples) for tensor in (x, mask, out)), strict=True):
-        _add_branch(plan, *part)
+    if tables is not None:
+        _add_branch_by_parts(plan, x, mask, out, tables)
+    else:
+        samples = _samples_at_once(x, len(plan.convs[0].bias)) if plan.depthwise else len(x)
+        for part in zip(*(tensor.split(samples) for tensor in (x, mask, out)), strict=True):
+            _add_branch(plan, *part)
     return out if in_place or plan.low == -torch.inf else out.clamp_(plan.low, plan.high)
+
+
+def _middle(plan: _Plan, x: Tensor, mask: Tensor) -> torch.Size:
+    """The size of the map between the first two convolutions."""
+    _, stride, *_ = plan.second_window
+    return x.shape[2:] if stride != (1, 1) else mask.shape[2:]
+
+
+def _whole_tables(plan: _Plan, x: Tensor, mask: Tensor, limit: float) -> _Tables | None:
+    """Tables for a whole batch, with at most one wait for the device; None if more than this share is active."""
+    middle, capacities, key = _middle(plan, x, mask), capacity.current(), (x.device, x.shape)
+    totals = mask.numel(), len(x) * middle.numel()
+    expected = None if capacities is None else capacities.expected(plan.seen, key, totals)
+    if expected is not None:
+        if expected[0] > limit * totals[0]:
+            return None
+        room = capacities.room(expected, totals)
+        *tables, counts = sparse.fixed_neighbour_table(mask, middle, *plan.second_window, room)
+        capacities.take(plan.seen, key, room, counts)
+    else:
+        tables = sparse.neighbour_table(mask, middle, *plan.second_window)
+        active, needed = map(len, tables[:2])
+        if capacities is not None:
+            capacity.remember(plan.seen, key, (active, needed))
+        if active > limit * totals[0]:
+            return None
+    return _Tables(*tables)
+
+
+def _add_branch_by_parts(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor, tables: _Tables) -> None:
+    """`_add_branch` as a GPU does it: gather, product, ..., product, scatter."""
+    first, second, *others = plan.convs
+    middle, needed = _middle(plan, x, mask), tables.needed
+    table = needed[:, None]
+    if plan.first_window:
+        table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
+    elif len(needed) == len(x) * middle.numel():
+        table = None  # all, in their order
+    y = sparse.product(rows_of(x).to(first.bias.dtype), table, first.weight, first.bias)
+    limits = first.low, first.high
+    if plan.depthwise:
+        y, limits = sparse.gather_depthwise(y.clamp_(*limits), tables.table, *second), sparse.NO_LIMITS
+    else:
+        y, limits = sparse.product(y, tables.table, second.weight, second.bias, limits), (second.low, second.high)
+    for last in others:
+        y = sparse.product(y, None, last.weight, last.bias, limits)
+    sparse.scatter_rows_(rows_of(out), tables.positions, y, plan.low, plan.high)
 
 
 def _add_branch(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor) -> None:
     """Add the branch to `out`, in place, and apply the block's activation, at the active positions."""
     first, second, *others = plan.convs
-    _, stride, *_ = plan.second_window
-    middle = x.shape[2:] if stride != (1, 1) else mask.shape[2:]
+    middle = _middle(plan, x, mask)
     positions, needed, table = sparse.neighbour_table(mask, middle, *plan.second_window)
     first_table = needed[:, None]
     if plan.first_window:

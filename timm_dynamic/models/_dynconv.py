@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.capacity import run_without_waiting
 from timm_dynamic.layers.folding import KeepsFolded, activation, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
@@ -119,7 +120,11 @@ class MaskedModel(KeepsFolded):
         model = self
         if x.dtype == autocast_dtype(x) == torch.float32:
             model = self._keep(None, self._stages, self._fold_outside)
-        return self.forward_head(model.forward_features(x))
+
+        def forward() -> Tensor:
+            return self.forward_head(model.forward_features(x))
+
+        return forward() if torch.compiler.is_compiling() else run_without_waiting(forward, self, x)
 
     @torch.jit.unused
     def _stages(self) -> list[nn.Module]:

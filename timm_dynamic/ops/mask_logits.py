@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, cuda_inference_kernel_serves, inference_kernel_serves
+from timm_dynamic.ops._library import NAMESPACE, inference_kernel_serves
 
 
 def mask_logits_reference(
@@ -51,5 +51,5 @@ def mask_logits(
     """See `mask_logits_reference`."""
     parameters = (conv_weight, conv_bias, fc_weight, fc_bias)
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    serves = channels_last and (inference_kernel_serves(x, *parameters) or cuda_inference_kernel_serves(x, *parameters))
+    serves = channels_last and inference_kernel_serves(x, *parameters)
     return (torch.ops.timm_dynamic.mask_logits if serves else mask_logits_reference)(x, *parameters, stride)

@@ -9,9 +9,10 @@ row, `(b*H + y)*W + x`. Tables hold row numbers, -1 outside the image, whose fea
 
 The clamp is ReLU, ReLU6 or nothing. These serve inference: they have no gradient.
 
-On a GPU the first two are made of three parts, between which the features are in memory; the product is cuBLAS's:
+On a GPU the first two are made of three parts, between which the features are in memory; the product is cuBLAS's, and
+what reads it may do the clamp:
 
-    gather_rows:   out[m] = source[table[m, 0]], source[table[m, 1]], ...
+    gather_rows:   out[m] = clamp(source[table[m, 0]], source[table[m, 1]], ...)
     scatter_rows_: out[p[m]] = clamp(out[p[m]] + rows[m])
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, has_kernel
 
 Pair = tuple[int, int]
+NO_LIMITS = (-math.inf, math.inf)
 _PANEL_WIDTHS = (64, 48, 32, 16)  # columns that a kernel does at once
 
 
@@ -39,17 +41,19 @@ def pack_matrix(matrix: Tensor) -> Tensor:
     return F.pad(matrix, (0, -N % width)).view(K, -1, width).transpose(0, 1).contiguous()
 
 
-def gather_rows_reference(source: Tensor, table: Tensor) -> Tensor:
+def gather_rows_reference(source: Tensor, table: Tensor, low: float, high: float) -> Tensor:
     """Defines the operator `torch.ops.timm_dynamic.gather_rows`.
 
     Args:
         source: `[P, C]`.
         table: `[M, T]`, rows of `source`.
+        low, high: Limits of the result, between which there is 0.
 
     Returns:
         `[M, T*C]`.
     """
-    return torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()].flatten(1)
+    rows = torch.cat([source, source.new_zeros(1, source.shape[1])])[table.long()].flatten(1)
+    return rows if (low, high) == NO_LIMITS else rows.clamp_(low, high)
 
 
 def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: float, high: float) -> None:
@@ -57,17 +61,23 @@ def scatter_rows_reference_(out: Tensor, positions: Tensor, rows: Tensor, low: f
 
     Args:
         out: `[P, N]`; rows that are not in `positions` stay as they are.
-        positions: `[M]`, each once.
+        positions: `[M]`, each once; -1: nowhere.
         rows: `[M, N]`.
         low, high: Limits of the result.
     """
-    at = positions.long()
-    out[at] = (out[at] + rows).clamp(low, high)
+    some = positions >= 0
+    at = positions[some].long()
+    out[at] = (out[at] + rows[some]).clamp(low, high)
 
 
-def _product(source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`gather_conv` without limits."""
-    rows = source if table is None else gather_rows(source, table)
+def product(
+    source: Tensor, table: Tensor | None, matrix: Tensor, bias: Tensor, source_limits: tuple[float, float] = NO_LIMITS
+) -> Tensor:
+    """`gather_conv` without limits, but of a source that is clamped first, in its own memory if there is no table."""
+    if table is not None:
+        rows = gather_rows(source, table, *source_limits)
+    else:
+        rows = source if source_limits == NO_LIMITS else source.clamp_(*source_limits)
     return torch.addmm(bias, rows, matrix.transpose(0, 1).flatten(1)[:, : len(bias)])
 
 
@@ -86,8 +96,8 @@ def gather_conv_reference(
     Returns:
         `[M, N]`.
     """
-    out = _product(source, table, matrix, bias)
-    return out if (low, high) == (-math.inf, math.inf) else out.clamp_(low, high)
+    out = product(source, table, matrix, bias)
+    return out if (low, high) == NO_LIMITS else out.clamp_(low, high)
 
 
 def scatter_conv_reference_(
@@ -104,10 +114,10 @@ def scatter_conv_reference_(
 
     Args:
         out: `[P, N]`; rows that are not in `positions` stay as they are.
-        positions: `[M]`, each once.
+        positions: `[M]`, each once; -1: nowhere.
         source, table, matrix, bias, low, high: As for `gather_conv`.
     """
-    scatter_rows_(out, positions, _product(source, table, matrix, bias), low, high)
+    scatter_rows_(out, positions, product(source, table, matrix, bias), low, high)
 
 
 def gather_depthwise_reference(
@@ -125,7 +135,7 @@ def gather_depthwise_reference(
     Returns:
         `[M, C]`.
     """
-    taps = gather_rows(source, table).view(*table.shape, source.shape[1])
+    taps = gather_rows(source, table, *NO_LIMITS).view(*table.shape, source.shape[1])
     return ((taps * weight).sum(1) + bias).clamp(low, high)
 
 
@@ -141,7 +151,7 @@ def window_table_reference(
     """Defines the operator `torch.ops.timm_dynamic.window_table`: what a convolution's outputs read.
 
     Args:
-        positions: `[M]`, of the convolution's output map.
+        positions: `[M]`, of the convolution's output map; -1: none, which reads nothing.
         input_size, output_size: (H, W) of its maps.
         kernel_size, stride, dilation, padding: Of the convolution.
 
@@ -154,7 +164,7 @@ def window_table_reference(
     taps = [torch.arange(k, device=positions.device) * d for k, d in zip(kernel_size, dilation, strict=True)]
     y = (p // Wo * stride[0] - padding[0])[:, None, None] + taps[0][:, None]
     x = (p % Wo * stride[1] - padding[1])[:, None, None] + taps[1]
-    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W) & (positions >= 0)[:, None, None]
     return torch.where(inside, (b[:, None, None] * H + y) * W + x, -1).flatten(1).int()
 
 
@@ -183,10 +193,51 @@ def neighbour_table_reference(
     return positions, is_needed.nonzero()[:, 0].int(), row_of[table].int()
 
 
+def fixed_neighbour_table_reference(
+    mask: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    dilation: Pair,
+    padding: Pair,
+    capacity: Pair,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Defines the operator `torch.ops.timm_dynamic.fixed_neighbour_table`: tables of the same sizes for every mask.
+
+    The kernel tells the host nothing about the mask. What there is no room for is left out; the counts say so.
+
+    Args:
+        mask, input_size, kernel_size, stride, dilation, padding: As for `neighbour_table`.
+        capacity: How many active positions and how many needed ones there is room for. If that is room for all
+            positions of the input map, all are listed as needed.
+
+    Returns:
+        As `neighbour_table`, `[capacity[0]]`, `[capacity[1]]` and `[capacity[0], T]`, with -1 in the rows that are
+        left and for what was left out; and how many positions are active and needed, `[2]`.
+    """
+    positions, needed, table = neighbour_table_reference(mask, input_size, kernel_size, stride, dilation, padding)
+    inputs = mask.shape[0] * math.prod(input_size)
+    counts = torch.tensor([len(positions), len(needed)], dtype=torch.int32, device=mask.device)
+    if capacity[1] >= inputs:
+        table = F.pad(needed, (0, 1), value=-1)[table.long()]
+        needed = torch.arange(inputs, dtype=torch.int32, device=mask.device)
+    return (
+        _resize(positions, capacity[0]),
+        _resize(needed, capacity[1]),
+        _resize(table.where(table < capacity[1], -1), capacity[0]),
+        counts,
+    )
+
+
+def _resize(rows: Tensor, count: int) -> Tensor:
+    """Cut or, with -1, extended."""
+    return torch.cat([rows[:count], rows.new_full((max(0, count - len(rows)), *rows.shape[1:]), -1)])
+
+
 _CONV = "Tensor source, Tensor? table, Tensor matrix, Tensor bias, float low, float high"
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] dilation, int[2] padding"
 _OPERATORS = {
-    "gather_rows": (gather_rows_reference, "(Tensor source, Tensor table) -> Tensor"),
+    "gather_rows": (gather_rows_reference, "(Tensor source, Tensor table, float low, float high) -> Tensor"),
     "scatter_rows_": (
         scatter_rows_reference_,
         "(Tensor(a!) out, Tensor positions, Tensor rows, float low, float high) -> ()",
@@ -208,6 +259,10 @@ _OPERATORS = {
         neighbour_table_reference,
         f"(Tensor mask, int[2] input_size, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
     ),
+    "fixed_neighbour_table": (
+        fixed_neighbour_table_reference,
+        f"(Tensor mask, int[2] input_size, {_WINDOW}, int[2] capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+    ),
 }
 for _name, (_reference, _schema) in _OPERATORS.items():
     torch.library.define(f"{NAMESPACE}::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -215,7 +270,7 @@ for _name, (_reference, _schema) in _OPERATORS.items():
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gather_rows")
-def _gather_rows_fake(source, table):
+def _gather_rows_fake(source, table, low, high):
     return source.new_empty(table.shape[0], table.shape[1] * source.shape[1])
 
 
@@ -252,9 +307,18 @@ def _neighbour_table_fake(mask, input_size, kernel_size, *others):
     return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
+@torch.library.register_fake(f"{NAMESPACE}::fixed_neighbour_table")
+def _fixed_neighbour_table_fake(mask, input_size, kernel_size, stride, dilation, padding, capacity):
+    shapes = ((capacity[0],), (capacity[1],), (capacity[0], kernel_size[0] * kernel_size[1]), (2,))
+    return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
 _INDICES = (torch.int32, torch.bool)
 _DTYPES = {"cpu": (torch.float32, *_INDICES), "cuda": (*CUDA_DTYPES, *_INDICES)}
-_NO_KERNEL = {"cpu": ("gather_rows", "scatter_rows_"), "cuda": ("gather_conv", "scatter_conv_")}
+_NO_KERNEL = {
+    "cpu": ("gather_rows", "scatter_rows_", "fixed_neighbour_table"),
+    "cuda": ("gather_conv", "scatter_conv_"),
+}
 
 
 def kernels_serve(tensor: Tensor) -> bool:
@@ -302,3 +366,8 @@ def window_table(positions: Tensor, *args) -> Tensor:
 def neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     """See `neighbour_table_reference`."""
     return _choose("neighbour_table", mask)(mask, *args)
+
+
+def fixed_neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `fixed_neighbour_table_reference`."""
+    return _choose("fixed_neighbour_table", mask)(mask, *args)

@@ -26,7 +26,7 @@ from timm_dynamic.timing import environment
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda", "-rf"]
 # A sanitizer makes a test up to a hundred times slower.
-SANITIZED = "test_random_cases and full-full or (test_mask_logits or TestRows) and float32 and not 1030 or test_tables"
+SANITIZED = "test_random_cases and full-full or (test_learned_mask or TestRows) and float32 and not 1030 or test_tables"
 SANITIZERS = ("memcheck", "racecheck")
 SECONDS = {"tests of operators": 190, "other tests": 120, "memcheck": 100, "racecheck": 100}
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.layers import DCDConv2d
-from timm_dynamic.ops import ddf, factored_conv2d, mask_logits, mixed_conv2d, per_sample_conv2d, sparse
+from timm_dynamic.ops import ddf, factored_conv2d, mixed_conv2d, per_sample_conv2d, sparse
+from timm_dynamic.ops.learned_mask import pack_mask_weights
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # The first seven are those of the authors' timing tool.
@@ -114,17 +115,17 @@ def _sparse(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
     taps, bias = randn(9, inside), randn(inside)
     matrix = sparse.pack_matrix(randn(9 * inside, inside))
     x = randn(B, outside, n, n).contiguous(memory_format=torch.channels_last)
-    unit = (randn(1, outside, 3, 3), randn(1), randn(1, outside), randn(1))
+    unit = pack_mask_weights(randn(1, outside, 3, 3), randn(1), randn(1, outside), randn(1))
     row = wide[0].nbytes
 
     depthwise = narrow.nbytes + table.nbytes + taps.nbytes + bias.nbytes + M * narrow[0].nbytes
     product = narrow.nbytes + table.nbytes + matrix.nbytes + bias.nbytes + M * narrow[0].nbytes
     needed = len(sparse.neighbour_table(mask, *window)[1])
     made = [
-        ("gather_rows", lambda: sparse.gather_rows(wide, single), 2 * M * row + single.nbytes, 0),
+        ("gather_rows", lambda: sparse.gather_rows(wide, single, *limits), 2 * M * row + single.nbytes, 0),
         (
             "gather_rows, 9 taps",
-            lambda: sparse.gather_rows(narrow, table),
+            lambda: sparse.gather_rows(narrow, table, *limits),
             narrow.nbytes + table.nbytes + table.numel() * narrow[0].nbytes,
             0,
         ),
@@ -142,7 +143,18 @@ def _sparse(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
             positions.nbytes + table.nbytes,
             0,
         ),
-        ("mask_logits", lambda: mask_logits(x, *unit, 1), x.nbytes + mask.nbytes, 0),
+        (
+            "learned_mask",
+            lambda: torch.ops.timm_dynamic.learned_mask(x, unit, 1),
+            x.nbytes + unit.nbytes + mask.nbytes,
+            0,
+        ),
+        (
+            "fixed_neighbour_table",
+            lambda: sparse.fixed_neighbour_table(mask, *window, (M, needed)),
+            mask.nbytes + positions.nbytes + 4 * needed + table.nbytes,
+            0,
+        ),
         (
             "neighbour_table",
             lambda: sparse.neighbour_table(mask, *window),

@@ -35,4 +35,5 @@ def digits_cfg(tag: str) -> dict[str, Any]:
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
         "origin_url": None,
+        "license": "apache-2.0",
     }

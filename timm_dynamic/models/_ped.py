@@ -46,5 +46,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def ped_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
-    about = {"interpolation": "bilinear", "origin_url": "https://github.com/zejiangh/PEDConv"}
+    about = {
+        "interpolation": "bilinear",
+        "origin_url": "https://github.com/zejiangh/PEDConv",
+        "paper_name": "Parameter-Efficient Dynamic Convolution via Tensor Decomposition",  # not on arXiv
+    }
     return imagenet_cfg(first_conv, classifier, **{**about, **kwargs})

@@ -97,6 +97,19 @@ def test_images_without_classes_and_a_single_one(tmp_path, capsys, small_digits,
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_folder_for_every_checkpoint(tmp_path, capsys, monkeypatch, small_digits, checkpoint):
+    """Those of two runs have one name."""
+    monkeypatch.chdir(tmp_path)
+    image = small_digits / "val" / "3" / "4.png"
+    for run_name in ("one", "two"):
+        (tmp_path / run_name).mkdir()
+        shutil.copy(checkpoint, f"{run_name}/last.pth.tar")
+        status, out, err = run(capsys, image, *FLAGS, "--checkpoint", f"{run_name}/last.pth.tar")
+        assert status == 0, err
+        file = tmp_path / "output/inspect" / MODEL / run_name / "last.pth.tar" / "4" / "entropy.json"
+        assert json.loads(file.read_text())["checkpoint"] == f"{run_name}/last.pth.tar"
+
+
 def test_a_single_image_starts_no_processes(tmp_path, capsys, small_digits, checkpoint, monkeypatch):
     seen, make_loader = [], inspect.make_loader
     monkeypatch.setattr(inspect, "make_loader", lambda *args: seen.append(make_loader(*args)) or seen[-1])

@@ -93,6 +93,17 @@ def test_a_run(capsys):
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
 
 
+def test_fewer_classes_than_the_model_has(capsys, caplog):
+    """Are said, unless they are meant."""
+    note = "test_resnet has 1000 classes, the data 10: to train with these alone pass --num-classes 10"
+    flags = "--model test_resnet --epochs 1 --val-split="
+    train(capsys, f"{flags} --num-classes 1000")
+    assert note not in caplog.text
+    kept = [flag for flag in FLAGS if flag not in ("--num-classes", "10")]
+    assert cli.main(["train", "data", *kept, *flags.split()]) == 0
+    assert caplog.text.count(note) == 1
+
+
 def test_learns(capsys):
     """40 images are learned by heart."""
     _, rows, _ = train(capsys, "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --val-split train")

@@ -112,6 +112,21 @@ def test_formula(case, training, memory_format):
             assert output.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_weights_in_channels_last_alone(case, training):
+    """In torch, 1x1 and depthwise convolutions then give channels_last maps of contiguous ones."""
+    layer, x = case
+    layer, x = layer.float().train(training), x.float().requires_grad_()
+    expected = formula(layer, x, training)
+    grads = gradients(layer, x, expected)
+    layer.to(memory_format=torch.channels_last)
+    for name, grad in gradients(layer, x, layer(x)).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-3 * grads[name].abs().max().item())
+    with torch.no_grad():
+        for batch in (x, x[:1]) if not training else (x,):
+            torch.testing.assert_close(layer(batch), expected[: len(batch)], rtol=1e-4, atol=1e-4)
+
+
 def test_running_statistics(case):
     layer, x = case
     u = norm(F.conv2d(x, layer.q.weight, None, layer.stride), layer.bn1, True)

@@ -233,7 +233,7 @@ class DCDConv2d(DropInConv2d, _Factors):
         if len(x) == self.groups == 1:
             y = conv_sample(self._pad(x), self.weight, self.bias, self.stride, self._padding, self.dilation)
         else:
-            y = self.conv(x)
+            y = self.conv(x).contiguous()  # which it is not where a 1x1 weight has been put into channels_last
         torch.ops.timm_dynamic.dcd_branch_(*arguments, *self.stride, y)
         return y
 

@@ -164,6 +164,15 @@ def test_frozen_norms_in_training():
     torch.testing.assert_close(layer(x), formula(layer, x, True))
 
 
+def test_an_activation_may_overwrite_the_output(case):
+    layer, x = case
+    x.requires_grad_()
+    expected = formula(layer, x, True).relu()
+    output = torch.relu_(layer(x))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients(layer, x, output), gradients(layer, x, expected))
+
+
 def test_no_gradient_for_the_input():
     layer, x = randomise(DCDConv2d(4, 6, 3, padding=1)), torch.randn(2, 4, 9, 9)
     layer(x).sum().backward()

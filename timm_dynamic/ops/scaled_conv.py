@@ -45,11 +45,13 @@ def scaled_conv(
         return out, y
     stride = options[0]
     if _is_small_product(x, weight, stride):
-        y = torch.bmm(weight.flatten(1) * scale[:, :, None], x.flatten(2))
+        out = x.new_empty(len(x), len(weight), *x.shape[2:])  # no view: autograd would forbid to overwrite one
+        y = out.flatten(2)
+        torch.bmm(weight.flatten(1) * scale[:, :, None], x.flatten(2), out=y)
         y.baddbmm_(p.flatten(1).expand(len(x), -1, -1), v)
         if bias is not None:
             y += (bias * scale)[:, :, None]
-        return y.view(len(x), len(weight), *x.shape[2:]), None
+        return out, None
     out = None
     # Sample by sample: as long as its map is in the cache, nothing of its size is read from memory twice.
     for b in range(len(x)):

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import yaml
+from commands import run
 
 import timm_dynamic
-from timm_dynamic import cli
 from timm_dynamic.card import REPORTED
 from timm_dynamic.cli.validate import write_results
 
@@ -33,15 +33,6 @@ def checkpoint(tmp_path):
     path = tmp_path / "last.pth.tar"
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": averaged.state_dict()}, path)
     return path, model, averaged
-
-
-def run(capsys, *argv):
-    """Exit status, stdout, stderr."""
-    try:
-        status = cli.main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
 
 
 def front_matter(card):

@@ -140,6 +140,7 @@ def test_shipped_weights():
     assert all(path.stat().st_size < 1.5e6 for path in SHIPPED.values())
     assert {tag.removeprefix("test_").split("_")[0] for tag in SHIPPED} == {"ddf", "dcd", "ped", "dy", "dynconv"}
     assert all(timm.get_pretrained_cfg(tag.split(".")[0]).tag == "digits" for tag in SHIPPED)
+    assert {timm.get_pretrained_cfg(tag).license for tag in SHIPPED} == {"apache-2.0"}
 
 
 @pytest.fixture(scope="module")

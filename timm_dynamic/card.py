@@ -1,6 +1,5 @@
 """Model cards: the README.md of a repository on the Hugging Face Hub."""
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -9,7 +8,7 @@ import yaml
 from torch import nn
 
 from timm_dynamic.cost import count_macs, masked_blocks
-from timm_dynamic.hub import PACKAGE_WEIGHTS, is_ours
+from timm_dynamic.hub import is_ours
 from timm_dynamic.version import __version__
 
 # Top-1 in percent of the weights that the authors published, as the README of this package has it.
@@ -53,8 +52,7 @@ def model_card(
     name = cfg["architecture"] + (f".{tag}" if tag else "")
     ours = is_ours(name)
     package = "timm-dynamic" if ours else "timm"
-    shipped = tag and PACKAGE_WEIGHTS in Path(cfg.get("file") or "").parents
-    license = license or (cfg.get("license") if tag else None) or ("apache-2.0" if shipped else None)
+    license = license or (cfg.get("license") if tag else None)
     dataset = dataset or _DATASETS.get((tag or "").rpartition("_")[2])
     front = {
         "license": license or "unknown",
@@ -98,7 +96,8 @@ def _facts(model: nn.Module, model_args: dict[str, Any], results: dict[str, Any]
         "paper": ", ".join(
             f"[arXiv {number}](https://arxiv.org/abs/{number})"
             for number in (paper.removeprefix("arXiv:") for paper in papers)
-        ),
+        )
+        or cfg.get("paper_name"),
         "the authors' code": cfg.get("origin_url"),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)])

@@ -1,6 +1,7 @@
 import argparse
 import os
 
+import commands
 import pytest
 import timm
 import torch
@@ -22,11 +23,7 @@ def checkpoint(tmp_path):
 
 def run(capsys, *argv):
     """Exit status, stdout, stderr."""
-    try:
-        status = cli.main(["convert", *map(str, argv)])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
+    return commands.run(capsys, "convert", *argv)
 
 
 def test_convert(tmp_path, capsys, checkpoint):

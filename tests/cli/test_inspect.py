@@ -3,6 +3,7 @@ import math
 import shutil
 from collections import defaultdict
 
+import commands
 import pytest
 import timm
 import torch
@@ -10,7 +11,6 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 
 import timm_dynamic
-from timm_dynamic import cli
 from timm_dynamic.cli import inspect
 
 MODEL = "test_dy_resnet"
@@ -31,11 +31,7 @@ def checkpoint(tmp_path):
 
 def run(capsys, *argv):
     """Exit status, stdout, stderr."""
-    try:
-        status = cli.main(["inspect", *map(str, argv)])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
+    return commands.run(capsys, "inspect", *argv)
 
 
 def entropies(checkpoint, folder):
@@ -97,6 +93,19 @@ def test_images_without_classes_and_a_single_one(tmp_path, capsys, small_digits,
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_folder_for_every_checkpoint(tmp_path, capsys, monkeypatch, small_digits, checkpoint):
+    """Those of two runs have one name."""
+    monkeypatch.chdir(tmp_path)
+    image = small_digits / "val" / "3" / "4.png"
+    for run_name in ("one", "two"):
+        (tmp_path / run_name).mkdir()
+        shutil.copy(checkpoint, f"{run_name}/last.pth.tar")
+        status, out, err = run(capsys, image, *FLAGS, "--checkpoint", f"{run_name}/last.pth.tar")
+        assert status == 0, err
+        file = tmp_path / "output/inspect" / MODEL / run_name / "last.pth.tar" / "4" / "entropy.json"
+        assert json.loads(file.read_text())["checkpoint"] == f"{run_name}/last.pth.tar"
+
+
 def test_a_single_image_starts_no_processes(tmp_path, capsys, small_digits, checkpoint, monkeypatch):
     seen, make_loader = [], inspect.make_loader
     monkeypatch.setattr(inspect, "make_loader", lambda *args: seen.append(make_loader(*args)) or seen[-1])
@@ -122,7 +131,8 @@ def test_default_folder_and_dynamize(tmp_path, capsys, small_digits, monkeypatch
     torch.save(timm_dynamic.dynamize(timm.create_model("test_resnet"), "dy").state_dict(), "c.pth")
     flags = ["--model", "test_resnet", *FLAGS[2:], "--dynamize", "dy", "--checkpoint", "c.pth"]
     assert run(capsys, small_digits, *flags)[0] == 0
-    assert json.loads((tmp_path / "output/inspect/test_resnet/entropy.json").read_text())["images"] == 20
+    file = tmp_path / "output/inspect/test_resnet" / tmp_path.name / "c.pth/entropy.json"
+    assert json.loads(file.read_text())["images"] == 20
 
 
 def masked_model(**kwargs):
@@ -181,7 +191,7 @@ def test_masks_of_a_photograph(tmp_path, capsys, monkeypatch):
     flags = [*MASKED, "--checkpoint", "m.pth", "--input-size", 3, 43, 64, "--crop-pct", 1]
     status, text, err = run(capsys, "china.jpg", *flags)
     assert (status, err) == (0, "")
-    out = tmp_path / "output/inspect/dynconv_resnet8/china"
+    out = tmp_path / "output/inspect/dynconv_resnet8" / tmp_path.name / "m.pth/china"
     assert sorted(path.name for path in out.iterdir()) == ["china.masks.png", "china.ponder.png", "masks.json"]
     assert json.loads((out / "masks.json").read_text())["img_size"] == [43, 64]
     assert Image.open(out / "china.ponder.png").width > 2 * Image.open(out / "china.ponder.png").height

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import yaml
+from commands import run
 
 import timm_dynamic
-from timm_dynamic import cli
 from timm_dynamic.card import REPORTED
 from timm_dynamic.cli.validate import write_results
 
@@ -35,15 +35,6 @@ def checkpoint(tmp_path):
     return path, model, averaged
 
 
-def run(capsys, *argv):
-    """Exit status, stdout, stderr."""
-    try:
-        status = cli.main([str(arg) for arg in argv])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 def front_matter(card):
     _, front, body = card.split("---\n", 2)
     return yaml.safe_load(front), body
@@ -62,6 +53,8 @@ def test_out(tmp_path, capsys, checkpoint):
         assert torch.equal(pulled(x), model(x))
     front, body = front_matter((folder / "README.md").read_text())
     assert front["license"] == "mit" and "hf-hub:me/tiny" in body
+    cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert not {"tag", "license"} & set(cfg)  # those of the weights that the package has
 
 
 def test_use_ema_and_a_card_of_ones_own(tmp_path, capsys, checkpoint):
@@ -178,6 +171,11 @@ def test_card_of_the_authors_weights(capsys):
     assert "[arXiv 1912.03203](https://arxiv.org/abs/1912.03203)" in body
     assert "with full masks" in body and "Licence: not stated" in body
     assert '"hf-hub:timm-dynamic/dynconv_resnet32.budget70_cifar10"' in body
+
+
+def test_card_names_a_paper_without_a_number(capsys):
+    body = run(capsys, "card", "test_ped_resnet")[1]
+    assert "| paper | Parameter-Efficient Dynamic Convolution via Tensor Decomposition |" in body
 
 
 def test_card_of_shipped_weights(capsys):

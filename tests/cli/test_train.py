@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ import pytest
 import timm
 import torch
 import yaml
+from commands import TRAIN_FLAGS, read_summary, run
 
 from timm_dynamic import cli
-from timm_dynamic.cli.data import UnreadableImage
 from timm_dynamic.cli.train import write_summary
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import extract_state_dict, load_checkpoint, read_checkpoint
@@ -22,37 +21,17 @@ from timm_dynamic.layers import DynamicConv2d
 from timm_dynamic.training import set_progress
 
 ROOT = Path(__file__).parents[2]
-MODEL = "test_ddf_resnet"
-FLAGS = (
-    f"--model {MODEL} --num-classes 10 --img-size 32 --device cpu --workers 0 -b 8 --epochs 2 --warmup-epochs 0 "
-    "--lr 0.05 --output out --experiment run"
-).split()
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, small_digits):
-    """Run in an empty folder in which `data` is the digits."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(small_digits)
-
-
-def run(capsys, flags=""):
-    """Exit status, stdout, stderr of `train data FLAGS ...`."""
-    try:
-        status = cli.main(["train", "data", *FLAGS, *flags.split()])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
+MODEL = TRAIN_FLAGS[1]
+DATA_FLAGS = TRAIN_FLAGS[: TRAIN_FLAGS.index("-b")]  # those that `validate` has too
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def train(capsys, flags=""):
     """Train; what it printed, the rows of its summary, and its last checkpoint."""
-    status, out, err = run(capsys, flags)
+    status, out, err = run(capsys, "train", "data", *TRAIN_FLAGS, *flags.split())
     assert status == 0, err
     folder = Path(out.split(" in ")[-1].strip())
-    with open(folder / "summary.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    return out, rows, read_checkpoint(folder / "last.pth.tar")
+    return out, read_summary(folder), read_checkpoint(folder / "last.pth.tar")
 
 
 def assert_same(a, b, **tolerance):
@@ -87,10 +66,21 @@ def test_a_run(capsys):
 
     # The checkpoint loads, and its accuracy is that of the summary.
     load_checkpoint(timm.create_model(MODEL, num_classes=10), "out/run/last.pth.tar")
-    flags = [*FLAGS[: FLAGS.index("-b")], "--checkpoint", "out/run/last.pth.tar", "--results-file", "r.csv"]
+    flags = [*DATA_FLAGS, "--checkpoint", "out/run/last.pth.tar", "--results-file", "r.csv"]
     assert cli.main(["validate", "data", *flags]) == 0
     with open("r.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
+
+
+def test_fewer_classes_than_the_model_has(capsys, caplog):
+    """Are said, unless they are meant."""
+    note = "test_resnet has 1000 classes, the data 10: to train with these alone pass --num-classes 10"
+    flags = "--model test_resnet --epochs 1 --val-split="
+    train(capsys, f"{flags} --num-classes 1000")
+    assert note not in caplog.text
+    kept = [flag for flag in TRAIN_FLAGS if flag not in ("--num-classes", "10")]
+    assert cli.main(["train", "data", *kept, *flags.split()]) == 0
+    assert caplog.text.count(note) == 1
 
 
 def test_learns(capsys):
@@ -131,7 +121,7 @@ def test_dynamize(capsys):
     assert rows[0]["train_reconstruction"] > 0
     key = "layer1.0.conv1.weight"
     assert torch.equal(started["state_dict"][key], last["state_dict"][key])
-    validate = ["validate", "data", *FLAGS[: FLAGS.index("-b")], "--checkpoint", "out/run/last.pth.tar"]
+    validate = ["validate", "data", *DATA_FLAGS, "--checkpoint", "out/run/last.pth.tar"]
     assert cli.main([*validate, *flags.split(), "--results-file", "r.csv"]) == 0
     with open("r.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
@@ -289,12 +279,11 @@ def test_averaged_weights(capsys):
 
 def test_learning_rate_from_the_batch(capsys):
     flags = "--epochs 1 --lr-base 0.1 --lr-base-size 80 --grad-accum-steps 2".split()
-    keep = [flag for flag in FLAGS if flag not in ("--lr", "0.05")]
+    keep = [flag for flag in TRAIN_FLAGS if flag not in ("--lr", "0.05")]
     rates = []
     for extra in ([], ["--lr-base-scale", "sqrt"], ["--opt", "adamw"]):
         assert cli.main(["train", "data", *keep, *flags, *extra]) == 0
-        with open("out/run/summary.csv", newline="") as file:
-            rates.append(float(next(csv.DictReader(file))["lr"]))
+        rates.append(read_summary()[0]["lr"])
     assert rates == pytest.approx([0.02, 0.1 * 0.2**0.5, 0.1 * 0.2**0.5])
 
 
@@ -347,24 +336,23 @@ def test_two_processes(capsys):
         for i in range(3):
             Path(f"seven/val/{label}").mkdir(parents=True, exist_ok=True)
             shutil.copy(f"data/train/{label}/{i}.png", f"seven/val/{label}")
-    flags = [*FLAGS, "-b", "4", "--model-ema", "--experiment", "two"]
+    flags = [*TRAIN_FLAGS, "-b", "4", "--model-ema", "--experiment", "two"]
     script = [str(ROOT / "distributed_train.sh"), "2", "seven", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best eval_top1") == 1
-    with open("out/two/summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    rows = read_summary("out/two")
+    assert [row["epoch"] for row in rows] == [0, 1]
     last = read_checkpoint("out/two/last.pth.tar")
     assert last["args"].world_size == 2
     torch.save(extract_state_dict(last, use_ema=True), "ema.pth")
-    flags = [*FLAGS[: FLAGS.index("-b")], "--checkpoint", "ema.pth", "--results-file", "r.csv"]
+    flags = [*DATA_FLAGS, "--checkpoint", "ema.pth", "--results-file", "r.csv"]
     assert cli.main(["validate", "seven", *flags]) == 0
     with open("r.csv", newline="") as file:
         result = next(csv.DictReader(file))
     for key in ("top1", "top5"):
-        assert float(rows[-1][f"eval_{key}"]) == pytest.approx(float(result[key]), abs=1e-3)
+        assert rows[-1][f"eval_{key}"] == pytest.approx(float(result[key]), abs=1e-3)
 
 
 @pytest.mark.parametrize("argv", [[], ["0"], ["-1"], ["two", "data"]])
@@ -379,106 +367,5 @@ def test_validation_classes_are_numbered_as_in_training(capsys):
     shutil.copytree("data/train", "gap/train")
     shutil.copytree("data/train", "gap/val", ignore=lambda folder, names: {"0", "4"} & set(names))
     flags = "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --data-dir gap".split()
-    assert cli.main(["train", *FLAGS, *flags]) == 0
-    with open("out/run/summary.csv", newline="") as file:
-        assert float(list(csv.DictReader(file))[-1]["eval_top1"]) > 90
-
-
-@pytest.fixture
-def bad_inputs():
-    Path("empty").mkdir()
-    for name, splits in {"no_val": ["train"], "empty_val": ["train"], "other": ["train"], "bare": []}.items():
-        for split in splits:
-            shutil.copytree("data/train", f"{name}/{split}")
-    shutil.copytree("data/val", "bare", dirs_exist_ok=True)
-    Path("empty_val/val/3").mkdir(parents=True)
-    shutil.copytree("data/val/3", "other/val/eleven")
-    shutil.copytree("data", "broken")
-    Path("broken/train/0/broken.png").write_bytes(b"")
-    Path("file").write_text("x")
-    Path("key.yaml").write_text("nonsense: 1\nmodel: test_resnet\n")
-    Path("choice.yaml").write_text("sched: nonsense\n")
-    Path("type.yaml").write_text("epochs: 1.5\n")
-    Path("list.yaml").write_text("[1, 2]\n")
-    model = timm.create_model("test_resnet", num_classes=10)
-    torch.save(model.state_dict(), "weights.pth")
-    optimizer = torch.optim.SGD(model.parameters(), 0.1).state_dict()
-    torch.save({"state_dict": model.state_dict(), "optimizer": optimizer, "epoch": 1}, "foreign.pth")
-    torch.save(
-        {"state_dict": model.state_dict(), "optimizer": optimizer, "epoch": 1, "arch": "test_resnet"}, "arch.pth"
-    )
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("--data-dir nowhere", "no such data folder: nowhere"),
-        ("--data-dir empty", "no images in empty"),
-        ("--data-dir no_val", "no validation folder in no_val"),
-        ("--data-dir empty_val", "no images in empty_val/val"),
-        ("--data-dir bare", "no train and validation folders in bare"),
-        ("--data-dir other", "classes in validation that train lacks: eleven"),
-        ("--data-dir broken -b 41", "cannot read image broken/train/0/broken.png: "),
-        ("-b 41", "--batch-size 41 on 1 processes is more than the 40 images in train"),
-        ("-b 0", "argument -b/--batch-size: 0 is not 1 or more"),
-        ("-b 7 --mixup 0.2", "--batch-size 7 must be even"),
-        ("--num-classes 9", "has 10 classes, the model 9: pass --num-classes 10"),
-        ("--model resnet5O", "unknown model 'resnet5O'"),
-        ("--dynamize nonsense", "argument --dynamize: invalid choice: 'nonsense'"),
-        ("--model test_vit --dynamize dy", "none of the 1 convolutions of test_vit is replaced"),
-        ("--model-kwargs nonsense=1", f"cannot create {MODEL}"),
-        ("--model dla60x_c --grad-checkpointing", "dla60x_c does not support --grad-checkpointing"),
-        ("--opt nonsense", "Optimizer nonsense not found"),
-        ("--opt-kwargs nonsense=1", "cannot create the optimizer sgd"),
-        ("--sched nonsense", "argument --sched: invalid choice: 'nonsense'"),
-        ("--aa nonsense", "cannot make the data loader"),
-        ("--nonsense", "unrecognized arguments: --nonsense"),
-        ("--device nonsense", "--device nonsense"),
-        ("--config nowhere.yaml", "nowhere.yaml"),
-        ("--config key.yaml", "--config key.yaml: unknown keys nonsense"),
-        ("--config choice.yaml", "--config choice.yaml: sched is 'nonsense', not one of 'cosine'"),
-        ("--config type.yaml", "--config type.yaml: epochs is 1.5, not a whole number"),
-        ("--config list.yaml", "--config list.yaml must hold `key: value` lines"),
-        ("--initial-checkpoint nowhere", "no checkpoint at nowhere"),
-        ("--initial-checkpoint weights.pth", f"weights.pth does not load into {MODEL}"),
-        ("--resume nowhere", "no checkpoint at nowhere"),
-        ("--resume weights.pth", "--resume weights.pth holds no epoch, optimizer, state_dict"),
-        ("--resume foreign.pth", "--resume foreign.pth does not fit this run"),
-        (
-            "--resume arch.pth",
-            f"--resume arch.pth does not fit this run: it is of test_resnet, and this run trains {MODEL}",
-        ),
-        ("--output file", "file/run"),
-    ],
-)
-def test_errors(bad_inputs, capsys, flags, expected):
-    argv = ["train", *([] if "--data-dir" in flags else ["data"]), *FLAGS, *flags.split()]
-    try:
-        status = cli.main(argv)
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, ""), err
-    assert err.count("\n") == 1 and err.startswith("timm-dynamic train: error: ")
-    assert expected in err
-    assert not list(Path(".").glob("out/run/*.tar"))
-
-
-def test_no_data(capsys):
-    assert cli.main(["train", *FLAGS]) == 2
-    assert "no data: name its folder" in capsys.readouterr().err
-
-
-def test_unreadable_image_in_a_worker_process():
-    """PyTorch makes the error anew from a traceback."""
-    error = UnreadableImage("cannot read image a: b")
-    traceback = (
-        f"Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback ...\n{type(error).__module__}"
-    )
-    assert str(error) == str(UnreadableImage(f"{traceback}.UnreadableImage: {error}\n")) == "cannot read image a: b"
-
-
-def test_as_a_script(small_digits):
-    """The script at the root is the command."""
-    done = subprocess.run([sys.executable, ROOT / "train.py", "nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "timm-dynamic train: error: no such data folder: nowhere\n"
+    assert cli.main(["train", *TRAIN_FLAGS, *flags]) == 0
+    assert read_summary()[-1]["eval_top1"] > 90

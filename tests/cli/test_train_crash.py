@@ -1,5 +1,4 @@
 import argparse
-import csv
 import errno
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from commands import read_summary
 
 from timm_dynamic import cli
 from timm_dynamic.cli.train_state import repeatable
@@ -198,10 +198,8 @@ def test_killed_at_each_event_of_a_save(run):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, small_digits, capsys, caplog):
+def here(workplace, capsys, caplog):
     """`here(flags)` trains in this process; returns its status, and stderr with what was logged before."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(small_digits)
 
     def start(flags=""):
         status = cli.main([*FLAGS, "--model", "test_resnet", *flags.split()])
@@ -214,8 +212,7 @@ FOLDER = Path("out/run")
 
 
 def epochs():
-    with open(FOLDER / "summary.csv", newline="") as file:
-        return [int(row["epoch"]) for row in csv.DictReader(file)]
+    return [row["epoch"] for row in read_summary(FOLDER)]
 
 
 def test_a_finished_run_stays(here):
@@ -381,10 +378,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_worker_killed_under_torchrun(tmp_path, monkeypatch, small_digits):
+def test_a_worker_killed_under_torchrun(workplace):
     """The launcher starts all of them again, and they go on together, with EMA and two processes' BatchNorm."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(small_digits)
     Path("ranks.py").write_text(RANKS)
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 ranks.py".split()
     flags = "--model test_ped_resnet -b 10 --epochs 3 --model-ema --model-ema-decay 0.9".split()

@@ -1,4 +1,3 @@
-import csv
 import os
 import subprocess
 import sys
@@ -6,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN_FLAGS, read_summary, run
 
 from timm_dynamic import cli
 from timm_dynamic.cli.common import create_model
@@ -13,17 +13,8 @@ from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.layers import PEDConv2d
 
 ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "train data --model test_ped_resnet --num-classes 10 --img-size 32 --device cpu --workers 0 -b 8 --epochs 2 "
-    "--warmup-epochs 0 --lr 0.05 --output out --experiment run"
-).split()
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, small_digits):
-    """Run in an empty folder in which `data` is the digits."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(small_digits)
+FLAGS = ["train", "data", *TRAIN_FLAGS, "--model", "test_ped_resnet"]
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
@@ -62,15 +53,10 @@ def spoil(monkeypatch):
     return start
 
 
-def run(capsys, flags=""):
+def train(capsys, flags=""):
     """Exit status, stderr, the summary's rows and the last checkpoint."""
-    status = cli.main([*FLAGS, *flags.split()])
-    return status, capsys.readouterr().err, rows(), read_checkpoint("out/run/last.pth.tar")
-
-
-def rows():
-    with open("out/run/summary.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    status, _, err = run(capsys, *FLAGS, *flags.split())
+    return status, err, read_summary(), read_checkpoint("out/run/last.pth.tar")
 
 
 def finite(checkpoint):
@@ -82,7 +68,7 @@ def finite(checkpoint):
 def test_stops(capsys, spoil, flags):
     """In the second epoch, also at its last update."""
     spoil({9})
-    status, err, (row,), last = run(capsys, flags)
+    status, err, (row,), last = train(capsys, flags)
     assert status == 2 and err.count("error: ") == 1
     assert "error: epoch 1, step 5 of 5, learning rate 0.025: the task's loss is nan, " in err
     assert "--skip-nonfinite N skips N such updates" in err
@@ -91,7 +77,7 @@ def test_stops(capsys, spoil, flags):
 
 def test_names_the_term(capsys, spoil):
     spoil({6}, term=True)
-    status, err, _, last = run(capsys)
+    status, err, _, last = train(capsys)
     assert status == 2 and "epoch 1, step 2 of 5, learning rate 0.025: layer1.0.conv1.reconstruction is inf" in err
     assert "the task's loss" not in err and last["epoch"] == 0
 
@@ -100,12 +86,12 @@ def test_names_the_term(capsys, spoil):
 def test_skips(capsys, caplog, spoil, flags):
     """Weights, averages and BatchNorm's statistics stay finite; the losses of the summary are of the others."""
     spoil({1, 4, 9})
-    status, _, both, last = run(capsys, f"{flags} --skip-nonfinite 3")
+    status, _, both, last = train(capsys, f"{flags} --skip-nonfinite 3")
     assert status == 0 and caplog.text.count("update skipped") == 3
     assert "update skipped, 3 of 3" in caplog.text
     assert finite(last)
     assert all(0 < row["train_loss"] < 10 for row in both)
-    status, err, _, last = run(capsys, f"{flags} --skip-nonfinite 2")
+    status, err, _, last = train(capsys, f"{flags} --skip-nonfinite 2")
     assert status == 2 and "after 2 skipped updates (--skip-nonfinite)" in err
     assert last["epoch"] == 0
 
@@ -117,7 +103,7 @@ def test_what_a_skipped_update_changes(capsys, caplog, spoil):
     for batches, skipped in (({1, 2}, 2), ({0, 3}, 2), ((), 0)):  # groups are 0 and 1, 2 and 3, 4
         spoil(batches)
         caplog.clear()
-        _, _, (row,), last = run(capsys, flags)
+        _, _, (row,), last = train(capsys, flags)
         assert caplog.text.count("update skipped") == skipped
         assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {3 - skipped}
         results.append((row["train_loss"], last["state_dict"]))

@@ -1,6 +1,5 @@
 """Options of `timm-dynamic train` for the loss, the teacher, the optimizer, mixed precision and logs."""
 
-import csv
 import importlib.util
 import math
 import sys
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import TRAIN_FLAGS, read_summary, run
 
-from timm_dynamic import cli
 from timm_dynamic.cli.train import build_optimizer
 from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_build import build_scaler
@@ -21,34 +20,16 @@ from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.layers.auxiliary import warn_about_float16
 
 ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "--num-classes 10 --img-size 32 --device cpu --workers 0 -b 8 --epochs 1 --warmup-epochs 0 --lr 0.05 --output out"
-).split()
+FLAGS = ["train", "data", *TRAIN_FLAGS, "--epochs", "1"]
 TEACHER = "--kd-model-name test_ddf_resnet.digits"
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, small_digits):
-    """Run in an empty folder in which `data` is the digits."""
-    monkeypatch.chdir(tmp_path)
-    Path("data").symlink_to(small_digits)
-
-
-def run(capsys, flags):
-    """Exit status, stdout, stderr of `train data FLAGS ...`."""
-    try:
-        status = cli.main(["train", "data", *FLAGS, *flags.split()])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def train(capsys, flags, experiment="run"):
     """Train; the rows of its summary, and its last checkpoint."""
-    status, _, err = run(capsys, f"{flags} --experiment {experiment}")
+    status, _, err = run(capsys, *FLAGS, *flags.split(), "--experiment", experiment)
     assert status == 0, err
-    with open(f"out/{experiment}/summary.csv", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    rows = read_summary(f"out/{experiment}")
     assert all(math.isfinite(value) for row in rows for value in row.values())
     return rows, read_checkpoint(f"out/{experiment}/last.pth.tar")
 
@@ -234,12 +215,12 @@ def test_flags_of_a_run_are_a_config(capsys):
 )
 def test_errors(capsys, monkeypatch, flags, expected):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    status, out, err = run(capsys, f"--model test_resnet {flags}")
+    status, out, err = run(capsys, *FLAGS, "--model", "test_resnet", *flags.split())
     assert (status, out) == (2, ""), err
     assert err.count("\n") == 1 and err.startswith("timm-dynamic train: error: ") and expected in err
 
 
 def test_apex_needs_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    status, _, err = run(capsys, "--model test_resnet --amp --amp-impl apex")
+    status, _, err = run(capsys, *FLAGS, "--amp", "--amp-impl", "apex")
     assert status == 2 and "--amp-impl apex needs a GPU and --amp-dtype float16, without --torchcompile" in err

@@ -1,7 +1,6 @@
 """Training for segmentation, on pieces of scikit-learn's two photographs in the format of Pascal VOC."""
 
 import argparse
-import csv
 import math
 import os
 import shutil
@@ -9,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import timm
 import torch
+from commands import read_summary
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import tv_tensors
@@ -67,11 +68,7 @@ def workplace(tmp_path, monkeypatch, photographs):
 
 def run(capsys, flags=""):
     """Exit status, stdout, stderr of `train_segmentation data FLAGS ...`."""
-    try:
-        status = cli.main(["train_segmentation", "data", *FLAGS, *flags.split()])
-    except SystemExit as stop:  # argparse's own errors
-        status = stop.code
-    return status, *capsys.readouterr()
+    return commands.run(capsys, "train_segmentation", "data", *FLAGS, *flags.split())
 
 
 def train(capsys, flags=""):
@@ -79,11 +76,6 @@ def train(capsys, flags=""):
     status, out, err = run(capsys, flags)
     assert status == 0, err
     return out, read_summary(out.splitlines()[0].split(" in ")[-1])
-
-
-def read_summary(folder):
-    with open(Path(folder) / "summary.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def arguments(**kwargs):

@@ -1,12 +1,11 @@
 """DCD layers against their formula, and as replacements of static layers."""
 
 import copy
-import io
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from dcd_layers import randomise
 from torch import nn
 
 from timm_dynamic.layers import DCDConv2d, DCDLinear, load_reference
@@ -47,17 +46,6 @@ def _seed():
 def case(request):
     args, kwargs, size = CASES[request.param]
     return randomise(DCDConv2d(*args, **kwargs, dtype=torch.float64)), torch.randn(3, args[0], *size).double()
-
-
-def randomise(layer):
-    """Norms with something to do, and scales on both ends of their range."""
-    for norm in (layer.bn1, layer.bn2):
-        nn.init.normal_(norm.weight, 1, 0.3)
-        nn.init.normal_(norm.bias)
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.3, 2)
-    nn.init.normal_(layer.fc_scale.weight, std=6)
-    return layer
 
 
 def norm(z, bn, training):
@@ -112,6 +100,21 @@ def test_formula(case, training, memory_format):
             assert output.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_weights_in_channels_last_alone(case, training):
+    """In torch, 1x1 and depthwise convolutions then give channels_last maps of contiguous ones."""
+    layer, x = case
+    layer, x = layer.float().train(training), x.float().requires_grad_()
+    expected = formula(layer, x, training)
+    grads = gradients(layer, x, expected)
+    layer.to(memory_format=torch.channels_last)
+    for name, grad in gradients(layer, x, layer(x)).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-3, atol=1e-3 * grads[name].abs().max().item())
+    with torch.no_grad():
+        for batch in (x, x[:1]) if not training else (x,):
+            torch.testing.assert_close(layer(batch), expected[: len(batch)], rtol=1e-4, atol=1e-4)
+
+
 def test_running_statistics(case):
     layer, x = case
     u = norm(F.conv2d(x, layer.q.weight, None, layer.stride), layer.bn1, True)
@@ -147,6 +150,15 @@ def test_frozen_norms_in_training():
     layer.eval()
     layer.bn1.train(), layer.bn2.train()
     torch.testing.assert_close(layer(x), formula(layer, x, True))
+
+
+def test_an_activation_may_overwrite_the_output(case):
+    layer, x = case
+    x.requires_grad_()
+    expected = formula(layer, x, True).relu()
+    output = torch.relu_(layer(x))
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients(layer, x, output), gradients(layer, x, expected))
 
 
 def test_no_gradient_for_the_input():
@@ -313,102 +325,3 @@ class TestClassifier:
     def test_bad_input(self, shape):
         with pytest.raises(ValueError, match=r"x must be \[B, 4\], got shape"):
             DCDLinear(4, 6)(torch.randn(shape))
-
-
-@pytest.fixture(params=[(8, 8), (2, 2)], ids=["large map", "small map"])
-def network(request):
-    """A layer of either form, a norm and a classifier, and an input."""
-    layers = randomise(DCDConv2d(8, 16, 3, padding=1)), nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return nn.Sequential(*layers, randomise(DCDLinear(16, 5))), torch.randn(4, 8, *request.param)
-
-
-class TestPrecision:
-    @pytest.mark.parametrize("magnitude", [1e-3, 1, 1e2, 1e4])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_autocast_gives_no_nan(self, dtype, magnitude):
-        for size in ((16, 16), (2, 2)):
-            layer, x = DCDConv2d(32, 16, 1, bias=False), torch.randn(4, 32, *size) * magnitude
-            for training in (True, False):
-                x.requires_grad_()
-                with torch.autocast("cpu", dtype):
-                    output = layer.train(training)(x)
-                assert output.dtype == dtype and not output.isnan().any()
-                if training:
-                    (output.float().square().mean() / output.detach().float().square().mean()).backward()
-                    assert not any(p.grad.isnan().any() for p in (x, *layer.parameters()))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-    def test_autocast_is_close(self, network, dtype, training):
-        model, x = network
-        model.train(training)
-        expected = copy.deepcopy(model)(x)
-        with torch.autocast("cpu", dtype):
-            output = model(x)
-        assert output.dtype == dtype
-        error = (output.float() - expected).norm() / expected.norm()
-        assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_half_precision_parameters(self, network, dtype):
-        model, x = network
-        output = model.eval().to(dtype)(x.to(dtype))
-        assert output.dtype == dtype and output.isfinite().all()
-
-
-class TestGraphs:
-    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-    def test_compile_fullgraph(self, network, training):
-        model, x = network
-        model.train(training)
-        x.requires_grad_()
-        expected = copy.deepcopy(model)(x)
-        torch._dynamo.reset()
-        output = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
-        (grad,) = torch.autograd.grad(output.square().sum(), x)
-        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-2, atol=1e-3)
-
-    @torch.no_grad()
-    def test_export_with_a_dynamic_batch(self, network):
-        model, x = network
-        model.eval()
-        program = torch.export.export(model, (x,), dynamic_shapes={"input": {0: torch.export.Dim("batch")}})
-        for batch in (1, 3):
-            x = torch.randn(batch, *x.shape[1:])
-            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
-
-    @torch.no_grad()
-    def test_onnx_with_a_dynamic_batch(self, network, tmp_path):
-        pytest.importorskip("onnxscript")
-        runtime = pytest.importorskip("onnxruntime")
-        model, x = network
-        model.eval()
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-        program.save(tmp_path / "model.onnx")
-        session = runtime.InferenceSession(tmp_path / "model.onnx")
-        for inputs in (x[:1], torch.cat([x, x])):
-            (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), model(inputs), rtol=1e-4, atol=1e-4)
-
-    @torch.no_grad()
-    def test_script_and_trace(self, network):
-        model, x = network
-        model.eval()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # both are deprecated; the trace says that it keeps the channels' number
-            graphs = torch.jit.script(model), torch.jit.trace(model, x[:2])
-        for graph in graphs:
-            torch.testing.assert_close(graph(x), model(x), rtol=1e-3, atol=1e-4)
-
-    def test_copies(self, network):
-        model, x = network
-        model.eval()
-        expected = model(x)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-            assert torch.equal(other(x), expected)

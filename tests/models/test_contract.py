@@ -41,6 +41,7 @@ def test_registration(name):
     for tag in tags:
         cfg = timm.get_pretrained_cfg(tag)
         assert cfg.hf_hub_id in (None, f"timm-dynamic/{tag}")
+        assert cfg.paper_ids or cfg.paper_name
 
 
 def test_default_cfg_describes_the_model(name):

@@ -38,9 +38,9 @@ def layer_and_input(case):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_equals_the_layer(case, monkeypatch):
+def test_equals_the_layer(case, calls_of):
     layer, x = layer_and_input(case)
-    calls = count_calls(monkeypatch)
+    calls = calls_of("dcd_branch_", "dcd_sample_weights")
     out = layer(x)
     assert calls == ["dcd_pointwise" if "1x1" in case else "dcd_sample_weights" if "large" in case else "dcd_branch_"]
     expected = layer.double()(x.double())
@@ -74,17 +74,18 @@ def test_other_tensors_in_the_layer():
 
 
 @torch.no_grad()
-def test_equals_the_classifier(monkeypatch):
+def test_equals_the_classifier(calls_of):
     torch.manual_seed(0)
     layer = DCDLinear(48, 10)
     for _ in range(3):
         layer(torch.randn(16, 48) + 1)
-    calls, x = count_calls(monkeypatch), torch.randn(3, 48)
+    calls, x = calls_of("dcd_branch_", "dcd_sample_weights"), torch.randn(3, 48)
     out = layer.eval()(x)
     assert calls == ["dcd_branch_"]
     torch.testing.assert_close(out, layer.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
 
 
+<<<<<<< HEAD
 def count_calls(monkeypatch) -> list[str]:
     calls = []
     for name in ("dcd_branch_", "dcd_pointwise", "dcd_sample_weights"):
@@ -94,6 +95,8 @@ def count_calls(monkeypatch) -> list[str]:
     return calls
 
 
+=======
+>>>>>>> w-sweep
 @pytest.mark.parametrize(
     ("change", "serves"),
     [

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fused_operators import CHANGES, assert_same_without_operator
 
 from timm_dynamic.layers import DDFPack
-from timm_dynamic.ops import backend_info, reference_only
+from timm_dynamic.ops import backend_info
 from timm_dynamic.ops._library import shortcut_serves
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
@@ -49,30 +50,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.timm_dynamic.ddf_filters.default, arguments(layer, x))
 
 
-@pytest.mark.parametrize(
-    ("change", "serves"),
-    [
-        (lambda layer, x: (layer, x), True),
-        (lambda layer, x: (layer, x.to(memory_format=torch.channels_last)), False),
-        (lambda layer, x: (layer, x[:0]), False),
-        (lambda layer, x: (layer, x.repeat(40, 1, 1, 1)), False),
-        (lambda layer, x: (layer.double(), x.double()), False),
-        (lambda layer, x: (layer, x.requires_grad_()), False),
-        (lambda layer, x: (layer.requires_grad_(), x), False),
-    ],
-    ids=["plain", "channels_last", "empty", "many", "double", "input gradient", "parameter gradient"],
-)
-def test_the_layer_uses_it_where_it_serves(monkeypatch, change, serves):
-    calls = []
-    operator = torch.ops.timm_dynamic.ddf_filters
-    monkeypatch.setattr(
-        torch.ops.timm_dynamic, "ddf_filters", lambda *args: calls.append(args) or operator(*args), raising=False
-    )
-    layer, x = change(*layer_and_input(1, 8, 6, 6, 3, 1, 1))
-    with torch.set_grad_enabled(x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        out = layer(x)
-        with reference_only():
-            torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("change", "serves"), CHANGES.values(), ids=CHANGES)
+def test_the_layer_uses_it_where_it_serves(calls_of, change, serves):
+    calls = calls_of("ddf_filters")
+    assert_same_without_operator(*change(*layer_and_input(1, 8, 6, 6, 3, 1, 1)))
     assert bool(calls) == serves
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from fused_operators import CHANGES, assert_same_without_operator
 
 import timm_dynamic
 from timm_dynamic.layers import PEDConv2d
-from timm_dynamic.ops import backend_info, reference_only
+from timm_dynamic.ops import backend_info
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 
@@ -39,31 +40,14 @@ def test_opcheck():
 
 @pytest.mark.parametrize(
     ("change", "serves"),
-    [
-        (lambda layer, x: (layer, x), True),
-        (lambda layer, x: (layer, x.to(memory_format=torch.channels_last)), False),
-        (lambda layer, x: (layer, x[:0]), False),
-        (lambda layer, x: (layer, x.repeat(17, 1, 1, 1)), False),
-        (lambda layer, x: (layer.double(), x.double()), False),
-        (lambda layer, x: (layer, x.requires_grad_()), False),
-        (lambda layer, x: (layer.requires_grad_(), x), False),
-        (lambda layer, x: (layer.train(), x), False),
-    ],
-    ids=["plain", "channels_last", "empty", "many", "double", "input gradient", "parameter gradient", "training"],
+    [*CHANGES.values(), (lambda layer, x: (layer.train(), x), False)],
+    ids=[*CHANGES, "training"],
 )
-def test_the_layer_uses_it_where_it_serves(monkeypatch, change, serves):
-    calls = []
-    operator = torch.ops.timm_dynamic.factored_gates
-    monkeypatch.setattr(
-        torch.ops.timm_dynamic, "factored_gates", lambda *args: calls.append(args) or operator(*args), raising=False
-    )
+def test_the_layer_uses_it_where_it_serves(calls_of, change, serves):
+    calls = calls_of("factored_gates")
     layer, x = layer_and_input()
     layer.noise_std = 0.0
-    layer, x = change(layer, x)
-    with torch.set_grad_enabled(x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        out = layer(x)
-        with reference_only():
-            torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-5)
+    assert_same_without_operator(*change(layer, x))
     assert bool(calls) == serves
 
 

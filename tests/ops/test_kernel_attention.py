@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_operators import CHANGES, assert_same_without_operator
 
 import timm_dynamic
 from timm_dynamic.layers import DynamicConv2d
@@ -66,30 +67,10 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.timm_dynamic.kernel_attention.default, arguments(*layer_and_input(2, 8, 7, 9)))
 
 
-@pytest.mark.parametrize(
-    ("change", "serves"),
-    [
-        (lambda layer, x: (layer, x), True),
-        (lambda layer, x: (layer, x.to(memory_format=torch.channels_last)), False),
-        (lambda layer, x: (layer, x[:0]), False),
-        (lambda layer, x: (layer, x.repeat(17, 1, 1, 1)), False),
-        (lambda layer, x: (layer.double(), x.double()), False),
-        (lambda layer, x: (layer, x.requires_grad_()), False),
-        (lambda layer, x: (layer.requires_grad_(), x), False),
-    ],
-    ids=["plain", "channels_last", "empty", "many", "double", "input gradient", "parameter gradient"],
-)
-def test_the_layer_uses_it_where_it_serves(monkeypatch, change, serves):
-    calls = []
-    operator = torch.ops.timm_dynamic.kernel_attention
-    monkeypatch.setattr(
-        torch.ops.timm_dynamic, "kernel_attention", lambda *args: calls.append(args) or operator(*args), raising=False
-    )
-    layer, x = change(*layer_and_input(2, 8, 6, 6))
-    with torch.set_grad_enabled(x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        out = layer(x)
-        with reference_only():
-            torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-5)
+@pytest.mark.parametrize(("change", "serves"), CHANGES.values(), ids=CHANGES)
+def test_the_layer_uses_it_where_it_serves(calls_of, change, serves):
+    calls = calls_of("kernel_attention")
+    assert_same_without_operator(*change(*layer_and_input(2, 8, 6, 6)))
     assert bool(calls) == serves
 
 

@@ -62,11 +62,8 @@ def test_nan_stays_in_its_sample():
     ids=["channels_last", "NCHW", "empty", "double", "cut"],
 )
 @torch.no_grad()
-def test_the_mask_unit_uses_it_where_it_serves(monkeypatch, change, serves):
-    calls = []
-    monkeypatch.setattr(
-        torch.ops.timm_dynamic, "mask_logits", lambda *args: calls.append(args) or OPERATOR(*args), raising=False
-    )
+def test_the_mask_unit_uses_it_where_it_serves(calls_of, change, serves):
+    calls = calls_of("mask_logits")
     x = change(arguments(2, 16, 7, 6, 2)[0])
     unit = MaskUnit(16, stride=2).to(x.dtype).eval()
     torch.testing.assert_close(unit.logits(x), unit.maskconv(x), rtol=0, atol=1e-5)

@@ -78,13 +78,13 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
-    """The model that `args` describe, its cfg that of the weights: without a tag, unless the user named one."""
+    """The model that `args` describe, its cfg that of the weights: a file's have a tag and licence if one is named."""
     model = create_model(args.model, **{"num_classes": args.num_classes, **args.model_kwargs})
     cfg = dict(model.pretrained_cfg)
     if "in_chans" in args.model_kwargs:
         cfg["input_size"] = (args.model_kwargs["in_chans"], *cfg["input_size"][1:])
-    if not named_tag(args):
-        cfg.pop("tag", None)
+    if args.checkpoint and not named_tag(args):
+        cfg = {key: value for key, value in cfg.items() if key not in ("tag", "license")}
     model.pretrained_cfg = model.default_cfg = cfg
     return model
 

@@ -64,7 +64,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--images", type=positive_int, default=8, metavar="N", help="draw masks for the first N images (default: 8)"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the results (default: output/inspect/NAME[/IMAGE])")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for the results (default: output/inspect/NAME[/FOLDER/FILE][/IMAGE], FOLDER/FILE the checkpoint)",
+    )
     return parser
 
 
@@ -94,7 +98,8 @@ def main(argv: list[str]) -> None:
     if args.pretrained or not args.checkpoint:
         model = create_model(args.model, pretrained=True, **options)
     config = resolve_data(args, model, use_test_size=True)
-    out = Path(args.out or f"output/inspect/{safe_model_name(args.model)}")
+    own = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
+    out = Path(args.out or Path("output/inspect", safe_model_name(args.model), *own))
     if path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
         args.workers = 0  # starting processes would take longer than the image

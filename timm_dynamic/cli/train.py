@@ -29,7 +29,14 @@ from timm.utils import (
 from torch import nn
 
 from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
-from timm_dynamic.cli.data import image_channels, make_loader, open_dataset, report_bad_images, resolve_data
+from timm_dynamic.cli.data import (
+    count_classes,
+    image_channels,
+    make_loader,
+    open_dataset,
+    report_bad_images,
+    resolve_data,
+)
 from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_build import build_scaler, build_task, check_options, start_log
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
@@ -217,6 +224,11 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, num_classes: int) -> tuple:
     """The training and the validation loader; None for the latter if `--val-split` is empty."""
     train_set = open_dataset(args, args.train_split, config, num_classes, is_training=True, max_bad=args.max_bad_images)
+    if args.num_classes is None and 0 < (classes := count_classes(train_set)) < num_classes:
+        _logger.info(
+            f"{args.model} has {num_classes} classes, the data {classes}: to train with these alone pass "
+            f"--num-classes {classes}"
+        )
     collate = None
     if _mixing(args):
         if args.batch_size % 2:

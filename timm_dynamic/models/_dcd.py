@@ -3,12 +3,12 @@
 import re
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import DCDConv2d, DCDLinear
 from timm_dynamic.layers.base import rename
+from timm_dynamic.models._cfg import imagenet_cfg
 
 
 class DynamicClassifier:
@@ -55,17 +55,10 @@ def load_authors(state_dict: dict[str, Any], model: DynamicClassifier) -> dict[s
 
 def dcd_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
+    about = {
         "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": tuple(f"{classifier}.{name}" for name in ("linear", "p", "fc_scale")),
         "origin_url": "https://github.com/liyunsheng13/dcd",
         "paper_ids": "arXiv:2103.08756",
-        **kwargs,
     }
+    classifiers = tuple(f"{classifier}.{name}" for name in ("linear", "p", "fc_scale"))
+    return imagenet_cfg(first_conv, classifiers, **{**about, **kwargs})

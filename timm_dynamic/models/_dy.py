@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from timm_dynamic.layers import CountingConv2d, DynamicConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
+from timm_dynamic.models._cfg import imagenet_cfg
 
 
 def make_dynamic(
@@ -56,17 +56,5 @@ def with_step(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]
 
 def dy_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        "origin_url": "https://github.com/TArdelean/DynamicConvolution",
-        "paper_ids": "arXiv:1912.03458",
-        **kwargs,
-    }
+    about = {"origin_url": "https://github.com/TArdelean/DynamicConvolution", "paper_ids": "arXiv:1912.03458"}
+    return imagenet_cfg(first_conv, classifier, **{**about, **kwargs})

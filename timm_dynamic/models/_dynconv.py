@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -18,6 +17,7 @@ from timm_dynamic.layers.capacity import run_without_waiting
 from timm_dynamic.layers.folding import KeepsFolded, activation, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
+from timm_dynamic.models._cfg import imagenet_cfg
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.training import BUDGET_WEIGHT, budget_loss
 
@@ -212,17 +212,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def dynconv_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
+    about = {
         "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
         "origin_url": "https://github.com/thomasverelst/dynconv",
         "paper_ids": "arXiv:1912.03203",
-        **kwargs,
     }
+    return imagenet_cfg(first_conv, classifier, **{**about, **kwargs})

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import PEDConv2d
+from timm_dynamic.models._cfg import imagenet_cfg
 
 
 def split_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -45,17 +45,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def ped_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
-    """A default cfg for ImageNet."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
+    """A model's cfg, for `generate_default_cfgs`."""
+    about = {
         "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
         "origin_url": "https://github.com/zejiangh/PEDConv",
-        **kwargs,
+        "paper_name": "Parameter-Efficient Dynamic Convolution via Tensor Decomposition",  # not on arXiv
     }
+    return imagenet_cfg(first_conv, classifier, **{**about, **kwargs})

@@ -10,9 +10,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
+from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
 from timm_dynamic.models._resnet import use_small_stem
 
@@ -89,19 +90,7 @@ default_cfgs = generate_default_cfgs(
         "dcd_resnet50.in1k": dcd_cfg("conv1", "fc", hf_hub_id="timm-dynamic/dcd_resnet50.in1k"),
         "dcd_resnet101.untrained": dcd_cfg("conv1", "fc"),
         "dcd_resnet152.untrained": dcd_cfg("conv1", "fc"),
-        "test_dcd_resnet.digits": dcd_cfg(
-            "conv1.0",
-            "fc",
-            file=str(PACKAGE_WEIGHTS / "test_dcd_resnet.digits.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            interpolation="bicubic",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            origin_url=None,
-        ),
+        "test_dcd_resnet.digits": dcd_cfg("conv1.0", "fc", **digits_cfg("test_dcd_resnet.digits")),
     }
 )
 

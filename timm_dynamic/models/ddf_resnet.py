@@ -5,14 +5,14 @@ timm's ResNet, with the 3x3 convolution of every bottleneck replaced by a `DDFPa
 
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
-from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DDFPack
+from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
 
 __all__ = ["DDFBottleneck"]
 
@@ -79,21 +79,9 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
     return build_model(ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv1",
-        "classifier": "fc",
-        "origin_url": "https://github.com/theFoxofSky/ddfnet",
-        "paper_ids": "arXiv:2104.14107",
-        **kwargs,
-    }
+def _cfg(first_conv: str = "conv1", **kwargs) -> dict[str, Any]:
+    about = {"origin_url": "https://github.com/theFoxofSky/ddfnet", "paper_ids": "arXiv:2104.14107"}
+    return imagenet_cfg(first_conv, "fc", **{**about, **kwargs})
 
 
 def _in1k(name: str) -> dict[str, Any]:
@@ -108,17 +96,7 @@ default_cfgs = generate_default_cfgs(
         "ddf_add_resnet50.in1k": _in1k("ddf_add_resnet50"),
         "ddf_add_resnet101.in1k": _in1k("ddf_add_resnet101"),
         "ddf_add_resnet152.untrained": _cfg(),
-        "test_ddf_resnet.digits": _cfg(
-            file=str(PACKAGE_WEIGHTS / "test_ddf_resnet.digits.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            first_conv="conv1.0",
-            origin_url=None,
-        ),
+        "test_ddf_resnet.digits": _cfg("conv1.0", **digits_cfg("test_ddf_resnet.digits")),
     }
 )
 

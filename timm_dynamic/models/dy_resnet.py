@@ -12,7 +12,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
-from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.hub import build_model
+from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dy import dy_cfg, make_dynamic, with_step
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
@@ -99,18 +100,7 @@ default_cfgs = generate_default_cfgs(
         "dy_resnet10.untrained": dy_cfg("conv1", "fc"),
         "dy_resnet18.untrained": dy_cfg("conv1", "fc"),
         "dy_resnet50.untrained": dy_cfg("conv1", "fc"),
-        "test_dy_resnet.digits": dy_cfg(
-            "conv1.0",
-            "fc",
-            file=str(PACKAGE_WEIGHTS / "test_dy_resnet.digits.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            origin_url=None,
-        ),
+        "test_dy_resnet.digits": dy_cfg("conv1.0", "fc", **digits_cfg("test_dy_resnet.digits")),
     }
 )
 

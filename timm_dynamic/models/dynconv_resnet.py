@@ -13,8 +13,9 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
+from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
@@ -214,11 +215,7 @@ def _small_cfg(**kwargs) -> dict[str, Any]:
 
 
 def _digits_cfg(tag: str) -> dict[str, Any]:
-    """Weights that we trained."""
-    grey = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return _small_cfg(
-        file=str(PACKAGE_WEIGHTS / f"{tag}.safetensors"), origin_url=None, interpolation="bicubic", **grey
-    )
+    return _cfg(**{**digits_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8)})
 
 
 def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any]:

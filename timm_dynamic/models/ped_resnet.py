@@ -8,8 +8,9 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_dynamic.hub import PACKAGE_WEIGHTS, build_model
+from timm_dynamic.hub import build_model
 from timm_dynamic.layers.folded_stage import fold_stages
+from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 from timm_dynamic.models._resnet import use_small_stem
 
@@ -81,19 +82,7 @@ default_cfgs = generate_default_cfgs(
     {
         "ped_resnet18.in1k": ped_cfg("conv1", "fc", hf_hub_id="timm-dynamic/ped_resnet18.in1k"),
         "ped_resnet50.untrained": ped_cfg("conv1", "fc"),
-        "test_ped_resnet.digits": ped_cfg(
-            "conv1.0",
-            "fc",
-            file=str(PACKAGE_WEIGHTS / "test_ped_resnet.digits.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            interpolation="bicubic",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            origin_url=None,
-        ),
+        "test_ped_resnet.digits": ped_cfg("conv1.0", "fc", **digits_cfg("test_ped_resnet.digits")),
     }
 )
 

@@ -1,0 +1,148 @@
+"""What sparse execution has folded and kept of a block follows what happens to the block, and does not outlive it."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from sparse_blocks import assert_sparse_is_dense, make, run
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+# What may happen to a block; some give another one.
+
+
+def training_step(block):
+    optimizer = torch.optim.SGD(block.parameters(), 0.1)
+    block.train()(torch.randn(3, 24, 9, 9).double()).square().sum().backward()
+    optimizer.step()
+    block.eval()
+
+
+def step_in_eval_mode(block):
+    block(torch.randn(3, 24, 9, 9).double()).square().sum().backward()
+    torch.optim.SGD(block.parameters(), 0.1).step()
+
+
+def training_forward(block):
+    with torch.no_grad():
+        block.train()(torch.randn(3, 24, 9, 9).double())
+    block.eval()
+
+
+def load_state_dict(block):
+    block.load_state_dict(make("basic").state_dict())
+
+
+def assign_state_dict(block):
+    for _ in range(3):
+        block.load_state_dict(make("basic").state_dict(), assign=True)
+
+
+def casts(block):
+    block.half().double()
+
+
+def change_of_a_copy(block):
+    other = copy.deepcopy(block)
+    nn.init.normal_(other.conv1.weight)
+    return other
+
+
+def averaging(block):
+    """As timm does it: in an averaged model that never trains."""
+    ema = ModelEmaV3(block, decay=0.5)
+    run(ema.module, torch.randn(1, 24, 3, 3).double())
+    nn.init.normal_(block.conv1.weight)
+    ema.update(block)
+    return ema.module
+
+
+def other_statistics(block):
+    block.bn1.running_var.mul_(2)
+
+
+def other_module(block):
+    block.conv1 = nn.Conv2d(24, 24, 3, padding=1, bias=False).double()
+
+
+def other_parameter(block):
+    block.conv1.weight = nn.Parameter(torch.randn_like(block.conv1.weight))
+
+
+def weight_norm(block):
+    parametrizations.weight_norm(block.conv1)
+    run(block, torch.randn(1, 24, 3, 3).double())
+    nn.init.normal_(block.conv1.parametrizations.weight.original0)
+
+
+def pruning(block):
+    prune.random_unstructured(block.conv1, "weight", 0.5)
+    run(block, torch.randn(1, 24, 3, 3).double(), sparse_runs=False)
+    nn.init.normal_(block.conv1.weight_orig)
+
+
+def fused_step_in_eval_mode(block):
+    """Which leaves the parameters' version counters alone."""
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(block.parameters(), lr=0.1, fused=True).step()
+
+
+def other_eps(block):
+    block.bn1.eps = 0.5
+
+
+def norm_in_training_mode(block):
+    block.bn1.train()
+
+
+CHANGES = [training_step, step_in_eval_mode, training_forward, load_state_dict, assign_state_dict, casts]
+CHANGES += [change_of_a_copy, averaging, other_statistics, other_module, other_parameter, weight_norm, pruning]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, fused_step_in_eval_mode, other_eps, norm_in_training_mode])
+def test_notices_that_the_block_has_changed(change):
+    block, x = make("basic"), torch.randn(2, 24, 9, 9).double()
+    y = run(block, x)
+    block = change(block) or block
+    sparse_runs = change not in (pruning, norm_in_training_mode)
+    changed = run(block, x, sparse_runs=sparse_runs)
+    assert not torch.allclose(changed, y, rtol=1e-6)
+    torch.testing.assert_close(changed, run(block, x, "dense"))
+
+
+@torch.inference_mode()
+def test_notices_that_inference_tensors_are_loaded():
+    block, x = make("basic"), torch.randn(2, 24, 9, 9).double()
+    for _ in range(2):
+        assert_sparse_is_dense(block, x)
+        load_state_dict(block)
+
+
+def test_a_change_of_a_copy_does_not_matter():
+    block, x = make("basic"), torch.randn(2, 24, 9, 9).double()
+    y = run(block, x)
+    other = copy.deepcopy(block)
+    assert torch.equal(run(other, x), y)
+    with torch.no_grad():
+        other.conv1.weight.mul_(2)
+    run(other, x)
+    assert torch.equal(run(block, x), y)
+
+
+def test_blocks_are_not_kept_alive():
+    block = make("basic")
+    run(block, torch.randn(2, 24, 9, 9).double())
+    reference = weakref.ref(block)
+    del block
+    gc.collect()
+    assert reference() is None

@@ -116,7 +116,7 @@ def _sparse(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
     matrix = sparse.pack_matrix(randn(9 * inside, inside))
     x = randn(B, outside, n, n).contiguous(memory_format=torch.channels_last)
     unit = pack_mask_weights(randn(1, outside, 3, 3), randn(1), randn(1, outside), randn(1))
-    row = wide[0].nbytes
+    row, learned_mask = wide[0].nbytes, torch.ops.timm_dynamic.learned_mask
 
     depthwise = narrow.nbytes + table.nbytes + taps.nbytes + bias.nbytes + M * narrow[0].nbytes
     product = narrow.nbytes + table.nbytes + matrix.nbytes + bias.nbytes + M * narrow[0].nbytes
@@ -145,7 +145,7 @@ def _sparse(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.
         ),
         (
             "learned_mask",
-            lambda: torch.ops.timm_dynamic.learned_mask(x, unit, 1),
+            lambda: learned_mask(x, unit, 1),
             x.nbytes + unit.nbytes + mask.nbytes,
             0,
         ),

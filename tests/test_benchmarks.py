@@ -62,7 +62,7 @@ def test_what_fails_is_reported_and_the_rest_goes_on(roof, monkeypatch):
 def test_sparse_execution_is_inference(roof, monkeypatch, script):
     """With gradients its kernels would not serve."""
     cases, enabled = script("roof_cases"), []
-    monkeypatch.setattr(cases, "mask_logits", lambda *args: enabled.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(cases.sparse, "gather_conv", lambda *args: enabled.append(torch.is_grad_enabled()))
     for case in cases.sparse_cases(CPU):
         case.call()
     assert enabled == [False, False]
@@ -91,7 +91,8 @@ def test_floors_of_sparse_execution(roof, script, monkeypatch):
     assert found["gather_conv"][1] == 2 * P * 36 * 4
     assert found["window_table"] == (4 * P + 4 * 9 * P, 0)
     assert found["neighbour_table"] == (2 * P + 4 * P + 4 * P + 4 * 9 * P, 0)
-    assert found["mask_logits"] == (P * 6 * 2 + P * 2, 0)
+    assert found["fixed_neighbour_table"] == found["neighbour_table"]
+    assert found["learned_mask"] == (P * 6 * 2 + 4 * (10 * 6 + 1) + P * 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def layer_and_input(case):
 @torch.no_grad()
 def test_equals_the_layer(case, calls_of):
     layer, x = layer_and_input(case)
-    calls = calls_of("dcd_branch_", "dcd_sample_weights")
+    calls = calls_of("dcd_branch_", "dcd_pointwise", "dcd_sample_weights")
     out = layer(x)
     assert calls == ["dcd_pointwise" if "1x1" in case else "dcd_sample_weights" if "large" in case else "dcd_branch_"]
     expected = layer.double()(x.double())
@@ -79,24 +79,12 @@ def test_equals_the_classifier(calls_of):
     layer = DCDLinear(48, 10)
     for _ in range(3):
         layer(torch.randn(16, 48) + 1)
-    calls, x = calls_of("dcd_branch_", "dcd_sample_weights"), torch.randn(3, 48)
+    calls, x = calls_of("dcd_branch_", "dcd_pointwise", "dcd_sample_weights"), torch.randn(3, 48)
     out = layer.eval()(x)
     assert calls == ["dcd_branch_"]
     torch.testing.assert_close(out, layer.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
 
 
-<<<<<<< HEAD
-def count_calls(monkeypatch) -> list[str]:
-    calls = []
-    for name in ("dcd_branch_", "dcd_pointwise", "dcd_sample_weights"):
-        operator = getattr(torch.ops.timm_dynamic, name)
-        counted = lambda *args, name=name, operator=operator: calls.append(name) or operator(*args)  # noqa: E731
-        monkeypatch.setattr(torch.ops.timm_dynamic, name, counted, raising=False)
-    return calls
-
-
-=======
->>>>>>> w-sweep
 @pytest.mark.parametrize(
     ("change", "serves"),
     [

@@ -60,7 +60,7 @@ def test_against_single_operations(case, memory_format, frozen, monkeypatch):
 @pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 @pytest.mark.parametrize("frozen", [(), ("bn1",), ("bn2",)], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"bias": False}, {"pool_size": 2}], ids=str)
-def test_by_the_pointwise_kernels(kwargs, frozen, monkeypatch):
+def test_by_the_pointwise_kernels(kwargs, frozen, calls_of, monkeypatch):
     torch.manual_seed(0)
     layer = DCDConv2d(40, 56, 1, **kwargs)
     nn.init.normal_(layer.fc_scale.weight, std=0.3)
@@ -69,11 +69,7 @@ def test_by_the_pointwise_kernels(kwargs, frozen, monkeypatch):
         getattr(layer, name).eval(), getattr(other, name).eval()
     x = torch.randn(3, 40, 7, 9, requires_grad=True)
     other_x = x.detach().double().requires_grad_()
-    used = []
-    for name in ("scaled_pointwise", "scaled_pointwise_grads"):
-        operator = getattr(torch.ops.timm_dynamic, name)
-        counted = lambda *args, name=name, operator=operator: used.append(name) or operator(*args)  # noqa: E731
-        monkeypatch.setattr(torch.ops.timm_dynamic, name, counted, raising=False)
+    used = calls_of("scaled_pointwise", "scaled_pointwise_grads")
     output = layer(x)
     assert type(output.grad_fn).__name__ == "_DCDConvBackward"
     grad = torch.randn(3, 56, 9, 7).transpose(2, 3)

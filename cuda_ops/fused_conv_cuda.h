@@ -1,5 +1,5 @@
 // What the CUDA kernels of convolutions with a weight of its own for every sample
-// (fused_conv_cuda.cu, fused_conv_grad_cuda.cu; no torch) and their operators
+// (fused_conv_cuda.cu, fused_conv_cuda_grad.cu; no torch) and their operators
 // (fused_conv_cuda_ops.cpp, no kernels) share.
 //
 // Maps are [B, positions, channels] in memory (channels_last), in float16 or bfloat16. The weight

@@ -1,4 +1,4 @@
-// What the kernels of fused_conv_cuda.cu and fused_conv_grad_cuda.cu share: tiles for tensor cores.
+// What the kernels of fused_conv_cuda.cu and fused_conv_cuda_grad.cu share: tiles for tensor cores.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -127,7 +127,7 @@ struct Row {
 template <int S>
 __device__ Row row_of(const WindowProduct& op, int row) {
   constexpr int R = kRows / S;
-  const int groups = ceil_div(op.map(), R), group = blockIdx.x * S + row / R;
+  const int groups = tiles_of(op.map(), R), group = blockIdx.x * S + row / R;
   const int sample = group / groups;
   int p = group % groups * R + row % R;
   if (sample >= op.B || p >= op.map()) return {-1, 0, 0};
@@ -135,7 +135,7 @@ __device__ Row row_of(const WindowProduct& op, int row) {
   const Window<int>& w = op.window;
   for (int y = 0; y < w.stride_y; ++y)
     for (int x = 0; x < w.stride_x; ++x) {
-      const int height = ceil_div(w.H - y, w.stride_y), width = ceil_div(w.W - x, w.stride_x);
+      const int height = tiles_of(w.H - y, w.stride_y), width = tiles_of(w.W - x, w.stride_x);
       if (y < w.H && x < w.W && p < height * width)
         return {sample, int16_t(y + p / width * w.stride_y), int16_t(x + p % width * w.stride_x)};
       if (y < w.H && x < w.W) p -= height * width;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, Own::kBlocks) window_product(const W
   const int form_column = threadIdx.x / (kDepth / 4), form_channel = threadIdx.x % (kDepth / 4) * 4;
   const auto spare = [&](int row) -> Floats& { return stages[0].spare(row); };
   const auto sample_of = [&](int s) {
-    return min(int(blockIdx.x * S + s) / int(ceil_div(op.map(), R)), op.B - 1);
+    return min(int(blockIdx.x * S + s) / tiles_of(op.map(), R), op.B - 1);
   };
   Own formed(own, sample_of, spare);
 
@@ -291,16 +291,16 @@ __global__ void __launch_bounds__(kThreads, Own::kBlocks) window_product(const W
 
 // Groups of as many rows as possible, for fewer weights to form, without much more rows in all.
 int groups_for(int map) {
-  const int64_t least = ceil_div(map, kRows / 4) * (kRows / 4);
+  const auto rows = [&](int S) { return int64_t(tiles_of(map, kRows / S)) * (kRows / S); };
   for (const int S : {1, 2})
-    if (ceil_div(map, kRows / S) * (kRows / S) * 8 <= least * 9) return S;
+    if (8 * rows(S) <= 9 * rows(4)) return S;
   return 4;
 }
 
 template <typename T, typename Own, int S>
 void run(const WindowProduct& op, cudaStream_t stream) {
-  const int64_t groups = op.B * ceil_div(op.map(), kRows / S);
-  const dim3 grid(ceil_div(groups, S), ceil_div(op.own.columns, kColumns));
+  const int groups = op.B * tiles_of(op.map(), kRows / S);
+  const dim3 grid(tiles_of(groups, S), tiles_of(op.own.columns, kColumns));
   run_kernel(window_product<T, Own, S>, grid, dim3(kThreads), 0, stream, op);
 }
 

@@ -26,6 +26,9 @@ struct OwnWeights {
 
 constexpr int kMostKernels = 8;  // that can be mixed
 
+// How many tiles of `size` hold n.
+DDF_HOST_DEVICE constexpr int tiles_of(int n, int size) { return (n + size - 1) / size; }
+
 // out[b, p, column] = sum_{tap, channel} weight[b, tap, column, channel] * source[b, q, channel]
 // where the window's output p reads input q by that tap; or, transposed, output q reads input p:
 // the gradient of such a convolution, with columns and channels exchanged.
@@ -59,8 +62,8 @@ struct WindowGradients {
   float* gates;      // [taps * channel_tiles(), B, columns]
 
   DDF_HOST_DEVICE int tile_columns() const { return own.N > 4 ? 32 : 64; }
-  DDF_HOST_DEVICE int column_tiles() const { return ceil_div(own.columns, tile_columns()); }
-  DDF_HOST_DEVICE int channel_tiles() const { return ceil_div(own.channels, 64); }
+  DDF_HOST_DEVICE int column_tiles() const { return tiles_of(own.columns, tile_columns()); }
+  DDF_HOST_DEVICE int channel_tiles() const { return tiles_of(own.channels, 64); }
   DDF_HOST_DEVICE int tiles() const { return window.taps() * column_tiles() * channel_tiles(); }
 };
 

@@ -78,10 +78,11 @@ struct MixedSums {
     const float dot = lane_sums(dots, kWarp);
     if (lane % share == 0) shared.dots[threadIdx.x / kWarp][lane / share] = dot;
     __syncthreads();
-    if (threadIdx.x >= op.own.N) return;
+    const int n = threadIdx.x;
+    if (n >= op.own.N) return;
     float sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += shared.dots[warp][threadIdx.x];
-    op.attention[(int64_t(blockIdx.x) * op.B + b) * op.own.N + threadIdx.x] = sum;
+    for (int warp = 0; warp < kWarps; ++warp) sum += shared.dots[warp][n];
+    op.attention[(int64_t(blockIdx.x) * op.B + b) * op.own.N + n] = sum;
   }
 
   __device__ void write(const WindowGradients& op, const At& at) const {
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, OwnSums::kBlocks)
     T grads[kDepth][kColumns + kSkew], inputs[kDepth][kChannels + kSkew];
   };
   __shared__ Stage stages[kStages];
-  __shared__ alignas(kTileAlign) float products[kColumns][kProductsPitch];
+  alignas(kTileAlign) __shared__ float products[kColumns][kProductsPitch];
   __shared__ typename OwnSums::Shared shared;
   const Window<int>& window = op.window;
   const int channels = op.own.channels, columns = op.own.columns, map = window.Ho * window.Wo;

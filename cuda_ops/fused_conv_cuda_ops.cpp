@@ -60,9 +60,9 @@ const float* aligned_factor(const char* name, const Tensor& t, std::vector<int64
   return static_cast<const float*>(aligned(name, factor(name, t, sizes, x)));
 }
 
-// For 32-bit indices.
+// For 32-bit indices, some beyond the last.
 void check_count(int64_t count) {
-  STD_TORCH_CHECK(count <= INT32_MAX, "too many positions or weights for int32: ", count);
+  STD_TORCH_CHECK(count <= 1 << 30, "too many positions or weights for int32: ", count);
 }
 
 // From an input of `size` to an output of `output_size`.

@@ -13,10 +13,10 @@ namespace timm_dynamic {
 namespace wmma = nvcuda::wmma;
 
 constexpr int kThreads = 256;
-constexpr int kTile = 16;        // of a tensor core's product, in every direction
-constexpr int kChunk = 8;        // elements of 16 bytes
-constexpr int kSkew = 8;         // rows of tiles begin in different banks of shared memory
-constexpr int kTileAlign = 128;  // in bytes
+constexpr int kTile = 16;       // of a tensor core's product, in every direction
+constexpr int kChunk = 8;       // elements of 16 bytes
+constexpr int kSkew = 8;        // rows of tiles begin in different banks of shared memory
+constexpr int kTileAlign = 32;  // in bytes: what loads of tiles want
 
 using Sums = wmma::fragment<wmma::accumulator, kTile, kTile, kTile, float>;
 

@@ -154,7 +154,7 @@ def run(tmp_path_factory):
     return lambda what, seed=0, checks=True: probe(SOURCE, what, checks, seed=seed)
 
 
-pytestmark = pytest.mark.skipif(cuda_on_host.COMPILER is None, reason="no g++")
+pytestmark = cuda_on_host.needs_compiler
 
 
 @SEEDS
@@ -218,4 +218,4 @@ def test_reports(run, what, message):
 
 
 def test_threads_that_have_returned_are_not_waited_for(run):
-    run(24)
+    assert run(24)[64:].isnan().all()  # of 64 threads; new tensors hold NaN

@@ -2,24 +2,35 @@
 
 `load(folder, "ddf")` compiles cuda_ops/ddf_cuda*.{cu,cpp}, both kernels and operators, with g++ for an emulation of
 CUDA: include/ has the headers, runtime.cpp says how it works and what it reports. The operators are registered as
-`torch.ops.timm_dynamic_on_host.*` and take CPU tensors.
+`torch.ops.timm_dynamic_on_host.*` and take CPU tensors. What a test needs of it:
+
+    pytestmark = cuda_on_host.needs_compiler
+    operators = cuda_on_host.operators("ddf")  # a fixture
+
+
+    def test(operators):
+        operators.ddf(features, channel_filter, spatial_filter, 3, 1, 1, "mul", seed=2)
 """
 
 import ctypes
 import fcntl
 import functools
+import os
+import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ops"
 COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None or platform.system() != "Linux", reason="no g++ on Linux")
 NAMESPACE = "timm_dynamic_on_host"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wno-unknown-pragmas"]
@@ -53,13 +64,26 @@ class Operators:
         return result
 
 
+def operators(stem: str):
+    """A fixture: the `Operators` of cuda_ops/`stem`_cuda*, compiled once a test run."""
+
+    @pytest.fixture(scope="session")
+    def operators(tmp_path_factory):
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent  # that of all workers
+        return load(folder / "cuda_on_host", stem)
+
+    return operators
+
+
 def load(folder: Path, stem: str, sources: Iterable[Path] | None = None) -> Operators:
     """Compiles what cuda_ops/`stem`_cuda* has, or other sources, into `folder`, unless that was done before."""
     sources = [Path(p) for p in sources or sorted(KERNELS.glob(f"{stem}_cuda*.c*"))]
     library = folder / f"{stem}_on_host.so"
     names = [name for p in sources for name in re.findall(r'm\.impl\("(\w+)"', p.read_text())]
     folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # of the processes of pytest-xdist, one compiles
+    with open(folder / f"{stem}.lock", "w") as lock:  # of the processes of pytest-xdist, one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(library, sources)

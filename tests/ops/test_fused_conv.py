@@ -148,8 +148,14 @@ def test_registration(index):
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """As if the CPU had the kernels: the references serve. The names of those that are called."""
+def anywhere(monkeypatch):
+    """As if the CPU had the kernels: the references serve."""
+    monkeypatch.setattr(fused_conv, "_has_tensor_cores", lambda device: True)
+
+
+@pytest.fixture
+def calls(anywhere, monkeypatch):
+    """The names of the operators that are called."""
     calls = []
 
     def recorded(name, operator):
@@ -157,11 +163,10 @@ def calls(monkeypatch):
 
     for name in NAMES:
         monkeypatch.setattr(torch.ops.timm_dynamic, name, recorded(name, getattr(torch.ops.timm_dynamic, name)))
-    monkeypatch.setattr(fused_conv, "_has_tensor_cores", lambda device: True)
     return calls
 
 
-def test_where_they_serve(calls, monkeypatch):
+def test_where_they_serve(anywhere, monkeypatch):
     def serves(*shape, weight=(40, 24, 3, 3), dtype=torch.bfloat16, groups=1, layout=torch.channels_last):
         x = torch.empty(shape or (4, 24, 7, 7), dtype=dtype, device="meta").contiguous(memory_format=layout)
         return fused_conv.serves(x, torch.empty(weight, device="meta"), groups)
@@ -257,7 +262,7 @@ def test_only_wanted_gradients(calls, kind):
 
 
 @KINDS
-def test_any_gradient_and_any_address(calls, kind):
+def test_any_gradient_and_any_address(anywhere, kind):
     """The gradient of a sum has strides of 0; the batch may be a part of another."""
     function, tensors, options = public(kind, C=8, Co=8)
     x = torch.cat([torch.zeros(1, dtype=tensors[0].dtype), tensors[0].permute(0, 2, 3, 1).flatten()])[1:]
@@ -291,7 +296,7 @@ def test_pointwise(calls, kind, fused):
     assert bool(calls) == fused
 
 
-def test_no_columns_are_kept(calls, monkeypatch):
+def test_no_columns_are_kept(anywhere, monkeypatch):
     _, tensors, options = public("gated", Co=64)
     assert torch.ops.timm_dynamic.factored_conv2d(*tensors, *options)[1].numel() == 0
     monkeypatch.setattr(fused_conv, "ENABLED", False)
@@ -299,7 +304,7 @@ def test_no_columns_are_kept(calls, monkeypatch):
 
 
 @KINDS
-def test_no_weights_of_samples_in_memory(calls, kind, monkeypatch):
+def test_no_weights_of_samples_in_memory(anywhere, kind, monkeypatch):
     """Beside the operators, nothing is as large as they would be."""
     function, tensors, options = public(kind, B=12, size=(3, 2))
     largest = 0
@@ -327,14 +332,29 @@ def test_no_weights_of_samples_in_memory(calls, kind, monkeypatch):
 
 
 @KINDS
-def test_compiled(calls, kind):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_registration_of_the_public_operators(anywhere, kind, layout):
+    """Shapes and strides are what the compiler is told, whatever the weight's layout."""
+    _, tensors, options = public(kind, Co=64)
+    name = "mixed_conv2d" if kind == "mixed" else "factored_conv2d"
+    if kind == "gated":
+        tensors[1] = tensors[1].contiguous(memory_format=layout)
+    forward, backward = (getattr(torch.ops.timm_dynamic, f"{name}{suffix}") for suffix in ("", "_backward"))
+    grad = torch.randn(3, 64, 4, 6).bfloat16().contiguous(memory_format=torch.channels_last)
+    needs = ([True] * 3,) if kind == "mixed" else (torch.empty(0, dtype=torch.bfloat16), [True] * 2)
+    arguments = (*needs[:-1], *options, needs[-1])
+    for operator, given in ((forward, (*tensors, *options)), (backward, (grad, *tensors, *arguments))):
+        torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@KINDS
+def test_compiled(anywhere, kind):
     """What the compiler is told about the operators holds with the kernels, too."""
     function, tensors, options = public(kind, Co=64)
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(*(gradients(f, tensors, options) for f in (compiled, function)), strict=True):
         assert torch.equal(actual, expected)
-    assert len(calls) == 6
 
 
 @KINDS

@@ -75,7 +75,8 @@ def mixed_backward(
     if needs[1] or needs[2]:
         tensors = grad, x, factors, _packed(kernels)
         grads = torch.ops.timm_dynamic.fused_mixed_conv_gradients(*tensors, kernel_size, *options)
-        grad_attention, grad_kernels = grads[0].to(attention.dtype), _unpacked(grads[1], kernels)
+        grad_attention = grads[0].to(attention.dtype)
+        grad_kernels = _unpack(grads[1], torch.empty_like(kernels, memory_format=torch.contiguous_format))
     return grad_x, grad_attention, grad_kernels
 
 
@@ -107,12 +108,8 @@ def gated_backward(
     tensors = grad, x, *_gates(a_tap, a_in, a_out), _packed(weight[None])
     grads = torch.ops.timm_dynamic.fused_gated_conv_gradients(*tensors, kernel_size, *options)
     grad_pairs, grad_gates, grad_kernel = grads
-    return (
-        grad_x,
-        _unpacked(grad_kernel, weight[None])[0],
-        grad_pairs.to(a_in.dtype),
-        grad_gates[..., None].to(a_out.dtype),
-    )
+    grad_weight = _unpack(grad_kernel, torch.empty_like(weight)[None])[0]
+    return grad_x, grad_weight, grad_pairs.to(a_in.dtype), grad_gates[..., None].to(a_out.dtype)
 
 
 def _packed(kernels: Tensor, transposed: bool = False) -> Tensor:
@@ -121,9 +118,9 @@ def _packed(kernels: Tensor, transposed: bool = False) -> Tensor:
     return kernels.permute(order).float().contiguous().flatten(1, 2)
 
 
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
-    """Back to `[N, Co, Ci, Kh, Kw]`, in the dtype of `like`."""
-    return packed.permute(0, 2, 3, 1).reshape(like.shape).to(like.dtype)
+def _unpack(packed: Tensor, out: Tensor) -> Tensor:
+    """Back to `[N, Co, Ci, Kh, Kw]`; returns `out`."""
+    return out.copy_(packed.permute(0, 2, 3, 1).unflatten(3, out.shape[3:]))
 
 
 def _gates(a_tap: Tensor, of_inputs: Tensor, of_outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,8 +205,8 @@ def fused_mixed_conv_gradients_reference(
     """Defines the operator `torch.ops.timm_dynamic.fused_mixed_conv_gradients`: those of attention and kernels."""
     of_weights = _weight_gradients(grad, x, kernels, kernel_size, stride, padding, dilation)
     return (
-        torch.einsum("btoi,ntoi->bn", of_weights, kernels),
-        torch.einsum("btoi,bn->ntoi", of_weights, attention),
+        torch.einsum("btoi,ntoi->bn", of_weights, kernels).contiguous(),
+        torch.einsum("btoi,bn->ntoi", of_weights, attention).contiguous(),
     )
 
 
@@ -227,9 +224,9 @@ def fused_gated_conv_gradients_reference(
     """Defines the operator `torch.ops.timm_dynamic.fused_gated_conv_gradients`: those of pairs, gates and kernel."""
     of_weights = _weight_gradients(grad, x, kernel, kernel_size, stride, padding, dilation)
     return (
-        torch.einsum("btoi,toi,bo->bti", of_weights, kernel[0], gates),
-        torch.einsum("btoi,toi,bti->bo", of_weights, kernel[0], pairs),
-        torch.einsum("btoi,bti,bo->toi", of_weights, pairs, gates)[None],
+        torch.einsum("btoi,toi,bo->bti", of_weights, kernel[0], gates).contiguous(),
+        torch.einsum("btoi,toi,bti->bo", of_weights, kernel[0], pairs).contiguous(),
+        torch.einsum("btoi,bti,bo->toi", of_weights, pairs, gates).contiguous()[None],
     )
 
 

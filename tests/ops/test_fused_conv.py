@@ -167,13 +167,17 @@ def calls(anywhere, monkeypatch):
 
 
 def test_where_they_serve(anywhere, monkeypatch):
-    def serves(*shape, weight=(40, 24, 3, 3), dtype=torch.bfloat16, groups=1, layout=torch.channels_last):
+    def serves(
+        *shape, weight=(40, 24, 3, 3), dtype=torch.bfloat16, groups=1, layout=torch.channels_last, padding=1, dilation=1
+    ):
         x = torch.empty(shape or (4, 24, 7, 7), dtype=dtype, device="meta").contiguous(memory_format=layout)
-        return fused_conv.serves(x, torch.empty(weight, device="meta"), groups)
+        options = (1, 1), (1, padding), (1, dilation), groups
+        return fused_conv.serves(x, torch.empty(weight, device="meta"), *options)
 
     assert serves() and serves(dtype=torch.float16) and serves(weight=(3, 40, 24, 3, 3))
     assert not serves(dtype=torch.float32) and not serves(groups=2) and not serves(layout=torch.contiguous_format)
     assert not serves(4, 20, 7, 7) and not serves(weight=(20, 24, 3, 3)) and not serves(4, 24, 1, 2**14 + 1)
+    assert not serves(padding=2**13) and not serves(padding=2**15, dilation=2**15)
     for name, value in (("ENABLED", False), ("_has_tensor_cores", lambda device: False)):
         with monkeypatch.context() as changed:
             changed.setattr(fused_conv, name, value)

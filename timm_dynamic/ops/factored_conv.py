@@ -110,7 +110,7 @@ def _check(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups) -> 
 def _forward(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups):
     options = (stride, padding, dilation)
     rows = _empty_rows(x, weight, a_in, *options, groups)
-    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, groups):
+    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, *options, groups):
         return fused_conv.gated(x, weight, a_in, a_tap, a_out, *options), rows
     with no_autocast(x):
         pairs = _pairs(a_in, a_tap)
@@ -135,7 +135,7 @@ def _forward(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups):
 
 
 def _backward(grad, x, weight, a_in, a_tap, a_out, rows, stride, padding, dilation, groups, needs):
-    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, groups):
+    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, stride, padding, dilation, groups):
         return _backward_fused(grad, x, weight, a_in, a_tap, a_out, stride, padding, dilation, needs)
     by = _backward_by_columns if rows.ndim == 3 else _backward_by_sample
     with no_autocast(x):
@@ -161,8 +161,10 @@ def _backward_fused(grad, x, weight, a_in, a_tap, a_out, stride, padding, dilati
     )
 
 
-def _fused_serves(x: Tensor, weight: Tensor, a_in: Tensor, groups: int) -> bool:
-    return a_in.shape[2] == 1 and fused_conv.serves(x, weight, groups)
+def _fused_serves(
+    x: Tensor, weight: Tensor, a_in: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> bool:
+    return a_in.shape[2] == 1 and fused_conv.serves(x, weight, stride, padding, dilation, groups)
 
 
 def _backward_by_sample(grad, x, weight, pairs, a_out, rows, stride, padding, dilation, groups, needs):
@@ -250,7 +252,7 @@ def _empty_rows(
     They are where they have fewer elements than the weight of every sample. On a GPU they are wherever possible, as a
     kernel launch per sample takes longer, except where fused kernels serve.
     """
-    if _fused_serves(x, weight, a_in, groups):
+    if _fused_serves(x, weight, a_in, stride, padding, dilation, groups):
         return x.new_empty(0)
     Ho, Wo = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     by_columns = groups == 1 and a_in.shape[2] == 1 and (Ho * Wo < weight.shape[0] or x.device.type == "cuda")

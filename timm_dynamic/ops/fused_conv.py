@@ -22,11 +22,11 @@ from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size
 ENABLED = True
 LEAST_BATCH = 2  # one sample's weight is as well formed in memory
 MOST_KERNELS = 8  # that can be mixed: registers
-LONGEST_SIDE = 2**14  # of a map: 16-bit coordinates
+LONGEST_SIDE = 2**14  # of a map, and the most of any option: 16-bit coordinates
 MULTIPLE = 8  # of channels: 16 bytes
 
 
-def serves(x: Tensor, weight: Tensor, groups: int) -> bool:
+def serves(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     """Whether the kernels take this input and weights like `weight`, `[..., Co, Ci, Kh, Kw]`.
 
     Asks nothing of the batch, whose size may be unknown in a graph.
@@ -37,7 +37,8 @@ def serves(x: Tensor, weight: Tensor, groups: int) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % MULTIPLE == 0
         and weight.shape[-4] % MULTIPLE == 0
-        and max(x.shape[2:]) <= LONGEST_SIDE
+        and max(*x.shape[2:], *weight.shape[-2:], *stride, *padding, *dilation) <= LONGEST_SIDE
+        and max(output_size(x.shape[2:], weight.shape[-2:], stride, padding, dilation)) <= LONGEST_SIDE
         and memory_format(x) == torch.channels_last
         and x.is_contiguous(memory_format=torch.channels_last)
         and _has_tensor_cores(x.device)

@@ -113,7 +113,7 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
     if pointwise and _has_mixed_pointwise(x, attention, kernels):
         strided = x[:, :, :: stride[0], :: stride[1]].contiguous()
         return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels)
-    if not pointwise and _fused_serves(x, kernels, groups):
+    if not pointwise and _fused_serves(x, kernels, *options):
         return fused_conv.mixed(x, attention, kernels, stride, padding, dilation)
     by = _pointwise if pointwise else per_sample_conv2d
     with no_autocast(x):
@@ -127,7 +127,7 @@ def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, ne
     if x.shape[0] == 0:
         return tuple(t.zero_() for t in _empty_gradients(x, attention, kernels, needs))
     pointwise = _is_pointwise(kernels, padding, groups)
-    if not pointwise and _fused_serves(x, kernels, groups):
+    if not pointwise and _fused_serves(x, kernels, stride, padding, dilation, groups):
         grad = grad.contiguous(memory_format=torch.channels_last)
         options = (stride, padding, dilation)
         grads = fused_conv.mixed_backward(grad, x, attention, kernels, *options, needs=needs)
@@ -213,11 +213,11 @@ def _has_mixed_pointwise(x: Tensor, attention: Tensor, kernels: Tensor) -> bool:
     )
 
 
-def _fused_serves(x: Tensor, kernels: Tensor, groups: int) -> bool:
+def _fused_serves(x: Tensor, kernels: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     return (
         len(x) >= fused_conv.LEAST_BATCH
         and len(kernels) <= fused_conv.MOST_KERNELS
-        and fused_conv.serves(x, kernels, groups)
+        and fused_conv.serves(x, kernels, stride, padding, dilation, groups)
     )
 
 

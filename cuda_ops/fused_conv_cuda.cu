@@ -7,8 +7,8 @@
 // memory (zeros outside of the map), and what the weights are formed from is loaded into registers,
 // both while the tensor cores work on the tiles before. Then the S weights are formed.
 //
-// What limits it: S = 4 groups reuse what they load from L2, N * 4 bytes a weight, for 256 rows;
-// where S = 1, forming costs little and the tensor cores, fed through shared memory, are the limit.
+// What limits it, by reckoning alone: with S = 4, forming the weights, S * N operations for each
+// that is loaded from L2; with S = 1, tensor cores that are fed through shared memory.
 
 #include "fused_conv_tiles.h"
 
@@ -20,10 +20,12 @@ constexpr int kPitch = kDepth + kSkew;
 constexpr int kWarpRows = 64, kWarpColumns = 32;
 static_assert(kRows / kWarpRows * (kColumns / kWarpColumns) == kThreads / kWarp);
 
-using Floats =
-    Vec<float, 4>;  // along the channels: the part of a weight's tile that a thread forms
+// The part of a weight's tile that a thread forms, along the channels.
+using Floats = Vec<float, 4>;
 
-__device__ Floats floats_at(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+[[maybe_unused]] __device__ Floats floats_at(const float* from) {
+  return *reinterpret_cast<const Floats*>(from);
+}
 
 template <typename T, int S>
 struct alignas(kTileAlign) Stage {
@@ -37,8 +39,8 @@ struct alignas(kTileAlign) Stage {
 // thread forms `Floats` of each group's.
 template <int N, int S>
 struct Mixed {
-  static constexpr int kBlocks = N <= 4 ? 2 : 1;  // that fit into a processor's registers
-  static constexpr bool kGates = false;           // of outputs
+  static constexpr int kBlocks = N <= 4 ? 2 : 1;          // that fit into a processor's registers
+  [[maybe_unused]] static constexpr bool kGates = false;  // of outputs
   Floats kernels[N];
 
   // Some threads put the attention where all find it after the next barrier.
@@ -84,7 +86,7 @@ struct Mixed {
 template <int S>
 struct Gated {
   static constexpr int kBlocks = 2;
-  static constexpr bool kGates = true;
+  [[maybe_unused]] static constexpr bool kGates = true;
   Floats kernel, pairs[S];
 
   // Some threads put the samples of the groups where all find them after the next barrier.

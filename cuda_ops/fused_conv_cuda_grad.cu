@@ -6,8 +6,9 @@
 // time, passes it on by way of shared memory, and at once adds what it means for the shared
 // kernels, in registers, and for the sample's attention or gates.
 //
-// What limits it: on small maps those sums, a few operations for each of 2N numbers that stay in
-// registers; on large ones reading both maps once for every tile.
+// What limits it, by reckoning alone: on small maps those sums, a few operations for each of 2N
+// numbers that stay in registers, which leave room for one block a processor; on large ones reading
+// both maps once for every tile.
 
 #include "fused_conv_tiles.h"
 
@@ -40,11 +41,10 @@ struct Place {
 // With a tile's numbers of at most N kernels and of their gradients.
 template <int N>
 struct MixedSums {
-  static constexpr int kBlocks = 1;  // that fit into a processor's registers
   static constexpr int kColumns = N > 4 ? 32 : 64;
   using At = Place<kColumns>;
   struct Shared {
-    float dots[kWarps][N];
+    float attention[N], dots[kWarps][N];
   };
   float kernels[N][At::kNumbers], sums[N][At::kNumbers];
 
@@ -59,12 +59,17 @@ struct MixedSums {
       }
   }
 
+  // What some threads load of sample b for all.
+  __device__ static void load(const WindowGradients& op, const At&, int b, Shared& shared) {
+    const int n = threadIdx.x;
+    if (n < N) shared.attention[n] = n < op.own.N ? op.own.attention[b * op.own.N + n] : 0.f;
+  }
+
   __device__ void add(const WindowGradients& op, const At& at, int b, const float* products,
                       Shared& shared) {
     float attention[N], dots[N] = {};
 #pragma unroll
-    for (int n = 0; n < N; ++n)
-      attention[n] = n < op.own.N ? op.own.attention[b * op.own.N + n] : 0.f;
+    for (int n = 0; n < N; ++n) attention[n] = shared.attention[n];
 #pragma unroll
     for (int j = 0; j < At::kNumbers; ++j) {
       const float product = products[at.row_of(j) * kProductsPitch + at.lane_channel];
@@ -97,11 +102,10 @@ struct MixedSums {
 };
 
 struct GatedSums {
-  static constexpr int kBlocks = 2;
   static constexpr int kColumns = 64;
   using At = Place<kColumns>;
   struct Shared {
-    float columns[kWarps][kColumns];
+    float gates[kColumns], columns[kWarps][kColumns];
   };
   float kernel[At::kNumbers], sums[At::kNumbers];
 
@@ -114,20 +118,37 @@ struct GatedSums {
     }
   }
 
+  __device__ static void load(const WindowGradients& op, const At& at, int b, Shared& shared) {
+    const OwnWeights& own = op.own;
+    const int i = threadIdx.x, column = at.column + i;
+    if (i < kColumns)
+      shared.gates[i] = column < own.columns ? own.gates[b * own.columns + column] : 0.f;
+  }
+
   __device__ void add(const WindowGradients& op, const At& at, int b, const float* products,
                       Shared& shared) {
     const OwnWeights& own = op.own;
     const int64_t pair_at = (int64_t(b) * op.window.taps() + at.tap) * own.channels + at.channel;
     const float pair = at.channel < own.channels ? own.pairs[pair_at] : 0.f;
-    float of_pair = 0, of_gates[At::kNumbers];
+    float of_pair = 0;
+    static_assert(At::kNumbers % kWarpChannels == 0);
 #pragma unroll
-    for (int j = 0; j < At::kNumbers; ++j) {
-      const int column = at.column + at.row_of(j);
-      const float gate = column < own.columns ? own.gates[b * own.columns + column] : 0.f;
-      const float product = products[at.row_of(j) * kProductsPitch + at.lane_channel];
-      sums[j] = fmaf(gate * pair, product, sums[j]);
-      of_pair = fmaf(gate * kernel[j], product, of_pair);
-      of_gates[j] = pair * kernel[j] * product;
+    for (int first = 0; first < At::kNumbers; first += kWarpChannels) {
+      float of_gates[kWarpChannels];
+#pragma unroll
+      for (int i = 0; i < kWarpChannels; ++i) {
+        const int j = first + i;
+        const float gate = shared.gates[at.row_of(j)];
+        const float product = products[at.row_of(j) * kProductsPitch + at.lane_channel];
+        const float of_weight = kernel[j] * product;
+        sums[j] = fmaf(gate * pair, product, sums[j]);
+        of_pair = fmaf(gate, of_weight, of_pair);
+        of_gates[i] = pair * of_weight;
+      }
+      // Over the channels: by the lanes of a column, then by the warps.
+      const float sum = lane_sums(of_gates, kWarpChannels);
+      const int j = first + threadIdx.x % kWarpChannels;
+      shared.columns[threadIdx.x / kWarp][at.row_of(j)] = sum;
     }
     // Over the columns: by the lanes of a channel.
 #pragma unroll
@@ -137,17 +158,6 @@ struct GatedSums {
       op.pairs[blockIdx.x / op.channel_tiles() % op.column_tiles() *
                    (int64_t(op.B) * op.window.taps() * own.channels) +
                pair_at] = of_pair;
-    // Over the channels: by the lanes of a column, then by the warps.
-    static_assert(At::kNumbers == 2 * kWarpChannels);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float some[kWarpChannels];
-#pragma unroll
-      for (int i = 0; i < kWarpChannels; ++i) some[i] = of_gates[half * kWarpChannels + i];
-      const float sum = lane_sums(some, kWarpChannels);
-      const int j = half * kWarpChannels + threadIdx.x % kWarpChannels;
-      shared.columns[threadIdx.x / kWarp][at.row_of(j)] = sum;
-    }
     __syncthreads();
     const int column = at.column + threadIdx.x;
     if (threadIdx.x >= kColumns || column >= own.columns) return;
@@ -166,8 +176,7 @@ struct GatedSums {
 };
 
 template <typename T, typename OwnSums>
-__global__ void __launch_bounds__(kThreads, OwnSums::kBlocks)
-    window_gradients(const WindowGradients op) {
+__global__ void __launch_bounds__(kThreads) window_gradients(const WindowGradients op) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   constexpr int kColumns = OwnSums::kColumns;
   struct alignas(kTileAlign) Stage {
@@ -202,13 +211,13 @@ __global__ void __launch_bounds__(kThreads, OwnSums::kBlocks)
       const int p = next_p + copy_row;
       if (copy_at < kColumns) {
         const bool inside = p < map && at.column + copy_at < columns;
-        const int64_t from = (int64_t(next_b) * map + p) * columns + at.column + copy_at;
+        const int64_t from = int64_t(next_b * map + p) * columns + at.column + copy_at;
         copy_chunk(&stages[stage].grads[copy_row][copy_at], grad + (inside ? from : 0), inside);
       }
       const int q = p < map ? window.input(p / window.Wo, p % window.Wo, at.tap) : -1;
       const bool inside = q >= 0 && first_channel + copy_at < channels;
-      const int64_t from =
-          (int64_t(next_b) * (window.H * window.W) + q) * channels + first_channel + copy_at;
+      const int position = next_b * (window.H * window.W) + q;
+      const int64_t from = int64_t(position) * channels + first_channel + copy_at;
       copy_chunk(&stages[stage].inputs[copy_row][copy_at], source + (inside ? from : 0), inside);
       next_p += kDepth;
       if (next_p >= map) next_p = 0, ++next_b;
@@ -223,14 +232,15 @@ __global__ void __launch_bounds__(kThreads, OwnSums::kBlocks)
 #  pragma unroll
   for (auto& sum : sums) wmma::fill_fragment(sum, 0.f);
 
-  int b = next_b, stage = 0;
+  int b = next_b, stage = 0, free = kStages - 1;
 #  pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load(i);
-  for (int p = 0; b < last; stage = (stage + 1) % kStages) {
+  for (int p = 0; b < last;) {
     __pipeline_wait_prior(kStages - 2);
     __syncthreads();  // after which the stage before is free
-    load((stage + kStages - 1) % kStages);
+    load(free);
     const Stage& now = stages[stage];
+    free = stage, stage = stage + 1 < kStages ? stage + 1 : 0;
 #  pragma unroll
     for (int k = 0; k < kDepth; k += kTile) {
       wmma::fragment<wmma::matrix_b, kTile, kTile, kTile, T, wmma::row_major> input;
@@ -250,6 +260,7 @@ __global__ void __launch_bounds__(kThreads, OwnSums::kBlocks)
                               kProductsPitch, wmma::mem_row_major);
       wmma::fill_fragment(sums[i], 0.f);
     }
+    OwnSums::load(op, at, b, shared);
     __syncthreads();
     own.add(op, at, b, products[0], shared);
     p = 0, ++b;

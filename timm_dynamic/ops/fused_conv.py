@@ -37,11 +37,11 @@ def serves(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pai
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % MULTIPLE == 0
         and weight.shape[-4] % MULTIPLE == 0
+        and _has_tensor_cores(x.device)
         and max(*x.shape[2:], *weight.shape[-2:], *stride, *padding, *dilation) <= LONGEST_SIDE
         and max(output_size(x.shape[2:], weight.shape[-2:], stride, padding, dilation)) <= LONGEST_SIDE
         and memory_format(x) == torch.channels_last
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _has_tensor_cores(x.device)
     )
 
 

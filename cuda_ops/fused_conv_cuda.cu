@@ -39,8 +39,7 @@ struct alignas(kTileAlign) Stage {
 // thread forms `Floats` of each group's.
 template <int N, int S>
 struct Mixed {
-  static constexpr int kBlocks = N <= 4 ? 2 : 1;          // that fit into a processor's registers
-  [[maybe_unused]] static constexpr bool kGates = false;  // of outputs
+  static constexpr int kBlocks = N <= 4 ? 2 : 1;  // that fit into a processor's registers
   Floats kernels[N];
 
   // Some threads put the attention where all find it after the next barrier.
@@ -81,12 +80,13 @@ struct Mixed {
     }
     return sums;
   }
+
+  __device__ static float gate(const OwnWeights&, int, int) { return 1; }
 };
 
 template <int S>
 struct Gated {
   static constexpr int kBlocks = 2;
-  [[maybe_unused]] static constexpr bool kGates = true;
   Floats kernel, pairs[S];
 
   // Some threads put the samples of the groups where all find them after the next barrier.
@@ -115,6 +115,11 @@ struct Gated {
 #pragma unroll
     for (int v = 0; v < 4; ++v) products.at[v] = kernel.at[v] * pairs[s].at[v];
     return products;
+  }
+
+  // What an output of a sample is multiplied by.
+  __device__ static float gate(const OwnWeights& own, int sample, int column) {
+    return own.gates[sample * own.columns + column];
   }
 };
 
@@ -276,14 +281,9 @@ __global__ void __launch_bounds__(kThreads, Own::kBlocks) window_product(const W
       if (position < 0 || column >= own.columns) continue;
       const float* const values = piece + row * kPiecePitch + at % kWarpColumns;
       Vec<T, kChunk> result;
-      if constexpr (Own::kGates) {
-        const float* const gates = own.gates + position / op.map() * own.columns + column;
 #  pragma unroll
-        for (int v = 0; v < kChunk; ++v) result.at[v] = T(gates[v] * values[v]);
-      } else {
-#  pragma unroll
-        for (int v = 0; v < kChunk; ++v) result.at[v] = T(values[v]);
-      }
+      for (int v = 0; v < kChunk; ++v)
+        result.at[v] = T(Own::gate(own, position / op.map(), column + v) * values[v]);
       *reinterpret_cast<Vec<T, kChunk>*>(out + int64_t(position) * own.columns + column) = result;
     }
     __syncwarp();

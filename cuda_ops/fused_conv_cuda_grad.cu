@@ -16,7 +16,7 @@ namespace timm_dynamic {
 namespace {
 
 constexpr int kChannels = 64;  // of a tile
-constexpr int kDepth = 32, kStages = 3;
+[[maybe_unused]] constexpr int kDepth = 32, kStages = 3;
 constexpr int kWarps = kThreads / kWarp;
 
 // Lanes of a warp share kWarpChannels channels of a tile and every fourth column.

@@ -1,4 +1,4 @@
-// What the CUDA kernels of DDF (ddf_cuda.cu, no torch) and the operators (ddf_cuda_ops.cpp, no
+// What the CUDA kernels of DDF (ddf_cuda_*.cu, no torch) and the operators (ddf_cuda_ops.cpp, no
 // kernels) share. Torch's headers are kept from the kernels, which are compiled once a GPU model.
 #pragma once
 

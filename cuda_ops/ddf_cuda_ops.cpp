@@ -1,5 +1,5 @@
 // timm_dynamic::ddf and ::ddf_backward on CUDA: checks, memory, and the choice of a kernel of
-// ddf_cuda.cu and of how to cut the work.
+// ddf_cuda_*.cu and of how to cut the work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

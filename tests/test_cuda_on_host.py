@@ -23,6 +23,17 @@ __global__ void reverse(const float* from, float* to, bool synchronised) {
   to[blockIdx.x * blockDim.x + threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
 }
 
+// The barrier that each step should end with is missing: seen where one warp runs ahead.
+__global__ void drift(const float* from, float* to) {
+  __shared__ float value;
+  for (int step = 0; step < 2; ++step) {
+    if (threadIdx.x == 0) value = from[step];
+    __syncthreads();
+    to[step * 64 + threadIdx.x] = value;
+    __syncwarp();
+  }
+}
+
 // Sums the warp's numbers, then the numbers of even lanes, and counts the positive ones.
 __global__ void warp_sums(const float* from, float* to) {
   float sum = from[threadIdx.x], even = sum;
@@ -109,6 +120,7 @@ void launch(int what, const float* from, float* to, cudaStream_t stream) {
   if (what == 10) return run_kernel(reverse, dim3(1, 65536), 32, 512, stream, from, to, true);
   if (what == 11) return run_kernel(reverse, 1, 32, 49153, stream, from, to, true);
   if (what == 12) return run_kernel(reverse, 1, 128, 500, stream, from, to, true);
+  if (what == 13) return run_kernel(drift, 1, 64, 0, stream, from, to);
   if (what >= 20) run_kernel(wrong, 1, 64, 0, stream, from, to, what - 20);
 }
 
@@ -162,6 +174,11 @@ def test_barrier(run, seed):
     expected = SOURCE[:512].view(4, 128).flip(1).flatten()
     assert torch.equal(run(0, seed), expected)
     assert not torch.equal(run(1, seed), expected)  # the barrier left out
+
+
+def test_warps_run_ahead(run):
+    expected = SOURCE[:2].repeat_interleave(64)
+    assert not all(torch.equal(run(13, seed)[:128], expected) for seed in range(2, 14))
 
 
 @SEEDS

@@ -20,29 +20,31 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ops"
+TORCH = Path(torch.__file__).parent
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None or platform.system() != "Linux", reason="no g++ on Linux")
 NAMESPACE = "timm_dynamic_on_host"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wno-unknown-pragmas"]
-# Every access to memory becomes a call of a function of runtime.cpp. `make sanitize` has nothing to do with this.
+# With these every access to memory is a call of a function of runtime.cpp.
 CHECKS = ["-fsanitize=kernel-address", "-fsanitize=alignment", "-D__CUDACC__", "-include", "cuda_runtime.h"]
 CHECKS += ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0", "--param=asan-globals=1"]
 
 
+@functools.cache  # test files share it
 class Operators:
     """Each operator as an attribute: a function that runs it and raises `RuntimeError` with what a GPU would not do."""
 
-    def __init__(self, library: Path, names: Iterable[str]):
+    def __init__(self, library: Path, names: tuple[str, ...]):
         self._library = ctypes.CDLL(str(library))
         self._library.cuda_on_host_error.restype = ctypes.c_char_p
         for name in names:
@@ -51,7 +53,10 @@ class Operators:
             setattr(self, name, functools.partial(self._run, getattr(torch.ops, NAMESPACE), name))
 
     def _run(self, operators, name: str, *args, seed: int = 0, processors: int = 4):
-        """`seed` decides about the order of threads and blocks: 0 ascending, 1 descending, else at random."""
+        """`seed` decides about the order of threads and blocks: 0 ascending, 1 descending, else at random.
+
+        With an even one, each warp runs as far as it can before the next does; with an odd one, warps take turns.
+        """
         self._library.cuda_on_host_begin(seed, processors)
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
@@ -79,43 +84,44 @@ def operators(stem: str):
 
 def load(folder: Path, stem: str, sources: Iterable[Path] | None = None) -> Operators:
     """Compiles what cuda_ops/`stem`_cuda* has, or other sources, into `folder`, unless that was done before."""
-    sources = [Path(p) for p in sources or sorted(KERNELS.glob(f"{stem}_cuda*.c*"))]
+    sources = list(sources or sorted(KERNELS.glob(f"{stem}_cuda*.c*")))
     library = folder / f"{stem}_on_host.so"
-    names = [name for p in sources for name in re.findall(r'm\.impl\("(\w+)"', p.read_text())]
+    names = tuple(name for p in sources for name in re.findall(r'm\.impl\("(\w+)"', p.read_text()))
     folder.mkdir(exist_ok=True)
-    with open(folder / f"{stem}.lock", "w") as lock:  # of the processes of pytest-xdist, one compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _compile(library, sources)
+    with _absent(library) as missing:
+        if missing:
+            objects = [_compile(folder, source) for source in (*sources, HERE / "runtime.cpp")]
+            torch_libraries = [f"-L{TORCH}/lib", "-ltorch", "-ltorch_cpu"]
+            _run(COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *torch_libraries, "-ldl", "-o", missing)
     return Operators(library, names)
 
 
-def _compile(library: Path, sources: list[Path]) -> None:
-    includes = [HERE / "include", KERNELS, *cpp_extension.include_paths("cpu")]
-    objects = []
-    for source in (*sources, HERE / "runtime.cpp"):
-        text = source.read_text()
-        text = re.sub(
-            r"extern __shared__ (?:(?:__align__|alignas)\(\d+\) )?(\w[\w ]*) (\w+)\[\];",
-            r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_shared());",
-            text,
-        )
-        text = re.sub(
-            r"STABLE_TORCH_LIBRARY_IMPL\(timm_dynamic, CUDA, m\)",
-            f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
-            text,
-        )
-        copy = library.parent / f"{library.stem}_{source.stem}_{source.suffix[1:]}.cpp"
-        copy.write_text(f'#line 1 "{source}"\n{text}')
-        objects.append(copy.with_suffix(".o"))
-        checks = CHECKS if source.suffix == ".cu" else ["-O2"] if source.parent == HERE else []
-        _run([COMPILER, *FLAGS, *checks, *(f"-I{i}" for i in includes), "-c", copy, "-o", objects[-1]])
-    paths = [f"-L{p}" for p in cpp_extension.library_paths("cpu")]
-    temporary = library.with_suffix(".part")
-    _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *paths, "-ltorch", "-ltorch_cpu", "-ldl", "-o", temporary])
-    temporary.rename(library)
+@contextmanager
+def _absent(path: Path) -> Iterator[Path | None]:
+    """Where to write `path`, or None if it exists: of the processes of pytest-xdist, one writes it."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        temporary = None if path.exists() else path.with_suffix(".part")
+        yield temporary
+        if temporary:
+            temporary.rename(path)
 
 
-def _run(command: list) -> None:
+def _compile(folder: Path, source: Path) -> Path:
+    """The object file of a source, `extern __shared__` and the registration as the emulation has them."""
+    shared = r"extern __shared__ (?:(?:__align__|alignas)\(\d+\) )?(\w[\w ]*) (\w+)\[\];"
+    text = re.sub(shared, r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_shared());", source.read_text())
+    text = text.replace("LIBRARY_IMPL(timm_dynamic, CUDA, m)", f"LIBRARY_IMPL({NAMESPACE}, CPU, m)")
+    copy = folder / f"{source.stem}_{source.suffix[1:]}.cpp"
+    includes = (f"-I{i}" for i in (HERE / "include", KERNELS, TORCH / "include"))
+    with _absent(copy.with_suffix(".o")) as missing:
+        if missing:
+            copy.write_text(f'#line 1 "{source}"\n{text}')
+            flags = FLAGS + CHECKS if source.suffix == ".cu" else FLAGS
+            _run(COMPILER, *flags, *includes, "-c", copy, "-o", missing)
+    return copy.with_suffix(".o")
+
+
+def _run(*command: str | Path) -> None:
     built = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     assert built.returncode == 0, f"{' '.join(map(str, command))}\n{built.stderr}"

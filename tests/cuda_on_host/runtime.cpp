@@ -11,6 +11,10 @@
 //   (-fsanitize=kernel-address), defined here; misaligned addresses (-fsanitize=alignment).
 //
 // Shared memory is garbage (all bits set: NaN, -1) when a block starts.
+//
+// Blocks run one after the other and threads change places only where they wait, so a race shows as
+// a wrong result for some seeds and not always. Not seen at all: launch bounds, sizes that need
+// more memory than there is here, what nvcc makes of the code, and speed.
 #include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
@@ -23,7 +27,6 @@
 #include <map>
 #include <numeric>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -39,7 +42,7 @@ using cuda_on_host::Complete;
 using cuda_on_host::Site;
 
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kStack = 256 << 10, kMaxDynamic = 227 << 10, kDefaultDynamic = 48 << 10;
+constexpr size_t kStack = 256 << 10, kMaxDynamic = 48 << 10;
 
 struct Copy {  // of __pipeline_memcpy_async
   char* to;
@@ -74,7 +77,6 @@ const void* error_at;
 std::mt19937 random_bits;
 unsigned seed;
 int processors = 4;
-std::map<const void*, size_t> dynamic_limits;
 alignas(128) char dynamic[kMaxDynamic];
 size_t dynamic_bytes;
 
@@ -205,35 +207,45 @@ std::string standstill() {
   return what + "\n  " + std::to_string(threads - alive) + " have returned";
 }
 
-template <typename T>
-void shuffle_order(std::vector<T>& order) {
+std::vector<int> new_order(int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
   if (seed == 1) std::reverse(order.begin(), order.end());
   if (seed > 1) std::shuffle(order.begin(), order.end(), random_bits);
+  return order;
+}
+
+// Runs the lanes of a warp up to where each waits next. Whether any could run.
+bool advance(int warp) {
+  bool ran = false;
+  for (const int lane : new_order(warpSize)) {
+    const int i = warp * warpSize + lane;
+    if (i >= threads || fibers[i].state != State::kReady || !error.empty()) continue;
+    ran = true;
+    resume(fibers[i]);
+  }
+  return ran;
 }
 
 void run_block() {
   for (const Range& range : shared) std::memset(range.begin, 0xff, range.end - range.begin);
   std::memset(dynamic, 0xff, dynamic_bytes);
   alive = threads, waiting = predicates = 0;
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  shuffle_order(order);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.state = State::kReady, fiber.number = i, fiber.copies.assign(1, {});
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
-  while (alive > 0) {
+  while (alive > 0 && error.empty()) {
     bool progress = false;
-    if (seed > 1) shuffle_order(order);
-    for (const int i : order) {
-      if (fibers[i].state != State::kReady) continue;
-      progress = true;
-      resume(fibers[i]);
-      if (!error.empty()) return;
+    for (const int warp : new_order((threads + warpSize - 1) / warpSize)) {
+      // Far ahead of the others, or side by side.
+      while (advance(warp)) {
+        progress = true;
+        if (seed % 2 == 1) break;
+      }
     }
     if (!progress) error = standstill(), error_at = nullptr;
-    if (!error.empty()) return;
   }
 }
 
@@ -284,8 +296,10 @@ const char* refusal(const cudaLaunchConfig_t& config) {
   if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z)
     return "an empty grid or block";
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return "a grid too large";
+  if (uint64_t(grid.x) * grid.y * grid.z > 1 << 24) return "more blocks than are emulated";
   if (block.x > kMaxThreads || block.z > 64 || block.x * block.y * block.z > kMaxThreads)
     return "a block too large";
+  if (config.dynamicSmemBytes > kMaxDynamic) return "too much dynamic shared memory";
   return nullptr;
 }
 
@@ -340,10 +354,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Body& new_body) {
   prepare();
   if (!error.empty()) return cudaErrorLaunchFailure;
   body = new_body;
-  const auto limit =
-      dynamic_limits.contains(body.kernel) ? dynamic_limits[body.kernel] : kDefaultDynamic;
   const char* refused = refusal(config);
-  if (!refused && config.dynamicSmemBytes > limit) refused = "too much dynamic shared memory";
   if (refused) {
     error = described(std::string("launch with ") + refused, body.kernel);
     return cudaErrorInvalidConfiguration;
@@ -352,12 +363,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Body& new_body) {
   arguments.end = arguments.begin + body.bytes;
   gridDim = config.gridDim, blockDim = config.blockDim, dynamic_bytes = config.dynamicSmemBytes;
   threads = blockDim.x * blockDim.y * blockDim.z;
-  std::vector<uint64_t> blocks(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
-  std::iota(blocks.begin(), blocks.end(), 0);
-  shuffle_order(blocks);
-  for (const uint64_t i : blocks) {
-    blockIdx = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y),
-                unsigned(i / gridDim.x / gridDim.y)};
+  for (const int i : new_order(gridDim.x * gridDim.y * gridDim.z)) {
+    blockIdx = {i % gridDim.x, i / gridDim.x % gridDim.y, i / gridDim.x / gridDim.y};
     run_block();
     if (error.empty()) continue;
     for (Fiber& fiber : fibers) fiber.started = false;
@@ -428,24 +435,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? processors
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(kMaxDynamic)
-                                                                  : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || size_t(value) > kMaxDynamic) {
-    error = described("more dynamic shared memory asked for than there is", kernel);
-    return cudaErrorInvalidValue;
-  }
-  dynamic_limits[kernel] = value;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = processors;
   return cudaSuccess;
 }
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops import backend_info, ddf, ddf_reference
@@ -28,6 +29,8 @@ LAYOUTS = {
     "every second column": lambda t: t.repeat_interleave(2, 3)[..., ::2],
     "every second channel": lambda t: LAYOUTS["channels_last"](t.repeat_interleave(2, 1))[:, ::2],
     "some channels": lambda t: LAYOUTS["channels_last"](torch.cat([t[:, :1]] * 4 + [t], 1))[:, 4:],
+    "a channel less": lambda t: LAYOUTS["channels_last"](torch.cat([t, t[:, :1]], 1))[:, :-1],
+    "gaps between planes": lambda t: F.pad(t.flatten(2), (0, 1))[..., :-1].unflatten(2, t.shape[2:]),
     "misaligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
 }
 

@@ -24,19 +24,21 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
-#define VECTOR_TYPES(T, name, align2, align4)                \
-  struct alignas(align2) name##2 { T x, y; };                \
-  struct name##3 { T x, y, z; };                             \
-  struct alignas(align4) name##4 { T x, y, z, w; };          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
-  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-VECTOR_TYPES(float, float, 8, 16)
-VECTOR_TYPES(double, double, 16, 16)
-VECTOR_TYPES(int, int, 8, 16)
-VECTOR_TYPES(unsigned, uint, 8, 16)
-VECTOR_TYPES(short, short, 4, 8)
-VECTOR_TYPES(unsigned short, ushort, 4, 8)
-#undef VECTOR_TYPES
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -49,45 +51,23 @@ constexpr int warpSize = 32;
 
 enum cudaError_t {
   cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719
+  cudaErrorLaunchFailure = 719,
 };
-enum cudaFuncAttribute {
-  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributePreferredSharedMemoryCarveout = 9
-};
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
-enum cudaMemcpyKind {
-  cudaMemcpyHostToDevice = 1,
-  cudaMemcpyDeviceToHost = 2,
-  cudaMemcpyDeviceToDevice = 3
-};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
 using cudaStream_t = struct CUstream_st*;
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaSetDevice(int);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t);
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t);
 cudaError_t cudaStreamSynchronize(cudaStream_t);
-template <typename... P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
-}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  void* attrs = nullptr;
-  unsigned numAttrs = 0;
 };
 
 namespace cuda_on_host {
@@ -163,8 +143,6 @@ inline void __syncwarp(unsigned mask, SITE) {
   cuda_on_host::converge(site, mask, &none, [](void* const*) {});
 }
 inline void __syncwarp(SITE) { __syncwarp(0xffffffffu, site); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // The lane to read from, or this one where that lies outside its group of `width`.
 template <typename T>
@@ -211,17 +189,8 @@ inline int __all_sync(unsigned mask, int predicate, SITE) {
 #undef SITE
 
 inline int __popc(unsigned v) { return std::popcount(v); }
-inline int __popcll(unsigned long long v) { return std::popcount(v); }
-inline int __clz(int v) { return std::countl_zero(unsigned(v)); }
-inline int __ffs(int v) { return v ? std::countr_zero(unsigned(v)) + 1 : 0; }
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
-inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
 inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
-inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float v) { return 1 / v; }
-inline float __expf(float v) { return std::exp(v); }
-inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   return b < a ? b : a;
@@ -234,49 +203,4 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
 template <typename T>
 T __ldg(const T* at) {
   return *at;
-}
-template <typename T>
-T __ldcs(const T* at) {
-  return *at;
-}
-template <typename T>
-void __stcs(T* at, T value) {
-  *at = value;
-}
-
-template <typename T>
-T atomicAdd(T* at, std::type_identity_t<T> value) {
-  const T old = *at;
-  *at = old + value;
-  return old;
-}
-template <typename T>
-T atomicMax(T* at, std::type_identity_t<T> value) {
-  const T old = *at;
-  *at = max(old, value);
-  return old;
-}
-template <typename T>
-T atomicMin(T* at, std::type_identity_t<T> value) {
-  const T old = *at;
-  *at = min(old, value);
-  return old;
-}
-template <typename T>
-T atomicOr(T* at, std::type_identity_t<T> value) {
-  const T old = *at;
-  *at = old | value;
-  return old;
-}
-template <typename T>
-T atomicExch(T* at, std::type_identity_t<T> value) {
-  const T old = *at;
-  *at = value;
-  return old;
-}
-template <typename T>
-T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  const T old = *at;
-  if (old == expected) *at = value;
-  return old;
 }

@@ -4,7 +4,8 @@
 
 (Hou and Kung, PEDConv, BMVC 2021). The `[B, Co, Ci, K, K]` weights that this means are never all there. Whichever has
 fewer elements is scaled: the shared weight, for one sample at a time, or the taps of every output position ("columns"),
-a few samples at a time, which then meet the shared weight in one matrix product.
+a few samples at a time, which then meet the shared weight in one matrix product. On a GPU the kernels of `fused_conv`
+need neither in memory, where these serve.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops import fused_conv
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE, inference_kernel_serves
 from timm_dynamic.ops._linear import linear
@@ -34,8 +36,8 @@ def factored_conv2d(
 ) -> Tensor:
     """Convolve every sample with the shared weight times its own gates.
 
-    In training only the arguments are kept for the backward pass, and, where columns are scaled (rank 1, no groups,
-    fewer output positions than channels), the output before `a_out`. Gates and weight are multiplied in the
+    In training only the arguments are kept for the backward pass, and, where columns are scaled (see `_empty_rows`),
+    the output before `a_out`. Gates and weight are multiplied in the
     higher one of their precisions and cast to that of `x` afterwards. Under autocast `x` is cast.
 
     Args:
@@ -108,6 +110,8 @@ def _check(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups) -> 
 def _forward(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups):
     options = (stride, padding, dilation)
     rows = _empty_rows(x, weight, a_in, *options, groups)
+    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, *options, groups):
+        return fused_conv.gated(x, weight, a_in, a_tap, a_out, *options), rows
     with no_autocast(x):
         pairs = _pairs(a_in, a_tap)
         if rows.ndim == 3 and (len(x) > 1 or _weight_order(rows)):
@@ -131,6 +135,8 @@ def _forward(x, weight, a_in, a_tap, a_out, stride, padding, dilation, groups):
 
 
 def _backward(grad, x, weight, a_in, a_tap, a_out, rows, stride, padding, dilation, groups, needs):
+    if len(x) >= fused_conv.LEAST_BATCH and _fused_serves(x, weight, a_in, stride, padding, dilation, groups):
+        return _backward_fused(grad, x, weight, a_in, a_tap, a_out, stride, padding, dilation, needs)
     by = _backward_by_columns if rows.ndim == 3 else _backward_by_sample
     with no_autocast(x):
         pairs = _pairs(a_in, a_tap)
@@ -140,6 +146,25 @@ def _backward(grad, x, weight, a_in, a_tap, a_out, rows, stride, padding, dilati
         grad_a_in = (grad_pairs * a_tap.mT[:, :, None]).sum(3).mT.contiguous()
         grad_a_tap = (grad_pairs * a_in.mT[..., None]).sum(2).mT.contiguous()
     return grad_x, grad_weight, grad_a_in, grad_a_tap, grad_a_out
+
+
+def _backward_fused(grad, x, weight, a_in, a_tap, a_out, stride, padding, dilation, needs):
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    tensors, options = (grad, x, weight, a_in, a_tap, a_out), (stride, padding, dilation)
+    grad_x, grad_weight, grad_pairs, grad_a_out = fused_conv.gated_backward(*tensors, *options, need_x=needs[0])
+    return (
+        grad_x if needs[0] else x.new_empty(0),
+        grad_weight if needs[1] else weight.new_empty(0),
+        (grad_pairs * a_tap).sum(1)[..., None],
+        (grad_pairs * a_in.mT).sum(2)[..., None],
+        grad_a_out,
+    )
+
+
+def _fused_serves(
+    x: Tensor, weight: Tensor, a_in: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> bool:
+    return a_in.shape[2] == 1 and fused_conv.serves(x, weight, stride, padding, dilation, groups)
 
 
 def _backward_by_sample(grad, x, weight, pairs, a_out, rows, stride, padding, dilation, groups, needs):
@@ -225,8 +250,10 @@ def _empty_rows(
     """Room for the output before `a_out`, `[B, Ho * Wo, Co]`, if columns are to be scaled; else an empty tensor.
 
     They are where they have fewer elements than the weight of every sample. On a GPU they are wherever possible, as a
-    kernel launch per sample takes longer.
+    kernel launch per sample takes longer, except where fused kernels serve.
     """
+    if _fused_serves(x, weight, a_in, stride, padding, dilation, groups):
+        return x.new_empty(0)
     Ho, Wo = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     by_columns = groups == 1 and a_in.shape[2] == 1 and (Ho * Wo < weight.shape[0] or x.device.type == "cuda")
     return x.new_empty((x.shape[0], Ho * Wo, weight.shape[0]) if by_columns else 0)

@@ -4,6 +4,7 @@
 
 (Chen et al., "Dynamic Convolution: Attention over Convolution Kernels", CVPR 2020, eq. 4). The mixing is one product of
 small matrices. The `[B, Co, Ci, Kh, Kw]` weights are there for a few samples at a time; the backward pass mixes again.
+On a GPU the kernels of `fused_conv` do without them where these serve.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops import fused_conv
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE, has_kernel
 from timm_dynamic.ops._linear import by_onednn, linear
@@ -111,6 +113,8 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
     if pointwise and _has_mixed_pointwise(x, attention, kernels):
         strided = x[:, :, :: stride[0], :: stride[1]].contiguous()
         return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels)
+    if not pointwise and _fused_serves(x, kernels, *options):
+        return fused_conv.mixed(x, attention, kernels, stride, padding, dilation)
     by = _pointwise if pointwise else per_sample_conv2d
     with no_autocast(x):
         if x.shape[0] == 1 and not (by is _pointwise and by_onednn(x)):
@@ -122,7 +126,13 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
 def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, needs):
     if x.shape[0] == 0:
         return tuple(t.zero_() for t in _empty_gradients(x, attention, kernels, needs))
-    by = _pointwise_backward if _is_pointwise(kernels, padding, groups) else _convolution_backward
+    pointwise = _is_pointwise(kernels, padding, groups)
+    if not pointwise and _fused_serves(x, kernels, stride, padding, dilation, groups):
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        options = (stride, padding, dilation)
+        grads = fused_conv.mixed_backward(grad, x, attention, kernels, *options, needs=needs)
+        return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
+    by = _pointwise_backward if pointwise else _convolution_backward
     grad_x, grad_attention, grad_kernels = _empty_gradients(x, attention, kernels, needs)
     grad_kernels.zero_()
     grads_x = []
@@ -200,6 +210,14 @@ def _has_mixed_pointwise(x: Tensor, attention: Tensor, kernels: Tensor) -> bool:
         and memory_format(x) == torch.contiguous_format
         and kernels.is_contiguous()
         and has_kernel("cpu")
+    )
+
+
+def _fused_serves(x: Tensor, kernels: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+    return (
+        len(x) >= fused_conv.LEAST_BATCH
+        and len(kernels) <= fused_conv.MOST_KERNELS
+        and fused_conv.serves(x, kernels, stride, padding, dilation, groups)
     )
 
 

@@ -10,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.ops import scaled_sum
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import shortcut_serves
 from timm_dynamic.ops._linear import linear
@@ -181,11 +182,13 @@ class DCDConv2d(DropInConv2d, _Factors):
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
             phi, scale = self._factors(pooled)
             v = self._fuse(z, phi)
-        y = self.conv(x)
-        scale, v = scale.to(y.dtype), _finite(v, y.dtype)
+        y, p = self.conv(x), self.p.weight
+        if scaled_sum.serves(y, scale, p, v):
+            return torch.ops.timm_dynamic.scaled_sum(y, scale, p, v)
+        scale, v = scale.to(y.dtype), scaled_sum.narrowed(v, y.dtype)
         if _in_a_graph():
             return y * scale[:, :, None, None] + self.p(v)
-        return combine(y, self.p.weight.to(y.dtype), v, scale)
+        return combine(y, p.to(y.dtype), v, scale)
 
     def _pool(self, x: Tensor) -> Tensor:
         return pool(x, self.pool_size)
@@ -254,13 +257,6 @@ def _are_affine(bn1: nn.Module, bn2: nn.Module) -> bool:
     """Whether these are batch norms, in eval mode."""
     norms = nn.modules.batchnorm._BatchNorm
     return not (bn1.training or bn2.training) and isinstance(bn1, norms) and isinstance(bn2, norms)
-
-
-def _finite(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """`v` in another dtype; float16 would make infinity of large numbers, and their product NaN."""
-    if dtype == torch.float16 != v.dtype:
-        v = v.clamp(-65504, 65504)
-    return v.to(dtype)
 
 
 def _in_a_graph() -> bool:

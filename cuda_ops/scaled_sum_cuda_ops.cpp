@@ -4,8 +4,7 @@
 
 #include <tuple>
 
-#include "cuda_device.h"
-#include "ddf_args.h"
+#include "cuda_maps.h"
 #include "scaled_sum_cuda.h"
 
 namespace timm_dynamic {
@@ -17,18 +16,10 @@ void check_blocks(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "scaled_sum: tensors too large, ", blocks, " thread blocks");
 }
 
-// As the kernels read it: contiguous in the one layout or the other.
-Tensor dense(const Tensor& map, bool channels_last) {
-  return torch::stable::contiguous(
-      map, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // The rest of `s` follows from the shapes, which are checked.
 ScaledSumShape check(const Tensor& y, const Tensor& scale, const Tensor& p, const Tensor& v) {
   const ScalarType dtype = y.scalar_type(), other = scale.scalar_type();
-  STD_TORCH_CHECK(y.dim() == 4 && (dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                                   dtype == ScalarType::BFloat16),
-                  "y must be [B, O, H, W], float32, float16 or bfloat16, got ", shape_text(y));
+  check_map("y", y);
   const int64_t B = y.size(0), O = y.size(1), positions = y.size(2) * y.size(3);
   STD_TORCH_CHECK(p.dim() > 1 && p.numel() > 0, "p must be [O, L, ...], got ", shape_text(p));
   const int64_t L = p.size(1);
@@ -55,11 +46,8 @@ ScaledSumShape check(const Tensor& y, const Tensor& scale, const Tensor& p, cons
           other == ScalarType::Float};
 }
 
-template <typename... Pointers>
-bool may_vectorize(const ScaledSumShape& s, const Tensor& y, Pointers... at) {
-  const int64_t bytes = (s.channels_last ? s.O : s.positions) * y.element_size();
-  return ((reinterpret_cast<uintptr_t>(at) | ... | uintptr_t(bytes)) & 15) == 0;
-}
+// Of the rows of the kernels' matrices.
+int64_t row_length(const ScaledSumShape& s) { return s.channels_last ? s.O : s.positions; }
 
 Tensor scaled_sum(const Tensor& y_in, const Tensor& scale_in, const Tensor& p_in,
                   const Tensor& v_in) {
@@ -77,17 +65,11 @@ Tensor scaled_sum(const Tensor& y_in, const Tensor& scale_in, const Tensor& p_in
   op.v_position = v_channels_last ? op.s.L : 1;
   op.y = y.const_data_ptr(), op.scale = scale.const_data_ptr(), op.p = p.const_data_ptr();
   op.v = v.const_data_ptr(), op.out = out.mutable_data_ptr();
-  op.s.vectorize = may_vectorize(op.s, y, op.y, op.out);
+  op.s.vectorize = can_vectorize(y, row_length(op.s), op.y, op.out);
   check_blocks(blocks_of(op));
   launch(op, dtype_of(y), Device(y).stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
-}
-
-std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-  return shape;
 }
 
 Tensor zeros(const Tensor& like) {
@@ -125,16 +107,13 @@ std::tuple<Tensor, Tensor, Tensor> scaled_sum_backward(const Tensor& grad_in, co
   op.parts = 1;
   op.parts = parts(op, device.processors);
   check_blocks(op.blocks());
-  const auto floats = [&](std::vector<int64_t> shape) {
-    return torch::stable::empty(shape, ScalarType::Float, std::nullopt, y.device());
-  };
-  const Tensor scale_sums = floats({op.tiles(), op.s.B, op.s.O}),
-               v_sums = floats({op.parts, op.s.B, op.s.L, op.s.positions});
+  const Tensor scale_sums = empty_floats(y, {op.tiles(), op.s.B, op.s.O}),
+               v_sums = empty_floats(y, {op.parts, op.s.B, op.s.L, op.s.positions});
   op.grad = grad.const_data_ptr(), op.y = y.const_data_ptr(), op.scale = scale.const_data_ptr();
   op.p = p.const_data_ptr(), op.dy = dy.mutable_data_ptr();
-  op.scale_sums = static_cast<float*>(scale_sums.mutable_data_ptr());
-  op.v_sums = static_cast<float*>(v_sums.mutable_data_ptr());
-  op.s.vectorize = may_vectorize(op.s, y, op.grad, op.y, op.dy);
+  op.scale_sums = floats(scale_sums);
+  op.v_sums = floats(v_sums);
+  op.s.vectorize = can_vectorize(y, row_length(op.s), op.grad, op.y, op.dy);
   launch(op, dtype_of(y), device.stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {dy, total(scale_sums, scale_in), total(v_sums, v)};

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import scaled_sum
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
-from timm_dynamic.ops._library import shortcut_serves
+from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
 from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
 from timm_dynamic.ops.dcd_training import dcd_conv, serves
@@ -34,14 +34,17 @@ class _Factors(nn.Module):
 
     def _factors(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, pooled]` to Phi, `[B, L, L]`, and scale, `[B, outputs]`."""
+        return factors(pooled, self._fc())
+
+    def _fc(self) -> list[Tensor]:
         fc = self.fc
-        return factors(pooled, [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight])
+        return [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight]
 
     def _branch_arguments(self, pool_size: int) -> tuple:
         """What the operators of `timm_dynamic.ops.dcd_branch` take between the input and their own arguments."""
-        fc, bn1, bn2 = self.fc, self.bn1, self.bn2
+        bn1, bn2 = self.bn1, self.bn2
         return (
-            [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight],
+            self._fc(),
             self.q.weight,
             *([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2)),
             *(bn1.eps, bn2.eps, pool_size, self.p.weight),
@@ -178,9 +181,13 @@ class DCDConv2d(DropInConv2d, _Factors):
             return dcd_conv(
                 x, self.weight, self.bias, q, p, fc, self.bn1, self.bn2, self.pool_size, own_weights, options
             )
-        pooled, z = self._pool(x), self._project(x)
+        z = self._project(x)
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
-            phi, scale = self._factors(pooled)
+            if cuda_shortcut_serves(x, *self._fc()):
+                pooled = x if self.pool_size == 1 else self._pool(x)[:, :, None, None]
+                phi, scale = torch.ops.timm_dynamic.dcd_factors(pooled, self._fc())
+            else:
+                phi, scale = self._factors(self._pool(x))
             v = self._fuse(z, phi)
         y, p = self.conv(x), self.p.weight
         if scaled_sum.serves(y, scale, p, v):
@@ -226,6 +233,8 @@ class DCDConv2d(DropInConv2d, _Factors):
     def _makes_sample_weights(self, x: Tensor) -> bool:
         """Whether to do so without an operator for it: also, samples or their calls are few."""
         few = x.shape[0] == 1 or (x.shape[0] > 1 and x.device.type == "cpu")
+        if few and cuda_shortcut_serves(x, *self._fc()):
+            return False  # then its branches are the fewest operations
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
     def _by_operators(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ maps, and over `y` and the incoming gradient going back, where a product and a s
 import torch
 from torch import Tensor
 
-from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, counting_operations, has_kernel
+from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, accumulation_dtype, counting_operations, has_kernel
 from timm_dynamic.ops.ddf import _memory_format
 
 _MAX_SIZE = 2**24  # what the kernels take of positions
@@ -45,14 +45,14 @@ def scaled_sum_reference(y: Tensor, scale: Tensor, p: Tensor, v: Tensor) -> Tens
     Returns:
         `[B, O, H, W]`.
     """
-    dtype = _accumulation_dtype(y)
+    dtype = accumulation_dtype(y)
     product = torch.matmul(p.flatten(1).to(y.dtype).to(dtype), narrowed(v.flatten(2), y.dtype).to(dtype))
     out = scale.to(dtype)[:, :, None, None] * y.to(dtype) + product.view(y.shape)
     return out.to(y.dtype).contiguous(memory_format=_memory_format(y))
 
 
 def _scaled_sum_backward_reference(grad: Tensor, y: Tensor, scale: Tensor, p: Tensor, v: Tensor):
-    dtype = _accumulation_dtype(y)
+    dtype = accumulation_dtype(y)
     wide = grad.to(dtype)
     dy = (scale.to(dtype)[:, :, None, None] * wide).to(y.dtype).contiguous(memory_format=_memory_format(y))
     dscale = (wide * y.to(dtype)).sum((2, 3)).to(scale.dtype)
@@ -71,10 +71,6 @@ def narrowed(v: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 != v.dtype:
         v = v.clamp(-65504, 65504)
     return v.to(dtype)
-
-
-def _accumulation_dtype(y: Tensor) -> torch.dtype:
-    return torch.float64 if y.dtype == torch.float64 else torch.float32
 
 
 # Registration: the schema, and what torch.compile and autograd need to know.

@@ -19,11 +19,15 @@ struct alignas(sizeof(T) * V) Vec {  // loaded and stored by one instruction
   T at[V];
 };
 
-// Every kernel is launched through this, so that one place can run them elsewhere.
+// Every kernel is launched through this, a function and no syntax of nvcc's: tests compile the
+// kernels with g++ (tests/cuda_on_host). Errors are left to cudaGetLastError().
 template <typename... P, typename... A>
 void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                 cudaStream_t stream, A&&... args) {
-  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<A>(args)...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
 }
 
 // Sums values[0..N) over groups of `lanes` >= N adjacent lanes: lane l of a group returns sum

@@ -649,8 +649,8 @@ void gather_specialised(const Call& call, const Plan& plan, const T* from, const
                         const T* spatial_filter, T* to, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
     const int64_t blocks = call.s.B * plan.grid.x * plan.grid.y * plan.grid.z;
-    kernel<<<unsigned(blocks), plan.threads, 0, stream>>>(call, plan.grid, from, channel_filter,
-                                                          spatial_filter, to);
+    run_kernel(kernel, unsigned(blocks), plan.threads, 0, stream, call, plan.grid, from,
+               channel_filter, spatial_filter, to);
   };
   const bool channels_last = plan.layout == Layout::kChannelsLast;
   if constexpr (K == 3) {
@@ -668,9 +668,8 @@ void filter_grads_specialised(const Call& call, const Plan& plan, const T* grad,
                               float* spatial_sums, cudaStream_t stream) {
   const auto launch = [&](auto kernel) {
     const int64_t blocks = call.s.B * plan.grid.x * plan.grid.y * plan.grid.z;
-    kernel<<<unsigned(blocks), plan.threads, 0, stream>>>(call, plan.grid, grad, features,
-                                                          channel_filter, spatial_filter,
-                                                          channel_sums, spatial_sums);
+    run_kernel(kernel, unsigned(blocks), plan.threads, 0, stream, call, plan.grid, grad, features,
+               channel_filter, spatial_filter, channel_sums, spatial_sums);
   };
   const bool channels_last = plan.layout == Layout::kChannelsLast;
   if constexpr (K == 3) {
@@ -714,8 +713,8 @@ void gather(const Call& call, const Plan& plan, Dtype dtype, const void* from,
                *spatial = static_cast<const T*>(spatial_filter);
     if constexpr (K == 0) {
       const int64_t size = call.s.B * call.s.C * call.to_h() * call.to_w();
-      gather_any<T><<<loop_blocks(size), 128, 0, stream>>>(
-          call, plan.layout == Layout::kChannelsLast, in, channel, spatial, static_cast<T*>(to));
+      run_kernel(gather_any<T>, loop_blocks(size), 128, 0, stream, call,
+                 plan.layout == Layout::kChannelsLast, in, channel, spatial, static_cast<T*>(to));
     } else {
       gather_specialised<T, K>(call, plan, in, channel, spatial, static_cast<T*>(to), stream);
     }
@@ -735,12 +734,12 @@ void filter_grads(const Call& call, const Plan& plan, Dtype dtype, const void* g
       const DdfShape& s = call.s;
       const int64_t channels = s.B * s.C * s.taps(), pixels = s.B * s.taps() * s.Ho * s.Wo;
       if (of_channel) {
-        channel_grad_any<T>
-            <<<loop_blocks(channels * kWarp), 128, 0, stream>>>(call, g, in, spatial, of_channel);
+        run_kernel(channel_grad_any<T>, loop_blocks(channels * kWarp), 128, 0, stream, call, g, in,
+                   spatial, of_channel);
       }
       if (of_spatial) {
-        spatial_grad_any<T>
-            <<<loop_blocks(pixels), 128, 0, stream>>>(call, g, in, channel, of_spatial);
+        run_kernel(spatial_grad_any<T>, loop_blocks(pixels), 128, 0, stream, call, g, in, channel,
+                   of_spatial);
       }
     } else {
       filter_grads_specialised<T, K>(call, plan, g, in, channel, spatial, of_channel, of_spatial,

@@ -350,9 +350,8 @@ void dispatch_rows(Dtype dtype, int C, bool aligned, F f) {
 void launch(const GatherRows& op, cudaStream_t stream) {
   const int lanes = lanes_for(op.units);
   const auto copy = [&]<typename Unit>(Unit) {
-    gather_units<<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(
-        op.M, op.units, lanes, static_cast<const Unit*>(op.source), op.table,
-        static_cast<Unit*>(op.out));
+    run_kernel(gather_units<Unit>, row_blocks(op.M, lanes), kThreads, 0, stream, op.M, op.units,
+               lanes, static_cast<const Unit*>(op.source), op.table, static_cast<Unit*>(op.out));
   };
   if (op.unit == 16) return copy(uint4{});
   if (op.unit == 8) return copy(uint2{});
@@ -363,32 +362,32 @@ void launch(const GatherRows& op, cudaStream_t stream) {
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream) {
   dispatch_rows(dtype, op.C, op.aligned, [&]<typename T, int V>(int vectors) {
     const int lanes = lanes_for(vectors);
-    add_rows<T, V><<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(op, lanes);
+    run_kernel(add_rows<T, V>, row_blocks(op.M, lanes), kThreads, 0, stream, op, lanes);
   });
 }
 
 void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream) {
   dispatch_rows(dtype, op.C, op.aligned, [&]<typename T, int V>(int vectors) {
     const int lanes = lanes_for(vectors);
-    depthwise_rows<T, V><<<row_blocks(op.M, lanes), kThreads, 0, stream>>>(op, lanes);
+    run_kernel(depthwise_rows<T, V>, row_blocks(op.M, lanes), kThreads, 0, stream, op, lanes);
   });
 }
 
 void launch(const WindowTable& op, cudaStream_t stream) {
-  window_entries<<<blocks_for(int64_t(op.M) * op.window.taps()), kThreads, 0, stream>>>(op);
+  run_kernel(window_entries, blocks_for(int64_t(op.M) * op.window.taps()), kThreads, 0, stream, op);
 }
 
 void launch(const NeighbourTable& op, cudaStream_t stream) {
   const int64_t bits = (words_of(op.outputs) + words_of(op.inputs)) * 32;
   const int64_t entries = int64_t(op.outputs) * op.window.taps();
-  mark_positions<<<blocks_for(bits), kThreads, 0, stream>>>(op);
-  count_positions<<<2, kWarp * kWarp, 0, stream>>>(op);
-  list_positions<<<blocks_for(entries + op.inputs), kThreads, 0, stream>>>(op);
+  run_kernel(mark_positions, blocks_for(bits), kThreads, 0, stream, op);
+  run_kernel(count_positions, 2, kWarp * kWarp, 0, stream, op);
+  run_kernel(list_positions, blocks_for(entries + op.inputs), kThreads, 0, stream, op);
 }
 
 void launch(const MaskWeights& op, Dtype dtype, cudaStream_t stream) {
   dispatch(dtype, [&]<typename T>() {
-    pack_weights<T><<<blocks_for(kDots * int64_t(op.C) + 1), kThreads, 0, stream>>>(op);
+    run_kernel(pack_weights<T>, blocks_for(kDots * int64_t(op.C) + 1), kThreads, 0, stream, op);
   });
 }
 
@@ -401,8 +400,8 @@ void launch(const MaskLogits& op, Dtype dtype, cudaStream_t stream) {
   const int own_blocks = blocks_for(op.window.Ho * op.window.Wo);
   dispatch(dtype, [&]<typename T>() {
     const auto dots = op.aligned ? mask_dots<T, kMaskVector> : mask_dots<T, 1>;
-    dots<<<op.B * blocks, kThreads, 0, stream>>>(op, lanes, blocks);
-    mask_windows<T><<<op.B * own_blocks, kThreads, 0, stream>>>(op, blocks, own_blocks);
+    run_kernel(dots, op.B * blocks, kThreads, 0, stream, op, lanes, blocks);
+    run_kernel(mask_windows<T>, op.B * own_blocks, kThreads, 0, stream, op, blocks, own_blocks);
   });
 }
 

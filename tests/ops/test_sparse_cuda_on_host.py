@@ -1,0 +1,155 @@
+"""The CUDA kernels of sparse execution on the CPU (tests/cuda_on_host), against the references.
+
+The operators and kernels are those that run on a GPU; test_sparse_cuda.py has the same cases for one, and more.
+"""
+
+import itertools
+import math
+
+import cuda_on_host
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.test_sparse_cuda import (
+    CONVOLUTIONS,
+    MASK_UNITS,
+    NO_LIMITS,
+    RELU6,
+    TOLERANCE,
+    check,
+    mask_arguments,
+    misaligned,
+    randn,
+    table,
+)
+
+from timm_dynamic.ops import mask_logits_reference, sparse
+
+pytestmark = cuda_on_host.needs_compiler
+operators = cuda_on_host.operators("sparse")
+SEEDS = itertools.cycle(range(4))
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def cast(tensors, dtype):
+    """Float tensors in `dtype`, the others as they are."""
+    return [t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+@DTYPES
+@pytest.mark.parametrize("C", [1, 3, 8, 12, 24, 130, 520])
+@pytest.mark.parametrize("M", [0, 1, 33, 70])
+class TestRows:
+    def test_gather_rows(self, operators, M, C, dtype):
+        source, rows = torch.randn(40, C).to(dtype), table(M, 3, 40)
+        expected = sparse.gather_rows_reference(source, rows)
+        source[0] = math.nan
+        for from_ in (source, misaligned(source)):
+            assert torch.equal(operators.gather_rows(from_, rows, seed=next(SEEDS)), expected)
+
+    def test_scatter_rows(self, operators, M, C, dtype):
+        out, positions = randn(M + 3, C, dtype=dtype), torch.randperm(M + 3)[:M].int()
+        rows = randn(M, C, dtype=dtype)
+        out[0, 0] = math.nan
+        for limits, place in ((RELU6, misaligned), (NO_LIMITS, torch.clone)):
+            expected, actual = out.clone(), place(out.to(dtype))
+            sparse.scatter_rows_reference_(expected, positions, rows, *limits)
+            operators.scatter_rows_(actual, positions, rows.to(dtype), *limits, seed=next(SEEDS))
+            where_nan = expected.isnan()
+            assert torch.equal(actual.isnan(), where_nan)
+            check(actual.nan_to_num(0), expected.masked_fill(where_nan, 0), dtype)
+            untouched = torch.ones(M + 3, dtype=torch.bool)
+            untouched[positions.long()] = False
+            assert torch.equal(actual.double().nan_to_num(9)[untouched], out.nan_to_num(9)[untouched])
+
+    def test_gather_depthwise(self, operators, M, C, dtype):
+        source, rows = randn(40, C, dtype=dtype), table(M, 9, 40)
+        weight, bias = randn(9, C, dtype=dtype), randn(C, dtype=dtype)
+        for limits, place in ((RELU6, misaligned), (NO_LIMITS, torch.clone)):
+            expected = sparse.gather_depthwise_reference(source, rows, weight, bias, *limits)
+            args = cast([source, rows, weight, bias], dtype)
+            args[0][0] = math.nan
+            args[0] = place(args[0])
+            check(operators.gather_depthwise(*args, *limits, seed=next(SEEDS)), expected, dtype)
+
+
+def check_tables(operators, mask, size, window, padding):
+    """`window`: kernel size, stride and dilation."""
+    expected = sparse.neighbour_table_reference(mask, size, *window, padding)
+    signed = torch.where(mask, 1.0, -0.0)
+    for own in (mask, signed, signed.half(), signed.bfloat16()):
+        actual = operators.neighbour_table(own, size, *window, padding, seed=next(SEEDS))
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
+    geometry = (size, mask.shape[2:], *window, padding)
+    actual = operators.window_table(expected[0], *geometry, seed=next(SEEDS))
+    assert actual.dtype == torch.int32
+    assert torch.equal(actual, sparse.window_table_reference(expected[0], *geometry))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("case", [c for c in CONVOLUTIONS if math.prod(c[1]) < 10000], ids=str)
+def test_tables(operators, case, density):
+    B, size, kernel, stride, dilation = case
+    padding = tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))
+    output = tuple((n - 1) // s + 1 for n, s in zip(size, stride, strict=True))
+    check_tables(operators, torch.rand(B, 1, *output) < density, size, (kernel, stride, dilation), padding)
+
+
+# Around the ends of words, of blocks, and of what a block counts at once, 1024 words.
+@pytest.mark.parametrize("positions", [31, 32, 33, 63, 64, 65, 255, 256, 257, 32766, 32768, 32770])
+def test_sets_of_positions(operators, positions):
+    width = positions if positions < 300 else positions // 2
+    mask = torch.rand(1, 1, positions // width, width) < 0.5
+    mask[..., -1, -1] = True
+    check_tables(operators, mask, mask.shape[2:], ((1, 3), (1, 1), (1, 1)), (0, 1))
+
+
+pairs = st.tuples(*2 * [st.integers(1, 3)])
+
+
+@given(st.integers(1, 3), st.tuples(*2 * [st.integers(1, 20)]), pairs, pairs, pairs, st.floats(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_random_tables(operators, B, size, kernel, stride, dilation, density):
+    padding = tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))
+    spans = (n + 2 * p - d * (k - 1) - 1 for n, p, d, k in zip(size, padding, dilation, kernel, strict=True))
+    output = tuple(max(n, 0) // s + 1 for n, s in zip(spans, stride, strict=True))
+    check_tables(operators, torch.rand(B, 1, *output) < density, size, (kernel, stride, dilation), padding)
+
+
+def check_mask_logits(operators, case, dtype):
+    args = mask_arguments(*case, dtype)
+    expected = mask_logits_reference(*args)
+    own = cast(args, dtype)
+    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
+    own[0] = torch.cat([own[0][:1, :1, :1, :1].flatten(), own[0].permute(0, 2, 3, 1).flatten()])[1:]
+    own[0] = own[0].view(args[0].permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # misaligned
+    own[1] = own[1].to(memory_format=torch.channels_last)
+    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
+    own[1:5] = [t.float() for t in own[1:5]]  # under autocast
+    check(operators.mask_logits(*own, seed=next(SEEDS)), expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", MASK_UNITS, ids=str)
+def test_mask_logits(operators, case, dtype):
+    check_mask_logits(operators, (min(case[0], 3), *case[1:]), dtype)
+
+
+@given(*(st.integers(1, n) for n in (3, 70, 20, 20, 3)), st.sampled_from(list(TOLERANCE)))
+@settings(max_examples=40, deadline=None)
+def test_random_mask_units(operators, B, C, H, W, stride, dtype):
+    check_mask_logits(operators, (B, C, H, W, stride), dtype)
+
+
+def test_nan_stays_in_its_sample(operators):
+    args = cast(mask_arguments(3, 16, 5, 5, 1), torch.float32)
+    args[0][1, 3, 2, 2] = math.nan
+    out = operators.mask_logits(*args)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()

@@ -1,0 +1,221 @@
+"""The emulation of CUDA that tests of the kernels rely on: what it computes, and that it reports what is wrong."""
+
+import cuda_on_host
+import pytest
+import torch
+
+KERNELS = """
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+#include <cuda_pipeline.h>
+#include <mma.h>
+#include "cuda_kernels.h"
+
+namespace timm_dynamic {
+namespace {
+
+using namespace nvcuda;
+
+__global__ void reverse(const float* from, float* to, bool synchronised) {
+  extern __shared__ __align__(16) float values[];
+  values[threadIdx.x] = from[blockIdx.x * blockDim.x + threadIdx.x];
+  if (synchronised) __syncthreads();
+  to[blockIdx.x * blockDim.x + threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+// Sums the warp's numbers, then the numbers of even lanes, and counts the positive ones.
+__global__ void warp_sums(const float* from, float* to) {
+  float sum = from[threadIdx.x], even = sum;
+  for (int offset = 16; offset >= 1; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (threadIdx.x % 2 == 0)
+    for (int offset = 16; offset >= 2; offset /= 2) even += __shfl_down_sync(0x55555555u, even, offset);
+  const unsigned positive = __ballot_sync(0xffffffffu, from[threadIdx.x] > 0);
+  const float first = __shfl_sync(0xffffffffu, from[threadIdx.x], 3, 8), up = __shfl_up_sync(0xffffffffu, sum, 1);
+  if (threadIdx.x == 0) to[0] = sum, to[1] = even, to[2] = __popc(positive), to[3] = up;
+  if (threadIdx.x == 31) to[4] = first;
+}
+
+__global__ void pipeline(const float4* from, float4* to, bool waits) {
+  __shared__ float4 values[2][32];
+  __pipeline_memcpy_async(&values[0][threadIdx.x], from + threadIdx.x, 16);
+  __pipeline_commit();
+  __pipeline_memcpy_async(&values[1][threadIdx.x], from + threadIdx.x, 16, 8);
+  __pipeline_commit();
+  __pipeline_wait_prior(waits ? 1 : 2);
+  to[threadIdx.x] = values[0][threadIdx.x];
+  __pipeline_wait_prior(0);
+  to[32 + threadIdx.x] = values[1][threadIdx.x];
+}
+
+template <typename T, int M, int N, typename LayoutB>
+__global__ void product(const float* from, float* to) {
+  __shared__ __align__(32) T a[M * 16], b[16 * N];
+  for (int i = threadIdx.x; i < M * 16; i += 32) a[i] = T(from[i]);
+  for (int i = threadIdx.x; i < N * 16; i += 32) b[i] = T(from[512 + i]);
+  __syncwarp();
+  wmma::fragment<wmma::matrix_a, M, N, 16, T, wmma::row_major> of_a;
+  wmma::fragment<wmma::matrix_b, M, N, 16, T, LayoutB> of_b;
+  wmma::fragment<wmma::accumulator, M, N, 16, float> sum;
+  wmma::fill_fragment(sum, 1.f);
+  wmma::load_matrix_sync(of_a, a, 16);
+  wmma::load_matrix_sync(of_b, b, std::is_same_v<LayoutB, wmma::row_major> ? N : 16);
+  wmma::mma_sync(sum, of_a, of_b, sum);
+  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] *= 2;
+  wmma::store_matrix_sync(to, sum, N, wmma::mem_row_major);
+}
+
+struct alignas(16) Four {
+  float at[4];
+};
+
+__global__ void wrong(const float* from, float* to, int what) {
+  __shared__ float values[32];
+  const int i = threadIdx.x;
+  values[i % 32] = 0;
+  if (what == 0 && i == 7) to[0] = from[1 << 10];
+  if (what == 1 && i == 7) to[-1] = 0;
+  if (what == 2 && i == 7) values[32] = 0;
+  if (what == 3) *reinterpret_cast<Four*>(to) = *reinterpret_cast<const Four*>(from + 1);
+  if (what == 4 && i < 32) __syncthreads();
+  if (what == 5 && i % 32 != 3) __shfl_xor_sync(0xffffffffu, 1.f, 1);
+  if (what == 5 && i % 32 == 3) __syncthreads();
+  if (what == 6) {
+    if (i < 32) __syncthreads();
+    else __syncthreads();
+  }
+  if (what == 7) {
+    if (i % 2) __syncwarp();
+    else __syncwarp();
+  }
+  if (what == 8) __syncwarp(1);
+  to[i] = values[i % 32];
+}
+
+}  // namespace
+
+void launch(int what, const float* from, float* to, cudaStream_t stream) {
+  const auto from4 = reinterpret_cast<const float4*>(from);
+  const auto to4 = reinterpret_cast<float4*>(to);
+  if (what == 0) return run_kernel(reverse, 4, 128, 512, stream, from, to, true);
+  if (what == 1) return run_kernel(reverse, 4, 128, 512, stream, from, to, false);
+  if (what == 2) return run_kernel(warp_sums, 1, 32, 0, stream, from, to);
+  if (what == 3) return run_kernel(pipeline, 1, 32, 0, stream, from4, to4, true);
+  if (what == 4) return run_kernel(pipeline, 1, 32, 0, stream, from4, to4, false);
+  if (what == 5) return run_kernel(product<half, 16, 16, wmma::row_major>, 1, 32, 0, stream, from, to);
+  if (what == 6) return run_kernel(product<__nv_bfloat16, 32, 8, wmma::col_major>, 1, 32, 0, stream, from, to);
+  if (what == 7) return run_kernel(product<half, 8, 32, wmma::col_major>, 1, 32, 0, stream, from, to);
+  if (what == 8) return run_kernel(reverse, 0, 128, 512, stream, from, to, true);
+  if (what == 9) return run_kernel(reverse, 1, 2048, 512, stream, from, to, true);
+  if (what == 10) return run_kernel(reverse, dim3(1, 65536), 32, 512, stream, from, to, true);
+  if (what == 11) return run_kernel(reverse, 1, 32, 49153, stream, from, to, true);
+  if (what == 12) return run_kernel(reverse, 1, 128, 500, stream, from, to, true);
+  if (what >= 20) run_kernel(wrong, 1, 64, 0, stream, from, to, what - 20);
+}
+
+}  // namespace timm_dynamic
+"""
+
+OPERATORS = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include "cuda_device.h"
+
+namespace timm_dynamic {
+
+void launch(int what, const float* from, float* to, cudaStream_t stream);
+
+torch::stable::Tensor probe(const torch::stable::Tensor& from, int64_t what, bool checks) {
+  const torch::stable::Tensor to = torch::stable::empty({512}, from.scalar_type(), std::nullopt, from.device());
+  launch(what, static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(to.mutable_data_ptr()), nullptr);
+  if (checks) STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return to;
+}
+
+}  // namespace timm_dynamic
+
+STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CUDA, m) {
+  m.impl("probe_of_emulation", TORCH_BOX(&timm_dynamic::probe));
+}
+"""
+
+SEEDS = pytest.mark.parametrize("seed", range(4))
+SOURCE = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "probe_cuda.cu").write_text(KERNELS)
+    (folder / "probe_cuda_ops.cpp").write_text(OPERATORS)
+    library = torch.library.Library("timm_dynamic", "FRAGMENT")
+    library.define("probe_of_emulation(Tensor source, int what, bool checks) -> Tensor")
+    sources = [folder / "probe_cuda.cu", folder / "probe_cuda_ops.cpp"]
+    probe = cuda_on_host.load(folder, "probe", sources).probe_of_emulation
+    return lambda what, seed=0, checks=True: probe(SOURCE, what, checks, seed=seed)
+
+
+pytestmark = cuda_on_host.needs_compiler
+
+
+@SEEDS
+def test_barrier(run, seed):
+    expected = SOURCE[:512].view(4, 128).flip(1).flatten()
+    assert torch.equal(run(0, seed), expected)
+    assert not torch.equal(run(1, seed), expected)  # the barrier left out
+
+
+@SEEDS
+def test_warp(run, seed):
+    x = SOURCE[:32]
+    expected = torch.stack([x.sum(), x[::2].sum(), (x > 0).sum(), x.sum(), x[27]])
+    torch.testing.assert_close(run(2, seed)[:5], expected)
+
+
+@SEEDS
+def test_asynchronous_copies(run, seed):
+    halves = SOURCE[:128].view(-1, 4) * torch.tensor([1, 1, 0, 0])
+    out = run(3, seed)
+    assert torch.equal(out[:128], SOURCE[:128]) and torch.equal(out[128:256], halves.flatten())
+    assert run(4, seed)[:128].isnan().all()  # nothing waited for
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    ("what", "dtype", "shape"), [(5, torch.half, (16, 16)), (6, torch.bfloat16, (32, 8)), (7, torch.half, (8, 32))]
+)
+def test_matrix_products(run, what, dtype, shape, seed):
+    M, N = shape
+    a, b = SOURCE[: M * 16].view(M, 16), SOURCE[512 : 512 + N * 16]
+    b = b.view(16, N) if what == 5 else b.view(N, 16).T
+    expected = 2 * (1 + a.to(dtype).double() @ b.to(dtype).double())
+    torch.testing.assert_close(run(what, seed)[: M * N].view(M, N).double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (8, "an empty grid.*\n.*reverse"),
+        (9, "a block too large"),
+        (10, "a grid too large"),
+        (11, "too much dynamic shared memory"),
+        (12, "write of 4 bytes, 0 bytes after dynamic shared memory of 500 bytes"),
+        (20, r"read of 4 bytes, 0 bytes after a tensor of 4096 bytes, .* thread \(7, 0, 0\)"),
+        (21, "write of 4 bytes, 4 bytes before a tensor of 2048 bytes"),
+        (22, "write of 4 bytes, 0 bytes after a __shared__ array of 128 bytes"),
+        (23, "no multiple of 16"),
+        (25, r"for ever, in block(.|\n)*62 at .*:\d+ with mask 0xffffffff, the first is 0(.|\n)*2 at .*the first is 3"),
+        (26, r"threads of a block wait at .*:\d+ and at "),
+        (27, r"lanes of a warp wait at .*:\d+ and at "),
+        (28, "a lane that is not in its own mask"),
+    ],
+)
+def test_reports(run, what, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(what)
+    with pytest.raises(RuntimeError, match=f"probe_of_emulation did not see.*{message}"):
+        run(what, checks=False)
+    run(0)  # what comes next is not concerned
+
+
+def test_threads_that_have_returned_are_not_waited_for(run):
+    assert run(24)[64:].isnan().all()  # of 64 threads; new tensors hold NaN

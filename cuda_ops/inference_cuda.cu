@@ -42,25 +42,29 @@ __device__ float sum_of_warp(float value) {
   return value;
 }
 
-// A block a map.
+// `lanes` adjacent threads, a warp or a block, a map.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) pool_nchw(const Pool op) {
+__global__ void __launch_bounds__(kThreads) pool_nchw(const Pool op, int lanes) {
   __shared__ float sums[kWarps];
-  const auto map = reinterpret_cast<const Vec<T, V>*>(static_cast<const T*>(op.x) +
-                                                      int64_t(blockIdx.x) * op.positions);
+  const int64_t map = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  const bool inside = map < int64_t(op.B) * op.C;
+  const auto from =
+      reinterpret_cast<const Vec<T, V>*>(static_cast<const T*>(op.x) + map * op.positions);
   float sum = 0;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < op.positions / V; i += kThreads) {
-    const Vec<T, V> values = map[i];
+  for (int i = threadIdx.x % lanes; inside && i < op.positions / V; i += lanes) {
+    const Vec<T, V> values = from[i];
 #pragma unroll
     for (int v = 0; v < V; ++v) sum += float(values.at[v]);
   }
   sum = sum_of_warp(sum);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int i = 1; i < kWarps; ++i) sum += sums[i];
-  op.sums[blockIdx.x] = sum;
+  if (lanes > kWarp) {
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0)
+      for (int i = 1; i < kWarps; ++i) sum += sums[i];
+  }
+  if (inside && threadIdx.x % lanes == 0) op.sums[map] = sum;
 }
 
 // A thread has V channels of some positions of a part; `lanes` adjacent ones have adjacent
@@ -212,17 +216,23 @@ void launch(const AffineMap& op, Dtype dtype, cudaStream_t stream) {
 }
 
 int Pool::lanes() const {
+  if (!channels_last) return positions / vector > 16 * kWarp ? kThreads : kWarp;
   int lanes = kWarp;
   while (lanes > 1 && lanes / 2 * vector >= C) lanes /= 2;
   return lanes;
 }
 
-int Pool::blocks() const { return B * (channels_last ? ceil_div(C, lanes() * vector) : C); }
+int Pool::blocks() const {
+  if (channels_last) return B * ceil_div(C, lanes() * vector);
+  return ceil_div(int64_t(B) * C, kThreads / lanes());
+}
 
 void launch(const Pool& op, Dtype dtype, cudaStream_t stream) {
   dispatch(dtype, op.vector > 1, [&]<typename T, int V>() {
     const int blocks = op.blocks(), lanes = op.lanes();
-    if (!op.channels_last) return run_kernel(pool_nchw<T, V>, blocks, kThreads, 0, stream, op);
+    if (!op.channels_last) {
+      return run_kernel(pool_nchw<T, V>, blocks, kThreads, 0, stream, op, lanes);
+    }
     run_kernel(pool_nhwc<T, V>, blocks * op.parts, kThreads, 0, stream, op, lanes, blocks / op.B);
   });
 }

@@ -28,7 +28,7 @@ struct Pool {
   const void* x;
   float* sums;
 
-  int lanes() const;   // that have adjacent channels (channels_last)
+  int lanes() const;   // that share a map (NCHW), or have adjacent channels (channels_last)
   int blocks() const;  // in one part
 };
 

@@ -2,6 +2,7 @@
 
 from timm_dynamic.ops._library import backend_info, load_kernels, reference_only
 from timm_dynamic.ops.affine import affine_reference_
+from timm_dynamic.ops.dcd_branch import dcd_factors_reference
 from timm_dynamic.ops.ddf import ddf, ddf_reference
 from timm_dynamic.ops.ddf_filters import ddf_filters_reference
 from timm_dynamic.ops.factored_conv import factored_conv2d, factored_conv2d_reference
@@ -18,6 +19,7 @@ load_kernels()
 __all__ = [
     "affine_reference_",
     "backend_info",
+    "dcd_factors_reference",
     "ddf",
     "ddf_filters_reference",
     "ddf_reference",

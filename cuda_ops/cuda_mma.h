@@ -39,6 +39,7 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32
     const auto pair = reinterpret_cast<const T*>(&bits);
     return float2{float(pair[0]), float(pair[1])};
   };
+#    pragma unroll 1
   for (int s = 0; s < 4; ++s) {
     const float2 rows[4] = {from(a[0], 4 * g + s), from(a[1], 4 * g + s), from(a[2], 4 * g + s),
                             from(a[3], 4 * g + s)};

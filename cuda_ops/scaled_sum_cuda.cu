@@ -1,11 +1,14 @@
 // CUDA kernels of timm_dynamic::scaled_sum and ::scaled_sum_backward, which
 // timm_dynamic/ops/scaled_sum.py defines.
 //
-// Both read and write every map once. A sample's maps are a matrix whose rows lie one after the
-// other: of channels (NCHW) or of positions (channels_last). A warp has 32 x 32 of it at a time, of
-// which a lane has kRows rows and kColumns columns, V adjacent ones of these at an address. The
-// sums over latent channels, or going back over channels, are products of small matrices in shared
-// memory: by tensor cores for the 16-bit types, else by float32 multiplications.
+// Both read and write every map once. With ones for y, which are not read, they are the gradient of
+// timm_dynamic::sum_and_project and that operator itself.
+//
+// A sample's maps are a matrix whose rows lie one after the other: of channels (NCHW) or of
+// positions (channels_last). A warp has 32 x 32 of it at a time, of which a lane has kRows rows and
+// kColumns columns, V adjacent ones of these at an address. The sums over latent channels, or going
+// back over channels, are products of small matrices in shared memory: by tensor cores for the
+// 16-bit types, else by float32 multiplications.
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -112,7 +115,7 @@ struct Tile {
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns / V; ++j)
-        to[i][j] = has(i, j)
+        to[i][j] = from && has(i, j)
                        ? *reinterpret_cast<const Vec<T, V>*>(static_cast<const T*>(from) + at(i, j))
                        : Vec<T, V>{};
   }
@@ -213,9 +216,12 @@ __global__ void __launch_bounds__(kThreads, 4) scaled_sum(const ScaledSum op, co
     const int count = min(s.L - l, kChunk<T>);
     const int filled = (count + kDepth - 1) / kDepth * kDepth;
     const int channel = channels_last ? column : row, position = channels_last ? row : column;
-    const Part of_p{op.p, int64_t(channel) * s.L + l, s.L, 1, s.O - channel, count, s.wide};
+    const Part of_p{op.p,          int64_t(channel) * s.p_channel + int64_t(l) * s.p_latent,
+                    s.p_channel,   s.p_latent,
+                    s.O - channel, count,
+                    s.wide};
     const Part of_v{op.v,
-                    int64_t(b) * op.v_sample + position * op.v_position + l * op.v_channel,
+                    b * op.v_sample + int64_t(position) * op.v_position + int64_t(l) * op.v_channel,
                     op.v_position,
                     op.v_channel,
                     s.positions - position,
@@ -242,7 +248,8 @@ __global__ void __launch_bounds__(kThreads, 4) scaled_sum(const ScaledSum op, co
           const int r = row + own_row + g + 8 * i;
           const float by_row =
               !channels_last && r < M ? load<T>(op.scale, int64_t(b) * M + r, s.wide) : 0.f;
-          sums[i][u] = (channels_last ? by_column : by_row) * float(in[i][u / V].at[u % V]);
+          const float own = op.y ? float(in[i][u / V].at[u % V]) : 1.f;
+          sums[i][u] = (channels_last ? by_column : by_row) * own;
         }
       }
     }
@@ -365,23 +372,24 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 4)
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             const int c = column + column_of<V>(q, j * V + k);
-            scales[k] = c < N ? load<T>(op.scale, int64_t(b) * N + c, s.wide) : 0.f;
+            scales[k] = op.scale && c < N ? load<T>(op.scale, int64_t(b) * N + c, s.wide) : 0.f;
           }
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           if (!tile.has(i, j)) continue;
-          const float by_row =
-              channels_last ? 0.f : load<T>(op.scale, int64_t(b) * M + row + g + 8 * i, s.wide);
+          const float by_row = op.scale && !channels_last
+                                   ? load<T>(op.scale, int64_t(b) * M + row + g + 8 * i, s.wide)
+                                   : 0.f;
           Vec<T, V> result;
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             const float own = float(grad[i][j].at[k]);
             result.at[k] = T((channels_last ? scales[k] : by_row) * own);
             float& sum = partial[channels_last ? j * V + k : i];
-            sum = fmaf(own, float(in[i][j].at[k]), sum);
+            sum = fmaf(own, op.y ? float(in[i][j].at[k]) : 1.f, sum);
           }
-          tile.store(op.dy, i, j, result);
+          if (op.dy) tile.store(op.dy, i, j, result);
         }
       }
       scale_sum = lane_sums(partial, channels_last ? 8 : 4);
@@ -399,7 +407,10 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 4)
     } else {
       shared.scale_sums[warp % 2][own_row + g + 8 * q] = scale_sum;
     }
-    const Part of_p{op.p, int64_t(channel) * s.L + latent, s.L, 1, s.O - channel, count, s.wide};
+    const Part of_p{op.p,          int64_t(channel) * s.p_channel + int64_t(latent) * s.p_latent,
+                    s.p_channel,   s.p_latent,
+                    s.O - channel, count,
+                    s.wide};
     each_element<T>(of_p, kTileChannels, filled, [&](int x, int l, float value) {
       if constexpr (kBy16<T>) {
         shared.p[l][x] = narrowed<T>(value);

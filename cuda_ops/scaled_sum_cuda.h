@@ -10,16 +10,18 @@
 namespace timm_dynamic {
 
 struct ScaledSumShape {
-  int B, O, L, positions;  // maps [B, O, positions], latent ones [B, L, positions]
-  bool channels_last;          // the maps' layout
-  bool vectorize;              // whether 16 bytes of maps may be loaded at once
-  bool wide;                   // what is not a map is float32, whatever the maps are
+  int B, O, L, positions;   // maps [B, O, positions], latent ones [B, L, positions]
+  bool channels_last;       // the maps' layout
+  bool vectorize;           // whether 16 bytes of maps may be loaded at once
+  bool wide;                // what is not a map is float32, whatever the maps are
+  int p_channel, p_latent;  // strides of P, which is [O, L]
 };
 
 struct ScaledSum {
   ScaledSumShape s;
-  int v_sample, v_channel, v_position;  // strides
-  const void *y, *scale, *p, *v;
+  int64_t v_sample;  // strides
+  int v_channel, v_position;
+  const void *y, *scale, *p, *v;  // y null: ones
   void* out;
 };
 
@@ -28,11 +30,11 @@ constexpr int kTileLatent = 48;                         // more are read again
 
 struct ScaledSumBackward {
   ScaledSumShape s;
-  int parts;  // of the channels, each the walk of a block
-  const void *grad, *y, *scale, *p;
-  void* dy;
-  float* scale_sums;  // [tiles(), B, O], to be summed over the first dimension
-  float* v_sums;      // [parts, B, L, positions], likewise
+  int parts;                         // of the channels, each the walk of a block
+  const void *grad, *y, *scale, *p;  // y null: ones
+  void* dy;                          // null, and so may scale be: not wanted
+  float* scale_sums;                 // [tiles(), B, O], to be summed over the first dimension
+  float* v_sums;                     // [parts, B, L, positions], likewise
 
   DDF_HOST_DEVICE int tiles() const { return ceil_div(s.positions, kTilePositions); }
   DDF_HOST_DEVICE int latent_tiles() const { return ceil_div(s.L, kTileLatent); }

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from timm_dynamic.layers import DCDConv2d
-from timm_dynamic.ops import backend_info, reference_only, scaled_sum, scaled_sum_reference
+from timm_dynamic.ops import (
+    backend_info,
+    reference_only,
+    scaled_sum,
+    scaled_sum_reference,
+    sum_and_project,
+    sum_and_project_reference,
+)
 
 
 def _why_not() -> str | None:
@@ -208,11 +215,11 @@ def test_opcheck(dtype, wide, layout):
         (1, torch.Tensor.double, "y must be"),
         (1, lambda t: t[0], "y must be"),
         (2, lambda t: t[:, 1:], "scale must have shape .2, 24"),
-        (2, torch.Tensor.half, "scale must be beside y"),
+        (2, torch.Tensor.half, "scale must be beside"),
         (3, lambda t: t[1:], "p must have shape"),
-        (3, torch.Tensor.bfloat16, "p must be beside y"),
+        (3, torch.Tensor.bfloat16, "p must be beside"),
         (4, lambda t: t[:, :, 1:], "v must have shape"),
-        (4, torch.Tensor.double, "v must be beside y"),
+        (4, torch.Tensor.double, "v must be beside"),
         (0, lambda t: t[:1], "grad must have shape"),
     ],
 )
@@ -223,9 +230,83 @@ def test_bad_arguments_are_refused(index, change, message):
         OPS.scaled_sum_backward(*args)
 
 
-def layer_and_input(layout, **kwargs):
+def projection(case, layout, dtype, wide):
+    """What `sum_and_project` and its gradient take: the latter's two gradients first."""
+    x, _, dsums, q, dz = arguments(case, layout, dtype, wide)
+    return dsums.float(), dz, x, q.transpose(0, 1).contiguous()
+
+
+def check_projection(operators, dsums, dz, x, q, **kwargs):
+    sums, z = operators.sum_and_project(x, q, **kwargs)
+    dx = operators.sum_and_project_backward(dsums, dz, x, q, **kwargs)
+    assert (sums.dtype, z.dtype, dx.dtype) == (torch.float32, q.dtype, x.dtype) and z.is_contiguous()
+    assert dx.stride() == torch.empty_like(x).stride()
+    leaf, *others = (t.detach().cpu().double() for t in (x, q, dsums, dz))
+    expected = sum_and_project_reference(leaf.requires_grad_(), others[0])
+    expected += torch.autograd.grad(expected, leaf, others[1:])
+    for name, one, other in zip(("sums", "z", "dx"), (sums, z, dx), expected, strict=True):
+        precision = torch.float32 if one.dtype == torch.float32 else x.dtype
+        atol = TOLERANCE[precision] * (other.abs().max().clamp(min=1).item() if other.numel() else 1)
+        torch.testing.assert_close(
+            one.cpu().double(), other.detach(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@every_layout
+@DTYPES
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_projection(case, dtype, wide, layout):
+    check_projection(OPS, *(t.to(DEVICE) for t in projection(case, layout, dtype, wide)))
+
+
+@every_layout
+def test_projection_on_another_stream_and_in_a_graph(layout):
+    args = [t.to(DEVICE) for t in projection((2, 64, 8, 14, 14), layout, torch.bfloat16, True)]
+
+    def run():
+        return [*OPS.sum_and_project(*args[2:]), OPS.sum_and_project_backward(*args)]
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # captures from a stream of its own
+        captured = run()
+    for t in args:
+        t.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+@every_layout
+def test_opcheck_of_projection(layout):
+    dsums, dz, x, q = (t.to(DEVICE) for t in projection((2, 8, 3, 4, 5), layout, torch.float32, False))
+    torch.library.opcheck(OPS.sum_and_project.default, (x.clone().requires_grad_(), q.clone().requires_grad_()))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.sum_and_project_backward.default, (dsums, dz, x, q), test_utils=tests)
+
+
+REFUSED_PROJECTIONS = [
+    (2, torch.Tensor.double, "x must be"),
+    (3, lambda t: t[:, 1:], "q must have shape"),
+    (3, torch.Tensor.half, "q must be beside"),
+    (0, lambda t: t[1:], "dsums must have shape"),
+    (1, lambda t: t[:, 1:], "dz must have shape"),
+    (1, torch.Tensor.double, "dz must be beside"),
+]
+
+
+@pytest.mark.parametrize(("index", "change", "message"), REFUSED_PROJECTIONS)
+def test_bad_arguments_of_projections_are_refused(index, change, message):
+    args = [t.to(DEVICE) for t in projection((2, 24, 9, 4, 6), "NCHW", torch.float32, False)]
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=message):
+        OPS.sum_and_project_backward(*args)
+
+
+def layer_and_input(layout, stride=2):
     torch.manual_seed(0)
-    layer = DCDConv2d(24, 40, 3, stride=2, padding=1, **kwargs).to(DEVICE)
+    layer = DCDConv2d(24, 40, 3, stride, padding=1).to(DEVICE)
     return layer, torch.randn(5, 24, 15, 13, device=DEVICE).to(memory_format=LAYOUTS[layout])
 
 
@@ -241,17 +322,21 @@ def step(layer, x, dtype=None):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
 @every_layout
-def test_layer(layout, dtype, training, monkeypatch):
-    layer, x = layer_and_input(layout)
+def test_layer(layout, stride, dtype, training, monkeypatch):
+    layer, x = layer_and_input(layout, stride)
     layer.train(training)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         with reference_only():
             expected = step(layer, x, dtype)
         calls, served = [], scaled_sum.serves
         monkeypatch.setattr(scaled_sum, "serves", lambda *args: calls.append(served(*args)) or calls[-1])
+        projections, projects = [], sum_and_project.serves
+        monkeypatch.setattr(sum_and_project, "serves", lambda *args: projections.append(args) or projects(*args))
         actual = step(layer, x, dtype)
     assert calls and all(calls)
+    assert bool(projections) == (stride == 1 and dtype is not None)
     tolerance = 1e-4 if dtype is None else 0.05
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype

@@ -16,13 +16,16 @@ from ops.test_scaled_sum_cuda import (
     CASES,
     DTYPES,
     LAYOUTS,
+    REFUSED_PROJECTIONS,
     TOLERANCE,
     arguments,
     check,
+    check_projection,
     every_layout,
     expected_of,
     forward_and_backward,
     other_layouts,
+    projection,
 )
 
 pytestmark = cuda_on_host.needs_compiler
@@ -91,7 +94,7 @@ def test_float16_keeps_large_numbers_finite(operators):
         (2, lambda t: t[:, 1:], "scale must have shape .2, 24"),
         (3, lambda t: t[:, :0], "p must be .O, L"),
         (4, lambda t: t[:, :, 1:], "v must have shape"),
-        (4, torch.Tensor.double, "v must be beside y"),
+        (4, torch.Tensor.double, "v must be beside"),
         (0, lambda t: t[:1], "grad must have shape"),
     ],
 )
@@ -100,3 +103,18 @@ def test_bad_arguments_are_refused(operators, index, change, message):
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
         operators.scaled_sum_backward(*args)
+
+
+@every_layout
+@DTYPES
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_projection(operators, case, dtype, wide, layout):
+    check_projection(operators, *projection(case, layout, dtype, wide), seed=next(SEEDS))
+
+
+@pytest.mark.parametrize(("index", "change", "message"), REFUSED_PROJECTIONS)
+def test_bad_arguments_of_projections_are_refused(operators, index, change, message):
+    args = [*projection((2, 24, 9, 4, 6), "NCHW", torch.float32, False)]
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=message):
+        operators.sum_and_project_backward(*args)

@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
-from timm_dynamic.ops import scaled_sum
+from timm_dynamic.ops import scaled_sum, sum_and_project
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
 from timm_dynamic.ops._linear import linear
@@ -181,13 +181,12 @@ class DCDConv2d(DropInConv2d, _Factors):
             return dcd_conv(
                 x, self.weight, self.bias, q, p, fc, self.bn1, self.bn2, self.pool_size, own_weights, options
             )
-        z = self._project(x)
+        pooled, z = self._pool_and_project(x)
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
-            if cuda_shortcut_serves(x, *self._fc()):
-                pooled = x if self.pool_size == 1 else self._pool(x)[:, :, None, None]
-                phi, scale = torch.ops.timm_dynamic.dcd_factors(pooled, self._fc())
+            if cuda_shortcut_serves(pooled, *self._fc()):
+                phi, scale = torch.ops.timm_dynamic.dcd_factors(pooled[:, :, None, None], self._fc())
             else:
-                phi, scale = self._factors(self._pool(x))
+                phi, scale = self._factors(pooled)
             v = self._fuse(z, phi)
         y, p = self.conv(x), self.p.weight
         if scaled_sum.serves(y, scale, p, v):
@@ -199,6 +198,12 @@ class DCDConv2d(DropInConv2d, _Factors):
 
     def _pool(self, x: Tensor) -> Tensor:
         return pool(x, self.pool_size)
+
+    def _pool_and_project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if (self.pool_size, *self.stride) == (1, 1, 1) and sum_and_project.serves(x, self.q.weight):
+            sums, z = torch.ops.timm_dynamic.sum_and_project(x, self.q.weight)
+            return (sums / (x.shape[2] * x.shape[3])).to(z.dtype), z
+        return self._pool(x), self._project(x)
 
     def _project(self, x: Tensor) -> Tensor:
         """`Q x`, in the parameters' dtype."""

@@ -13,6 +13,7 @@ from timm_dynamic.ops.mask_logits import mask_logits, mask_logits_reference
 from timm_dynamic.ops.mixed_conv import mixed_conv2d, mixed_conv2d_reference
 from timm_dynamic.ops.per_sample_conv import per_sample_conv2d, per_sample_conv2d_reference
 from timm_dynamic.ops.scaled_sum import scaled_sum_reference
+from timm_dynamic.ops.sum_and_project import sum_and_project_reference
 
 load_kernels()
 
@@ -37,4 +38,5 @@ __all__ = [
     "per_sample_conv2d_reference",
     "reference_only",
     "scaled_sum_reference",
+    "sum_and_project_reference",
 ]

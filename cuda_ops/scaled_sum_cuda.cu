@@ -332,7 +332,7 @@ __device__ void multiply_back(float (&sums)[kTileLatent / 8][4], const GradientT
 }
 
 template <typename T, int V, bool channels_last>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, V == 1 ? 2 : 3)
     scaled_sum_backward(const ScaledSumBackward op) {
   __shared__ GradientTile<T> shared;
 

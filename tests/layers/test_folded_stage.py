@@ -57,6 +57,17 @@ def plainly(model, x):
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("name", ["test_ped_resnet", "ped_mobilenetv2"])
+@torch.no_grad()
+def test_channels_last_as_on_a_gpu(name, norms, monkeypatch):
+    model, own = make(name), x.to(memory_format=torch.channels_last)
+    expected = model(own)
+    assert not norms
+    monkeypatch.setattr(folded_stage, "cuda_inference_kernel_serves", lambda *args: True)
+    torch.testing.assert_close(model(own), expected, rtol=1e-4, atol=1e-4)
+    assert norms
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_output_stays(name, norms):
     model, before, seen = make(name), x.clone(), []

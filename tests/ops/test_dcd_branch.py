@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from timm_dynamic.layers import DCDConv2d, DCDLinear
+from timm_dynamic.layers import DCDConv2d, DCDLinear, dcd
 from timm_dynamic.ops import backend_info, reference_only
 from timm_dynamic.ops._library import shortcut_serves
 
@@ -46,6 +46,24 @@ def test_equals_the_layer(case, calls_of):
     expected = layer.double()(x.double())
     assert calls == calls[:1]
     torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=2e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("case", ["3x3, strided, large maps", "1x1, small maps", "grouped"])
+@torch.no_grad()
+def test_factors_alone(case, monkeypatch):
+    """As on a GPU, where the branch is not one operator."""
+    layer, x = layer_and_input(case)
+    layer, x = layer.double(), x.double()
+    expected = layer(x)
+    calls, operator = [], torch.ops.timm_dynamic.dcd_factors
+    monkeypatch.setattr(dcd, "cuda_shortcut_serves", lambda *args: True)
+    monkeypatch.setattr(
+        torch.ops.timm_dynamic, "dcd_factors", lambda *args: calls.append(args) or operator(*args), raising=False
+    )
+    torch.testing.assert_close(layer(x), expected)
+    (arguments,) = calls
+    monkeypatch.undo()
+    torch.library.opcheck(operator.default, arguments)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from timm_dynamic.ops import backend_info, mixed_conv, mixed_conv2d, mixed_conv2d_reference, reference_only
 
@@ -73,6 +74,58 @@ def test_output_and_gradients(case, layout, dtype, parts, grouped, monkeypatch):
 def test_reference(case):
     arguments, options = case
     torch.testing.assert_close(mixed_conv2d_reference(*arguments, *options), written_out(*arguments, *options))
+
+
+# Kernel size, stride and dilation.
+DEPTHWISE = [(3, 1, 1), (3, 2, 1), (3, 1, 2), (5, 2, 1), (5, 1, 3), (7, 3, 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise_is_decoupled_dynamic_filtering(case, layout, monkeypatch):
+    K, stride, dilation = case
+    x, *others = tensors(3, 6, 6, (K, K), 9, 8, 6)
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    padding = dilation * (K // 2)
+    options = ((stride, stride), (padding, padding), (dilation, dilation), 6)
+    monkeypatch.setattr(mixed_conv, "_is_ddf", lambda *args: True)
+    out, expected = mixed_conv2d(x, *others, *options), written_out(x, *others, *options)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=layout)
+    grad = torch.randn_like(expected)
+    for wanted in ([x, *others], others):
+        own, written = (torch.autograd.grad(y, wanted, grad, retain_graph=True) for y in (out, expected))
+        for one, other in zip(own, written, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "serves"),
+    [
+        ({}, True),
+        ({"stride": (2, 2), "K": 5, "padding": (4, 4), "dilation": (2, 2)}, True),
+        ({"device": "cpu"}, False),
+        ({"K": 2}, False),
+        ({"K": 1, "padding": (0, 0)}, False),
+        ({"padding": (1, 0)}, False),
+        ({"padding": (0, 0)}, False),
+        ({"stride": (1, 2)}, False),
+        ({"dilation": (1, 2)}, False),
+        ({"Co": 8}, False),
+        ({"groups": 2}, False),
+        ({"dtype": torch.int32}, False),
+    ],
+    ids=str,
+)
+def test_who_is_decoupled_dynamic_filtering(change, serves, monkeypatch):
+    monkeypatch.setattr(mixed_conv, "has_kernel", lambda device_type: True)
+    case = {"K": 3, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 4, "Co": 4}
+    case |= {"device": "cuda", "dtype": torch.float32} | change
+    with FakeTensorMode():
+        x = torch.empty(2, 4, 9, 9, dtype=case["dtype"], device=case["device"])
+        kernels = torch.empty(3, case["Co"], 4 // case["groups"], case["K"], case["K"], device=case["device"])
+    options = (case[name] for name in ("stride", "padding", "dilation", "groups"))
+    assert mixed_conv._is_ddf(x, kernels, *options) == serves
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2])

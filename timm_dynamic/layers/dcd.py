@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.folding import Items
+from timm_dynamic.ops import scaled_sum, sum_and_project
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
-from timm_dynamic.ops._library import fuses_few, shortcut_serves
+from timm_dynamic.ops._library import cuda_shortcut_serves, fuses_few, shortcut_serves
 from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
 from timm_dynamic.ops.dcd_training import dcd_conv, serves
 from timm_dynamic.ops.pool_and_project import pool, project
@@ -35,19 +36,18 @@ class _Factors(nn.Module):
 
     def _factors(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, pooled]` to Phi, `[B, L, L]`, and scale, `[B, outputs]`."""
+        return factors(pooled, self._fc())
+
+    def _fc(self) -> list[Tensor]:
         fc = self.fc
-        return factors(pooled, [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight])
+        return [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight]
 
     def _branch_arguments(self, pool_size: int) -> tuple:
         """What the operators of `timm_dynamic.ops.dcd_branch` take between the input and their own arguments."""
         kept = _TENSORS.get(self)
         if kept is None or kept[0].are_others():
-            fc, norms = self.fc, (self.bn1, self.bn2)
-            tensors = (
-                [fc["0"].weight, fc["1"]["fc"]["0"].weight, self.fc_phi.weight, self.fc_scale.weight],
-                self.q.weight,
-                *([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in norms),
-            )
+            norms = ([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (self.bn1, self.bn2))
+            tensors = (self._fc(), self.q.weight, *norms)
             kept = _TENSORS[self] = (Items(self.modules()), tensors, self.p.weight)
         return *kept[1], self.bn1.eps, self.bn2.eps, pool_size, kept[2]
 
@@ -186,15 +186,20 @@ class DCDConv2d(DropInConv2d, _Factors):
             return dcd_conv(
                 x, self.weight, self.bias, q, p, fc, self.bn1, self.bn2, self.pool_size, own_weights, options
             )
-        pooled, z = self._pool(x), self._project(x)
+        pooled, z = self._pool_and_project(x)
         with no_autocast(x):  # Phi multiplies activations by activations, which float16 does not hold
-            phi, scale = self._factors(pooled)
+            if cuda_shortcut_serves(pooled, *self._fc()):
+                phi, scale = torch.ops.timm_dynamic.dcd_factors(pooled[:, :, None, None], self._fc())
+            else:
+                phi, scale = self._factors(pooled)
             v = self._fuse(z, phi)
-        y = self.conv(x)
-        scale, v = scale.to(y.dtype), _finite(v, y.dtype)
+        y, p = self.conv(x), self.p.weight
+        if scaled_sum.serves(y, scale, p, v):
+            return torch.ops.timm_dynamic.scaled_sum(y, scale, p, v)
+        scale, v = scale.to(y.dtype), scaled_sum.narrowed(v, y.dtype)
         if _in_a_graph():
             return y * scale[:, :, None, None] + self.p(v)
-        return combine(y, self.p.weight.to(y.dtype), v, scale)
+        return combine(y, p.to(y.dtype), v, scale)
 
     @torch.jit.unused
     def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
@@ -204,11 +209,17 @@ class DCDConv2d(DropInConv2d, _Factors):
             x: Such that `inference_kernel_serves`.
             norm: Scale, shift and limits.
         """
-        serves = fuses_few(x, self.weight) and _are_affine(self.bn1, self.bn2)
-        return self._by_operators(x, norm) if serves else None
+        on_cpu = x.device.type == "cpu" and fuses_few(x, self.weight)
+        return self._by_operators(x, norm) if on_cpu and _are_affine(self.bn1, self.bn2) else None
 
     def _pool(self, x: Tensor) -> Tensor:
         return pool(x, self.pool_size)
+
+    def _pool_and_project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if (self.pool_size, *self.stride) == (1, 1, 1) and sum_and_project.serves(x, self.q.weight):
+            sums, z = torch.ops.timm_dynamic.sum_and_project(x, self.q.weight)
+            return (sums / (x.shape[2] * x.shape[3])).to(z.dtype), z
+        return self._pool(x), self._project(x)
 
     def _project(self, x: Tensor) -> Tensor:
         """`Q x`, in the parameters' dtype."""
@@ -243,6 +254,8 @@ class DCDConv2d(DropInConv2d, _Factors):
     def _makes_sample_weights(self, x: Tensor) -> bool:
         """Whether to do so without an operator for it: also, samples or their calls are few."""
         few = x.shape[0] == 1 or (x.shape[0] > 1 and x.device.type == "cpu")
+        if few and cuda_shortcut_serves(x, *self._fc()):
+            return False  # then its branches are the fewest operations
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
     def _by_operators(
@@ -279,13 +292,6 @@ def _are_affine(bn1: nn.Module, bn2: nn.Module) -> bool:
     """Whether these are batch norms, in eval mode."""
     norms = nn.modules.batchnorm._BatchNorm
     return not (bn1.training or bn2.training) and isinstance(bn1, norms) and isinstance(bn2, norms)
-
-
-def _finite(v: Tensor, dtype: torch.dtype) -> Tensor:
-    """`v` in another dtype; float16 would make infinity of large numbers, and their product NaN."""
-    if dtype == torch.float16 != v.dtype:
-        v = v.clamp(-65504, 65504)
-    return v.to(dtype)
 
 
 def _in_a_graph() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops._autocast import no_autocast
-from timm_dynamic.ops._library import shortcut_serves
+from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
 
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
 _HOTTEST = 30.0
@@ -47,7 +47,9 @@ class KernelAttention(nn.Module):
         if not torch.jit.is_scripting():
             squeeze, _, expand = self.to_scores
             parameters = (squeeze.weight, squeeze.bias, expand.weight, expand.bias)
-            if shortcut_serves(x, *parameters):
+            # Not to wait for a GPU that knows the temperature.
+            on_gpu = temperature is None and cuda_shortcut_serves(x, *parameters)
+            if on_gpu or shortcut_serves(x, *parameters):
                 number = 1.0 if temperature is None else float(temperature)
                 return torch.ops.timm_dynamic.kernel_attention(x, *parameters, number)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

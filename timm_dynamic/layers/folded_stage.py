@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.folding import LIMITS, KeepsFolded, activation, affine, has_hooks, normed_pairs
-from timm_dynamic.ops._library import inference_kernel_serves
+from timm_dynamic.ops._library import cuda_inference_kernel_serves, inference_kernel_serves
 from timm_dynamic.ops.affine import affine_reference_
 
 
@@ -24,7 +24,8 @@ class _AffineNorm(nn.Module):
         self.act = nn.Identity() if type(act) in LIMITS else act
 
     def forward(self, y: Tensor) -> Tensor:
-        run = torch.ops.timm_dynamic.affine_ if y.is_contiguous() else affine_reference_
+        channels_last = y.device.type == "cuda" and y.is_contiguous(memory_format=torch.channels_last)
+        run = torch.ops.timm_dynamic.affine_ if channels_last or y.is_contiguous() else affine_reference_
         run(y, self.scale, self.shift, self.low, self.high)
         return self.act(y)
 
@@ -45,14 +46,15 @@ class _NormedLayer(nn.Module):
 class FoldedStage(KeepsFolded, nn.Sequential):
     """A sequence of blocks with dynamic convolutions; in inference, the norms behind convolutions work in place.
 
-    That is float32 and NCHW on a CPU, in eval mode and without gradients. The results are the same up to rounding. Not
-    if somebody may look: a block with hooks in it runs as it is.
+    That is float32 and NCHW on a CPU, anything on a GPU, in eval mode and without gradients. The results are the same
+    up to rounding. Not if somebody may look: a block with hooks in it runs as it is.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if isinstance(x, Tensor):  # not a proxy of torch.fx
-                if not self.training and inference_kernel_serves(x) and x.is_contiguous():
+                on_cpu = inference_kernel_serves(x) and x.is_contiguous()
+                if not self.training and (on_cpu or cuda_inference_kernel_serves(x, x)):
                     return self._run_folded(x)
         for block in self:
             x = block(x)

@@ -15,7 +15,7 @@ from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import factored_conv2d
 from timm_dynamic.ops._autocast import no_autocast
-from timm_dynamic.ops._library import shortcut_serves
+from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
 
 RECONSTRUCTION_WEIGHT = 0.001
 
@@ -168,7 +168,7 @@ class PEDConv2d(DropInConv2d):
     def _dynamic(self, x: Tensor) -> Tensor:
         if not self.training:
             heads = self.attn.parameters_of_heads()
-            if shortcut_serves(x, self.weight, *heads):
+            if shortcut_serves(x, self.weight, *heads) or cuda_shortcut_serves(x, *heads):
                 return self._convolve(x, torch.ops.timm_dynamic.factored_gates(x, *heads))
         with no_autocast(x):
             pooled = _pool(x)

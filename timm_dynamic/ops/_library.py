@@ -99,6 +99,20 @@ def fuses_few(x: Tensor, *parameters: Tensor) -> bool:
     return 0 < x.shape[0] <= _MAX_SHORTCUT_BATCH and all(t.is_contiguous() for t in (x, *parameters))
 
 
+def cuda_shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
+    """Likewise on a GPU, for either layout."""
+    return (
+        cuda_inference_kernel_serves(x, *parameters)
+        and x.shape[0] <= _MAX_SHORTCUT_BATCH
+        and all(t.is_contiguous() for t in parameters)
+    )
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """In which operators on tensors like this compute."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 _warned: set[str] = set()
 
 

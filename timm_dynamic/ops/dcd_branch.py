@@ -4,6 +4,7 @@
     dcd_branch_:         scale * y + P (BN2(Phi BN1(Q x)) + BN1(Q x)) for y = conv(x), in the place of y
     dcd_pointwise:       the same for a 1x1 convolution, which it does, and the norm behind the layer
     dcd_sample_weights:  scale * weight + P (S2 Phi + I) S1 Q, with the product at the central tap, and the bias
+    dcd_factors:         Phi and scale alone
 
 (Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021; the norms are affine in eval mode: a
 slope S and an offset). The branch is some twenty small operations a layer, whose overhead is most of their time where
@@ -30,6 +31,19 @@ def factors(pooled: Tensor, fc: list[Tensor]) -> tuple[Tensor, Tensor]:
     phi = F.linear(z, fc[2])
     L = int(phi.shape[1] ** 0.5 + 0.5)  # round gives TorchScript a float
     return phi.view(-1, L, L), _hsig(F.linear(z, fc[3]))
+
+
+def dcd_factors_reference(x: Tensor, fc: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Defines `torch.ops.timm_dynamic.dcd_factors`: `factors` of the mean over positions.
+
+    Args:
+        x: `[B, C, H, W]`.
+        fc: As for `dcd_branch_reference`, with a pool size of 1.
+
+    Returns:
+        Phi, `[B, L, L]`, and scale, `[B, O]`, of the dtype of `fc`.
+    """
+    return factors(x.mean((2, 3), dtype=fc[0].dtype), fc)
 
 
 def _affine(norm: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
@@ -160,9 +174,17 @@ torch.library.define(
 torch.library.define(
     f"{NAMESPACE}::dcd_sample_weights", f"({_COMMON}, Tensor weight, Tensor? bias) -> (Tensor, Tensor)", tags=_TAGS
 )
+torch.library.define(f"{NAMESPACE}::dcd_factors", "(Tensor x, Tensor[] fc) -> (Tensor, Tensor)", tags=_TAGS)
+torch.library.impl(f"{NAMESPACE}::dcd_factors", "CompositeExplicitAutograd")(dcd_factors_reference)
 torch.library.impl(f"{NAMESPACE}::dcd_branch_", "CompositeExplicitAutograd")(dcd_branch_reference)
 torch.library.impl(f"{NAMESPACE}::dcd_pointwise", "CompositeExplicitAutograd")(dcd_pointwise_reference)
 torch.library.impl(f"{NAMESPACE}::dcd_sample_weights", "CompositeExplicitAutograd")(dcd_sample_weights_reference)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dcd_factors")
+def _dcd_factors_fake(x, fc):
+    L = int(fc[2].shape[0] ** 0.5 + 0.5)
+    return fc[0].new_empty(x.shape[0], L, L), fc[0].new_empty(x.shape[0], fc[3].shape[0])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dcd_branch_")

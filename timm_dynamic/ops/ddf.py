@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_kernel
+from timm_dynamic.ops._library import NAMESPACE, accumulation_dtype, has_kernel
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +67,7 @@ def ddf_reference(
     kernel_combine: str = "mul",
 ) -> Tensor:
     """The same as `ddf` in plain differentiable PyTorch: a sum of shifted inputs. Defines the operator."""
-    dtype = _accumulation_dtype(features)
+    dtype = accumulation_dtype(features)
     padded = _pad(features.to(dtype), kernel_size, dilation)
     channel_filter, spatial_filter = channel_filter.to(dtype).flatten(2), spatial_filter.to(dtype)
     Ho, Wo = _output_size(features, stride)
@@ -89,7 +89,7 @@ def _ddf_backward_reference(
     kernel_combine: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulation_dtype(features)
+    dtype = accumulation_dtype(features)
     padded, grad = _pad(features.to(dtype), kernel_size, dilation), grad.to(dtype)
     channel, spatial = channel_filter.to(dtype).flatten(2), spatial_filter.to(dtype)
     Ho, Wo = _output_size(features, stride)
@@ -126,10 +126,6 @@ def _combine(channel: Tensor, spatial: Tensor, kernel_combine: str) -> Tensor:
 
 def _output_size(features: Tensor, stride: int) -> tuple[int, int]:
     return (features.shape[2] - 1) // stride + 1, (features.shape[3] - 1) // stride + 1
-
-
-def _accumulation_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops._library import NAMESPACE, accumulation_dtype
 
 
 def factored_gates_reference(
@@ -32,11 +32,12 @@ def factored_gates_reference(
         weight1, bias1, ...: Of the three heads, `[n, hidden]` and `[n]`.
 
     Returns:
-        `[B, n]` of each head.
+        `[B, n]` of each head, in float32, or float64 for float64 inputs.
     """
-    hidden = F.relu(F.linear(x.mean((2, 3)), hidden_weight, hidden_bias))
+    dtype = accumulation_dtype(x)
+    hidden = F.relu(F.linear(x.mean((2, 3), dtype=dtype), hidden_weight.to(dtype), hidden_bias.to(dtype)))
     heads = ((weight1, bias1), (weight2, bias2), (weight3, bias3))
-    return tuple(torch.sigmoid(F.linear(hidden, *head)) for head in heads)
+    return tuple(torch.sigmoid(F.linear(hidden, weight.to(dtype), bias.to(dtype))) for weight, bias in heads)
 
 
 _HEADS = "Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, Tensor bias3"
@@ -50,4 +51,4 @@ torch.library.impl(f"{NAMESPACE}::factored_gates", "CompositeExplicitAutograd")(
 
 @torch.library.register_fake(f"{NAMESPACE}::factored_gates")
 def _factored_gates_fake(x, hidden_weight, hidden_bias, *heads):
-    return tuple(x.new_empty(x.shape[0], bias.shape[0]) for bias in heads[1::2])
+    return tuple(x.new_empty(x.shape[0], bias.shape[0], dtype=accumulation_dtype(x)) for bias in heads[1::2])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops._library import NAMESPACE, accumulation_dtype
 
 
 def kernel_attention_reference(
@@ -30,10 +30,11 @@ def kernel_attention_reference(
         temperature: Of the softmax.
 
     Returns:
-        `[B, N]`.
+        `[B, N]`, in float32, or float64 for float64 inputs.
     """
-    hidden = F.relu(F.linear(x.mean((2, 3)), hidden_weight, hidden_bias))
-    return F.softmax(F.linear(hidden, score_weight, score_bias) / temperature, 1)
+    dtype = accumulation_dtype(x)
+    hidden = F.relu(F.linear(x.mean((2, 3), dtype=dtype), hidden_weight.to(dtype), hidden_bias.to(dtype)))
+    return F.softmax(F.linear(hidden, score_weight.to(dtype), score_bias.to(dtype)) / temperature, 1)
 
 
 torch.library.define(
@@ -47,4 +48,4 @@ torch.library.impl(f"{NAMESPACE}::kernel_attention", "CompositeExplicitAutograd"
 
 @torch.library.register_fake(f"{NAMESPACE}::kernel_attention")
 def _kernel_attention_fake(x, hidden_weight, hidden_bias, score_weight, score_bias, temperature):
-    return x.new_empty(x.shape[0], score_weight.shape[0])
+    return x.new_empty(x.shape[0], score_weight.shape[0], dtype=accumulation_dtype(x))

@@ -17,6 +17,7 @@ from timm_dynamic.ops import fused_conv
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE, has_kernel
 from timm_dynamic.ops._linear import by_onednn, linear
+from timm_dynamic.ops.ddf import DTYPES
 from timm_dynamic.ops.per_sample_conv import (
     _GROUPED_WEIGHTS,
     Pair,
@@ -115,7 +116,7 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
         return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels)
     if not pointwise and _fused_serves(x, kernels, *options):
         return fused_conv.mixed(x, attention, kernels, stride, padding, dilation)
-    by = _pointwise if pointwise else per_sample_conv2d
+    by = _pointwise if pointwise else _depthwise if _is_ddf(x, kernels, *options) else per_sample_conv2d
     with no_autocast(x):
         if x.shape[0] == 1 and not (by is _pointwise and by_onednn(x)):
             weight = _mix(attention, kernels, x.dtype)[0]
@@ -126,13 +127,14 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
 def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, needs):
     if x.shape[0] == 0:
         return tuple(t.zero_() for t in _empty_gradients(x, attention, kernels, needs))
+    options = (stride, padding, dilation, groups)
     pointwise = _is_pointwise(kernels, padding, groups)
-    if not pointwise and _fused_serves(x, kernels, stride, padding, dilation, groups):
+    if not pointwise and _fused_serves(x, kernels, *options):
         grad = grad.contiguous(memory_format=torch.channels_last)
-        options = (stride, padding, dilation)
-        grads = fused_conv.mixed_backward(grad, x, attention, kernels, *options, needs=needs)
+        grads = fused_conv.mixed_backward(grad, x, attention, kernels, *options[:3], needs=needs)
         return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
-    by = _pointwise_backward if pointwise else _convolution_backward
+    separate = _depthwise_backward if _is_ddf(x, kernels, *options) else _convolution_backward
+    by = _pointwise_backward if pointwise else separate
     grad_x, grad_attention, grad_kernels = _empty_gradients(x, attention, kernels, needs)
     grad_kernels.zero_()
     grads_x = []
@@ -196,6 +198,30 @@ def _convolution_backward(grad, x, weight, stride, padding, dilation, groups, ne
         grads_x.append(grad_x.view(n, *x.shape[1:]) if need_x else None)
         grads_weight.append(grad_weight.view(n, *weight.shape[1:]))
     return _joined(grads_x) if need_x else None, _joined(grads_weight)
+
+
+def _is_ddf(x: Tensor, kernels: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+    """Whether it is decoupled dynamic filtering on a GPU: whose kernels know channels_last, unlike B * C groups."""
+    _, Co, _, K, _ = kernels.shape
+    same = dilation[0] * (K // 2)
+    depthwise = K > 1 and kernels.shape[1:] == (groups, 1, K, K) and x.shape[1] == Co
+    known = K % 2 == 1 and tuple(padding) == (same, same) and stride[0] == stride[1] and dilation[0] == dilation[1]
+    return depthwise and known and x.device.type == "cuda" and x.dtype in DTYPES and has_kernel("cuda")
+
+
+def _depthwise(x, weight, stride, padding, dilation, groups):
+    return torch.ops.timm_dynamic.ddf(*_ddf_arguments(x, weight, stride, dilation))
+
+
+def _depthwise_backward(grad, x, weight, stride, padding, dilation, groups, need_x):
+    arguments = _ddf_arguments(x, weight, stride, dilation)
+    grad_x, grad_weight, _ = torch.ops.timm_dynamic.ddf_backward(grad, *arguments, [need_x, True, False])
+    return grad_x if need_x else None, grad_weight[:, :, None]
+
+
+def _ddf_arguments(x, weight, stride, dilation):
+    K = weight.shape[3]
+    return x, weight[:, :, 0], x.new_ones(1, K * K, 1, 1), K, dilation[0], stride[0], "mul"
 
 
 def _is_pointwise(kernels: Tensor, padding: Pair, groups: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops import scaled_sum
 from timm_dynamic.ops._autocast import autocast_dtype
 from timm_dynamic.ops._linear import linear
 from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size
@@ -38,6 +39,8 @@ def scaled_conv(
     """
     if not own_weights:
         y = F.conv2d(x, weight, bias, *options)
+        if scaled_sum.serves(y, scale, p, v):
+            return torch.ops.timm_dynamic.scaled_sum(y, scale, p, v), y
         out = torch.empty_like(y)
         for y_, scale_, v_, out_ in in_cache(y, scale, v, out):
             combine(torch.mul(y_, scale_[:, :, None, None], out=out_), p, v_)
@@ -70,13 +73,17 @@ def scaled_conv_backward(
     """The gradients of `x` (or None), `scale`, `weight`, `bias`, `p` and `v`; `y` is what `scaled_conv` returned."""
     transposed = p.flatten(1).t()
     if y is not None:
-        dy, dscale, dp, dv = torch.empty_like(y), torch.empty_like(scale), torch.zeros_like(p), torch.empty_like(v)
-        for g, y_, scale_, v_, dy_, dscale_, dv_ in in_cache(grad, y, scale, v, dy, dscale, dv):
-            torch.sum(g * y_, (2, 3), out=dscale_)
-            torch.mul(g, scale_[:, :, None, None], out=dy_)
-            g = g.flatten(2)
-            dp += torch.bmm(g, v_.mT).sum(0).view_as(p)
-            torch.bmm(transposed.expand(len(g), -1, -1), g, out=dv_)
+        if scaled_sum.serves(y, scale, p, v):
+            dy, dscale, dv = torch.ops.timm_dynamic.scaled_sum_backward(grad, y, scale, p, v)
+            dp = scaled_sum.grad_p(grad, p, v)
+        else:
+            dy, dscale, dp, dv = torch.empty_like(y), torch.empty_like(scale), torch.zeros_like(p), torch.empty_like(v)
+            for g, y_, scale_, v_, dy_, dscale_, dv_ in in_cache(grad, y, scale, v, dy, dscale, dv):
+                torch.sum(g * y_, (2, 3), out=dscale_)
+                torch.mul(g, scale_[:, :, None, None], out=dy_)
+                g = g.flatten(2)
+                dp += torch.bmm(g, v_.mT).sum(0).view_as(p)
+                torch.bmm(transposed.expand(len(g), -1, -1), g, out=dv_)
         *conv, groups = options
         sizes, mask = None if bias is None else list(bias.shape), (needs_x, True, bias is not None)
         dx, dweight, dbias = torch.ops.aten.convolution_backward(

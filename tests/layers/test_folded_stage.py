@@ -28,7 +28,7 @@ MODELS = (
 def norms(monkeypatch):
     """The norms that worked in place, or within the layer before them."""
     ran = []
-    for kind in (folded_stage._AffineNorm, folded_stage._NormedLayer):
+    for kind in (folded_stage.AffineNorm, folded_stage._NormedLayer):
         run = lambda self, y, forward=kind.forward: ran.append(self) or forward(self, y)  # noqa: E731
         monkeypatch.setattr(kind, "forward", run)
     return ran
@@ -91,7 +91,7 @@ def test_state_dict_and_modules_stay():
     with torch.no_grad():
         model(x)
     assert list(model.state_dict()) == keys and isinstance(model.layer1, FoldedStage)
-    assert not any(isinstance(module, folded_stage._AffineNorm) for module in model.modules())
+    assert not any(isinstance(module, folded_stage.AffineNorm) for module in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from timm_dynamic.ops._library import cuda_inference_kernel_serves, inference_ke
 from timm_dynamic.ops.affine import affine_reference_
 
 
-class _AffineNorm(nn.Module):
+class AffineNorm(nn.Module):
     """A batch norm in eval mode, and the activation within or behind it, in the place of its input."""
 
     def __init__(self, norm: nn.BatchNorm2d, act: nn.Module | None = None):
@@ -33,7 +33,7 @@ class _AffineNorm(nn.Module):
 class _NormedLayer(nn.Module):
     """A dynamic convolution with the norm behind it, which it may do itself."""
 
-    def __init__(self, layer: DropInConv2d, norm: _AffineNorm):
+    def __init__(self, layer: DropInConv2d, norm: AffineNorm):
         super().__init__()
         self.layer, self.norm = layer, norm
 
@@ -93,10 +93,10 @@ def _folded(block: nn.Module) -> nn.Module:
             continue
         act = next((acts.get(name) for kind, acts in _ACTIVATED.items() if isinstance(parent, kind)), None)
         if act:
-            norm = _AffineNorm(norm, getattr(parent, act))
+            norm = AffineNorm(norm, getattr(parent, act))
             setattr(parent, act, nn.Identity())
         else:
-            norm = _AffineNorm(norm)
+            norm = AffineNorm(norm)
         if hasattr(conv, "forward_normed"):
             setattr(parent, conv_name, _NormedLayer(conv, norm))
             norm = nn.Identity()

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import CountingConv2d, SparseBranch, SparseStage, attach_loss
 from timm_dynamic.layers.auxiliary import warn_about_float16
 from timm_dynamic.layers.capacity import run_without_waiting
-from timm_dynamic.layers.folding import KeepsFolded, activation, is_foldable, normed_pairs
+from timm_dynamic.layers.folded_stage import AffineNorm
+from timm_dynamic.layers.folding import KeepsFolded, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS, Cost, may_run_sparse
 from timm_dynamic.models._cfg import imagenet_cfg
@@ -132,14 +132,19 @@ class MaskedModel(KeepsFolded):
 
     @torch.jit.unused
     def _fold_outside(self) -> "MaskedModel":
-        """The model with other modules in the place of its own norms and the convolutions before them."""
+        """The model with its own norms in the place of the convolutions' outputs: to the bit what they give."""
         model = copy.copy(self)
         model._modules = dict(self._modules)
         for parent, name, norm_name in normed_pairs(self):
-            conv, norm = getattr(parent, name), getattr(parent, norm_name)
-            if parent is self and is_foldable(conv, norm, None):
-                model._modules[name] = fuse_conv_bn_eval(conv, norm)
-                model._modules[norm_name] = activation(norm) or nn.Identity()
+            if parent is not self:
+                continue
+            conv, norm = getattr(self, name), getattr(self, norm_name)
+            act_name = norm_name.replace("bn", "act")  # a ResNet's
+            act = self._modules.get(act_name)
+            if is_foldable(conv, norm, act):
+                model._modules[norm_name] = AffineNorm(norm, act)
+                if act is not None:
+                    model._modules[act_name] = nn.Identity()
         return model
 
     @torch.jit.unused

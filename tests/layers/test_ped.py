@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_dynamic.layers import PEDConv2d, load_reference
 from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.ops import backend_info
 from timm_dynamic.training import auxiliary_loss
 
 CONVS = {
@@ -302,3 +303,29 @@ def test_onnx_with_a_dynamic_batch(name, tmp_path):
     for inputs in (x[:1], torch.cat([x, x])):
         (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
         torch.testing.assert_close(torch.from_numpy(output), layer(inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ((6, 10, 3, 1, 1), {"bias": False}),
+        ((6, 9, 3, (1, 2), 1, 1, 3), {}),
+        ((8, 12, 1), {"bias": True}),
+        ((4, 6, 3), {"padding": "same", "padding_mode": "reflect", "dilation": 2}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_with_a_norm_behind(arguments, options):
+    torch.manual_seed(0)
+    layer = PEDConv2d(*arguments, **options).eval()
+    x, scale, shift = torch.randn(1, arguments[0], 13, 11), *torch.randn(2, arguments[1])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        layer = layer.to(memory_format=memory_format)
+        y = layer.forward_normed(x, (scale, shift, -0.1, 0.2))
+        assert (y is None) == (memory_format == torch.channels_last and layer.kernel_size != (1, 1))
+        expected = (layer(x) * scale[:, None, None] + shift[:, None, None]).clamp(-0.1, 0.2)
+        torch.testing.assert_close(expected if y is None else y, expected, rtol=1e-5, atol=1e-5)
+    assert layer.forward_normed(x.repeat(2, 1, 1, 1), (scale, shift, 0, 1)) is None  # several samples
+    assert layer.forward_normed(x[:, :, :1, :1], (scale, shift, 0, 1)) is None  # few positions

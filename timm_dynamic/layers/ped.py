@@ -15,7 +15,7 @@ from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import factored_conv2d
 from timm_dynamic.ops._autocast import no_autocast
-from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
+from timm_dynamic.ops._library import cuda_shortcut_serves, fuses_few, shortcut_serves
 
 RECONSTRUCTION_WEIGHT = 0.001
 
@@ -186,6 +186,30 @@ class PEDConv2d(DropInConv2d):
         if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
             if not isinstance(self.aux_scale, Tensor):
                 warn_about_float16("PED's reconstruction loss")
+        return y
+
+    @torch.jit.unused
+    def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
+        """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
+
+        Args:
+            x: Such that `inference_kernel_serves`.
+            norm: Scale, shift and limits.
+        """
+        few = 4 * x.shape[2] * x.shape[3] <= self.out_channels  # columns are scaled then
+        if len(x) != 1 or self.rank != 1 or few or x.device.type != "cpu":
+            return None
+        weight, heads = self.weight, self.attn.parameters_of_heads()
+        if not fuses_few(x, weight, *heads):
+            return None
+        a_in, a_out, a_tap = torch.ops.timm_dynamic.factored_gates(x, *heads)
+        own = weight * torch.outer(a_in[0], a_tap[0]).view(weight.shape[1:])
+        y = F.conv2d(self._pad(x), own, None, self.stride, self._padding, self.dilation, self.groups)
+        y = y.contiguous()  # it is not where a 1x1 weight has been put into channels_last
+        y.mul_(a_out[0, :, None, None])  # not with the norm's scale, which would give other bits
+        if self.bias is not None:
+            y.add_(self.bias[:, None, None])
+        torch.ops.timm_dynamic.affine_(y, *norm)
         return y
 
     def _convolve(self, x: Tensor, gates: list[Tensor]) -> Tensor:

@@ -92,11 +92,9 @@ def _folded(block: nn.Module) -> nn.Module:
         if norm.running_mean.dtype != torch.float32:
             continue
         act = next((acts.get(name) for kind, acts in _ACTIVATED.items() if isinstance(parent, kind)), None)
+        norm = AffineNorm(norm, act and getattr(parent, act))
         if act:
-            norm = AffineNorm(norm, getattr(parent, act))
             setattr(parent, act, nn.Identity())
-        else:
-            norm = AffineNorm(norm)
         if hasattr(conv, "forward_normed"):
             setattr(parent, conv_name, _NormedLayer(conv, norm))
             norm = nn.Identity()

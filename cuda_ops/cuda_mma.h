@@ -22,12 +22,14 @@ template <typename T>
 __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #  if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -35,7 +37,7 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32
 #  else  // tensor cores that do not know this product, or none
   const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const auto from = [](uint32_t bits, int lane) {
-    bits = __shfl_sync(0xffffffffu, bits, lane);
+    bits = __shfl_sync(kAllLanes, bits, lane);
     const auto pair = reinterpret_cast<const T*>(&bits);
     return float2{float(pair[0]), float(pair[1])};
   };

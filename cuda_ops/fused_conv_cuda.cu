@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, Own::kBlocks) window_product(const W
       const Floats exact = formed.form(s, spare);
       Vec<T, 4> own_weights;
 #  pragma unroll
-      for (int v = 0; v < 4; ++v) own_weights.at[v] = T(exact.at[v]);
+      for (int v = 0; v < 4; ++v) own_weights.at[v] = rounded<T>(exact.at[v]);
       *reinterpret_cast<Vec<T, 4>*>(&stages[stage].weights[s][form_column][form_channel]) =
           own_weights;
     }
@@ -283,11 +283,13 @@ __global__ void __launch_bounds__(kThreads, Own::kBlocks) window_product(const W
       Vec<T, kChunk> result;
 #  pragma unroll
       for (int v = 0; v < kChunk; ++v)
-        result.at[v] = T(Own::gate(own, position / op.map(), column + v) * values[v]);
+        result.at[v] = rounded<T>(Own::gate(own, position / op.map(), column + v) * values[v]);
       *reinterpret_cast<Vec<T, kChunk>*>(out + int64_t(position) * own.columns + column) = result;
     }
     __syncwarp();
   }
+#else
+  __trap();  // not to leave `out` as it is
 #endif
 }
 

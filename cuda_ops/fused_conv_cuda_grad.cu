@@ -153,7 +153,7 @@ struct GatedSums {
     // Over the columns: by the lanes of a channel.
 #pragma unroll
     for (int offset = kWarpChannels; offset < kWarp; offset *= 2)
-      of_pair += __shfl_xor_sync(0xffffffffu, of_pair, offset);
+      of_pair += __shfl_xor_sync(kAllLanes, of_pair, offset);
     if (at.row == 0 && at.channel < own.channels)
       op.pairs[blockIdx.x / op.channel_tiles() % op.column_tiles() *
                    (int64_t(op.B) * op.window.taps() * own.channels) +
@@ -266,6 +266,8 @@ __global__ void __launch_bounds__(kThreads) window_gradients(const WindowGradien
     p = 0, ++b;
   }
   own.write(op, at);
+#else
+  __trap();
 #endif
 }
 

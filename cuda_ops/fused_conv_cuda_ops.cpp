@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cuda_device.h"
+#include "cuda_maps.h"
 #include "fused_conv_cuda.h"
 #include "sparse_args.h"
 
@@ -25,16 +25,8 @@ const void* map_data(const char* name, const Tensor& t) {
   const bool served =
       t.dim() == 4 && t.numel() > 0 && t.size(1) % 8 == 0 &&
       (t.scalar_type() == ScalarType::Half || t.scalar_type() == ScalarType::BFloat16);
-  const auto strides_fit = [&] {
-    int64_t stride = 1;
-    for (const int i : {1, 3, 2, 0}) {
-      if (t.size(i) > 1 && t.stride(i) != stride) return false;
-      stride *= t.size(i);
-    }
-    return true;
-  };
   STD_TORCH_CHECK(
-      served && strides_fit(), name,
+      served && is_dense_channels_last(t), name,
       " must be [B, C, H, W] with C a multiple of 8, float16 or bfloat16, channels_last "
       "and not empty, got ",
       shape_text(t));
@@ -129,9 +121,13 @@ Window<int> product_window(const Tensor& x, Sizes size, Sizes kernel_size, Sizes
                      stride, padding, dilation);
 }
 
+void check_positions(const Window<int>& w, const Tensor& x) {
+  check_count(x.size(0) * std::max(w.H * w.W, w.Ho * w.Wo));
+}
+
 Tensor run_product(WindowProduct& op, const Tensor& x) {
   op.B = x.size(0);
-  check_count(int64_t(op.B) * std::max(op.map(), op.source_map()));
+  check_positions(op.window, x);
   const Tensor out = empty(x, {x.size(0), op.own.columns, op.height(), op.width()}, true);
   op.out = out.mutable_data_ptr();
   launch(op, dtype_of(x), Device(x).stream);
@@ -165,16 +161,11 @@ Window<int> gradient_window(const Tensor& grad, const Tensor& x, Sizes kernel_si
                      padding, dilation);
 }
 
-// Room for the parts of a gradient.
-Tensor parts(const Tensor& like, std::vector<int64_t> sizes, float*& data) {
-  const Tensor t = torch::stable::empty(sizes, ScalarType::Float, std::nullopt, like.device());
-  data = static_cast<float*>(t.mutable_data_ptr());
-  return t;
-}
-
+// Adds up partial sums over their first dimension.
 Tensor summed(const Tensor& parts) {
-  const int64_t first = 0;
-  return torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
+  const std::vector<int64_t> first = {0}, shape = shape_of(parts);
+  if (shape[0] > 1) return torch::stable::sum(parts, first);
+  return torch::stable::reshape(parts, std::vector<int64_t>(shape.begin() + 1, shape.end()));
 }
 
 // Room for the kernels' gradient, in as many parts as keep the device busy.
@@ -184,10 +175,13 @@ Tensor kernel_parts(WindowGradients& op, const Tensor& grad, const Tensor& x,
                       grad.scalar_type() == x.scalar_type() && grad.device() == x.device(),
                   "grad must be [", x.size(0), ", ", op.own.columns,
                   ", Ho, Wo], of the dtype and on the device of x, got ", shape_text(grad));
+  check_positions(op.window, x);
   op.B = x.size(0);
   op.parts = std::clamp<int64_t>(2 * device.processors / op.tiles(), 1, std::min(op.B, 65535));
-  return parts(x, {op.parts, op.own.N, op.window.taps(), op.own.columns, op.own.channels},
-               op.kernels);
+  const Tensor parts =
+      empty_floats(x, {op.parts, op.own.N, op.window.taps(), op.own.columns, op.own.channels});
+  op.kernels = floats(parts);
+  return parts;
 }
 
 std::tuple<Tensor, Tensor> fused_mixed_conv_gradients(const Tensor& grad, const Tensor& x,
@@ -200,7 +194,8 @@ std::tuple<Tensor, Tensor> fused_mixed_conv_gradients(const Tensor& grad, const 
   op.own = mixed_weights(kernels, attention, op.window, x);
   const Device device(x);
   const Tensor of_kernels = kernel_parts(op, grad, x, device);
-  const Tensor of_attention = parts(x, {op.tiles(), op.B, op.own.N}, op.attention);
+  const Tensor of_attention = empty_floats(x, {op.tiles(), op.B, op.own.N});
+  op.attention = floats(of_attention);
   launch(op, dtype_of(x), device.stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {summed(of_attention), summed(of_kernels)};
@@ -216,8 +211,9 @@ std::tuple<Tensor, Tensor, Tensor> fused_gated_conv_gradients(
   const Device device(x);
   const Tensor of_kernel = kernel_parts(op, grad, x, device);
   const int64_t B = op.B, taps = op.window.taps();
-  const Tensor of_pairs = parts(x, {op.column_tiles(), B, taps, op.own.channels}, op.pairs);
-  const Tensor of_gates = parts(x, {taps * op.channel_tiles(), B, op.own.columns}, op.gates);
+  const Tensor of_pairs = empty_floats(x, {op.column_tiles(), B, taps, op.own.channels});
+  const Tensor of_gates = empty_floats(x, {taps * op.channel_tiles(), B, op.own.columns});
+  op.pairs = floats(of_pairs), op.gates = floats(of_gates);
   launch(op, dtype_of(x), device.stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {summed(of_pairs), summed(of_gates), summed(of_kernel)};

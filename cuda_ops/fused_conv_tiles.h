@@ -6,6 +6,8 @@
 #include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
+#include <type_traits>
+
 #include "fused_conv_cuda.h"
 
 namespace timm_dynamic {
@@ -24,6 +26,15 @@ using Sums = wmma::fragment<wmma::accumulator, kTile, kTile, kTile, float>;
 template <typename T>
 __device__ void copy_chunk(T* to, const T* from, bool inside) {
   __pipeline_memcpy_async(to, from, 16, inside ? 0 : 16);
+}
+
+// To the nearest. Torch compiles without the types' own conversions.
+template <typename T>
+__device__ T rounded(float value) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(value);
+  else
+    return __float2bfloat16_rn(value);
 }
 
 template <typename F>

@@ -61,8 +61,8 @@ __global__ void pipeline(const float4* from, float4* to, bool waits) {
 template <typename T, int M, int N, typename LayoutB>
 __global__ void product(const float* from, float* to) {
   __shared__ __align__(32) T a[M * 16], b[16 * N];
-  for (int i = threadIdx.x; i < M * 16; i += 32) a[i] = T(from[i]);
-  for (int i = threadIdx.x; i < N * 16; i += 32) b[i] = T(from[512 + i]);
+  for (int i = threadIdx.x; i < M * 16; i += 32) a[i] = T::rounded(from[i]);
+  for (int i = threadIdx.x; i < N * 16; i += 32) b[i] = T::rounded(from[512 + i]);
   __syncwarp();
   wmma::fragment<wmma::matrix_a, M, N, 16, T, wmma::row_major> of_a;
   wmma::fragment<wmma::matrix_b, M, N, 16, T, LayoutB> of_b;

@@ -152,13 +152,14 @@ def _backward_fused(grad, x, weight, a_in, a_tap, a_out, stride, padding, dilati
     grad = grad.contiguous(memory_format=torch.channels_last)
     tensors, options = (grad, x, weight, a_in, a_tap, a_out), (stride, padding, dilation)
     grad_x, grad_weight, grad_pairs, grad_a_out = fused_conv.gated_backward(*tensors, *options, need_x=needs[0])
-    return (
-        grad_x if needs[0] else x.new_empty(0),
-        grad_weight if needs[1] else weight.new_empty(0),
-        (grad_pairs * a_tap).sum(1)[..., None],
-        (grad_pairs * a_in.mT).sum(2)[..., None],
-        grad_a_out,
-    )
+    with no_autocast(x):
+        return (
+            grad_x if needs[0] else x.new_empty(0),
+            grad_weight if needs[1] else weight.new_empty(0),
+            (grad_pairs * a_tap).sum(1)[..., None],
+            (grad_pairs * a_in.mT).sum(2)[..., None],
+            grad_a_out,
+        )
 
 
 def _fused_serves(

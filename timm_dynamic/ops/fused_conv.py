@@ -52,7 +52,7 @@ def _has_tensor_cores(device: torch.device) -> bool:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def mixed(x: Tensor, attention: Tensor, kernels: Tensor, *options: Pair) -> Tensor:
@@ -116,7 +116,7 @@ def gated_backward(
 def _packed(kernels: Tensor, transposed: bool = False) -> Tensor:
     """`[N, Co, Ci, Kh, Kw]` as `[N, Kh * Kw, Co, Ci]`, or `[N, Kh * Kw, Ci, Co]`, in float32."""
     order = (0, 3, 4, 2, 1) if transposed else (0, 3, 4, 1, 2)
-    return kernels.permute(order).float().contiguous().flatten(1, 2)
+    return _aligned(kernels.permute(order).float().contiguous().flatten(1, 2))
 
 
 def _unpack(packed: Tensor, out: Tensor) -> Tensor:

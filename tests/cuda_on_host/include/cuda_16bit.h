@@ -1,4 +1,4 @@
-// The two 16-bit floating-point types: every operation rounds once, to the nearest, ties to even.
+// The two 16-bit floating-point types; rounded to the nearest, ties to even.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -19,27 +19,14 @@ struct BFloat16Format {
   static float value(unsigned short v) { return std::bit_cast<float>(unsigned(v) << 16); }
 };
 
+// Neither conversions nor operators: torch compiles without them (__CUDA_NO_HALF_CONVERSIONS__ and
+// the like).
 template <typename Format>
 struct alignas(2) Short {
   unsigned short x;
 
-  Short() = default;
-  template <typename T>
-    requires std::is_arithmetic_v<T>
-  Short(T v) : x(Format::bits(v)) {}
-  operator float() const { return Format::value(x); }
-
-  Short operator-() const { return -float(*this); }
-  Short& operator+=(Short v) { return *this = float(*this) + float(v); }
-  Short& operator-=(Short v) { return *this = float(*this) - float(v); }
-  Short& operator*=(Short v) { return *this = float(*this) * float(v); }
-  friend Short operator+(Short a, Short b) { return a += b; }
-  friend Short operator-(Short a, Short b) { return a -= b; }
-  friend Short operator*(Short a, Short b) { return a *= b; }
-  friend Short operator/(Short a, Short b) { return float(a) / float(b); }
-  friend bool operator==(Short a, Short b) { return float(a) == float(b); }
-  friend bool operator<(Short a, Short b) { return float(a) < float(b); }
-  friend bool operator>(Short a, Short b) { return float(a) > float(b); }
+  static Short rounded(float v) { return {Format::bits(v)}; }
+  float value() const { return Format::value(x); }
 };
 
 }  // namespace cuda_on_host

@@ -5,4 +5,5 @@
 
 using __nv_bfloat16 = cuda_on_host::Short<cuda_on_host::BFloat16Format>;
 
-inline float __bfloat162float(__nv_bfloat16 v) { return v; }  // torch's BFloat16.h asks for this
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return __nv_bfloat16::rounded(v); }
+inline float __bfloat162float(__nv_bfloat16 v) { return v.value(); }  // for torch's BFloat16.h

@@ -5,3 +5,5 @@
 
 using __half = cuda_on_host::Short<cuda_on_host::HalfFormat>;
 using half = __half;
+
+inline __half __float2half_rn(float v) { return __half::rounded(v); }

@@ -65,11 +65,10 @@ void each_element(bool by_rows, unsigned stride, F f) {
   }
 }
 
-template <typename Fragment>
-void collect(void* const* lanes, const Fragment& (*of)(const void*), float* to) {
-  for (int lane = 0; lane < warpSize; ++lane)
-    for (int i = 0; i < Fragment::num_elements; ++i)
-      to[Fragment::place(lane, i)] = float(of(lanes[lane]).x[i]);
+inline float value(float v) { return v; }
+template <typename T>
+float value(T v) {
+  return v.value();
 }
 
 }  // namespace on_host
@@ -107,18 +106,17 @@ void store_matrix_sync(T* to, const fragment<accumulator, M, N, K, T>& from, uns
   });
 }
 
-template <int M, int N, int K, typename T, typename LayoutA, typename LayoutB, typename Sum>
-void mma_sync(fragment<accumulator, M, N, K, Sum>& d,
+template <int M, int N, int K, typename T, typename LayoutA, typename LayoutB>
+void mma_sync(fragment<accumulator, M, N, K, float>& d,
               const fragment<matrix_a, M, N, K, T, LayoutA>& a,
               const fragment<matrix_b, M, N, K, T, LayoutB>& b,
-              const fragment<accumulator, M, N, K, Sum>& c,
+              const fragment<accumulator, M, N, K, float>& c,
               const std::source_location& site = std::source_location::current()) {
   static_assert(K == 16 && ((M == 16 && N == 16) || (M == 32 && N == 8) || (M == 8 && N == 32)));
-  static_assert(std::is_same_v<T, __half> ||
-                (std::is_same_v<T, __nv_bfloat16> && std::is_same_v<Sum, float>));
+  static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
   using A = fragment<matrix_a, M, N, K, T, LayoutA>;
   using B = fragment<matrix_b, M, N, K, T, LayoutB>;
-  using C = fragment<accumulator, M, N, K, Sum>;
+  using C = fragment<accumulator, M, N, K, float>;
   struct Own {
     const A* a;
     const B* b;
@@ -132,15 +130,15 @@ void mma_sync(fragment<accumulator, M, N, K, Sum>& d,
         if (lanes[lane]) f(lane, *static_cast<Own*>(lanes[lane]));
     };
     each([&](int lane, const Own& own) {
-      for (int i = 0; i < A::num_elements; ++i) a[A::place(lane, i)] = float(own.a->x[i]);
-      for (int i = 0; i < B::num_elements; ++i) b[B::place(lane, i)] = float(own.b->x[i]);
-      for (int i = 0; i < C::num_elements; ++i) sums[C::place(lane, i)] = float(own.c->x[i]);
+      for (int i = 0; i < A::num_elements; ++i) a[A::place(lane, i)] = on_host::value(own.a->x[i]);
+      for (int i = 0; i < B::num_elements; ++i) b[B::place(lane, i)] = on_host::value(own.b->x[i]);
+      for (int i = 0; i < C::num_elements; ++i) sums[C::place(lane, i)] = own.c->x[i];
     });
     for (int m = 0; m < M; ++m)
       for (int k = 0; k < K; ++k)
         for (int n = 0; n < N; ++n) sums[m * N + n] += a[m * K + k] * b[k * N + n];
     each([&](int lane, const Own& own) {
-      for (int i = 0; i < C::num_elements; ++i) own.d->x[i] = Sum(sums[C::place(lane, i)]);
+      for (int i = 0; i < C::num_elements; ++i) own.d->x[i] = sums[C::place(lane, i)];
     });
   });
 }

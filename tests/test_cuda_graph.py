@@ -1,5 +1,6 @@
 """`CudaGraph` without a GPU: what it captures and when. Instead of a graph, the function runs again."""
 
+import contextlib
 import copy
 import re
 from unittest import mock
@@ -16,28 +17,43 @@ from timm_dynamic.layers.folding import kept_for
 
 
 class Recorder:
-    """Every replay has the sizes of the capture, whatever was seen since."""
+    """Makes the graphs. Every replay has the sizes of the capture, whatever was seen since."""
 
     def __init__(self):
         self.captures = 0
         self.model = None
+        self.fails = False
 
     def seen(self):
         kept = [kept_for(block) for block in self.model.masked_blocks()]
         return [one[2].seen for one in kept if one is not None]
 
-    def __call__(self, forward, device):
-        self.captures += 1
+    def __call__(self, device):
+        return Recorded(self)
+
+
+class Recorded:
+    def __init__(self, recorder):
+        self.recorder, self.forward = recorder, None
+        self.in_order = contextlib.nullcontext
+
+    def drop(self):
+        self.forward = None
+
+    def capture(self, forward):
+        self.recorder.captures += 1
         forward()
-        captured = copy.deepcopy(self.seen())
+        if self.recorder.fails:
+            raise RuntimeError("CUDA out of memory")
+        self.forward, self.captured = forward, copy.deepcopy(self.recorder.seen())
 
-        def replay():
+    def replay(self):
+        if self.forward is not None:
             with mock.patch.object(capacity, "remember"):
-                for seen, before in zip(self.seen(), captured, strict=False):
+                for seen, before in zip(self.recorder.seen(), self.captured, strict=False):
                     seen.update(copy.deepcopy(before))
-                forward()
-
-        return replay
+                self.forward()
+        return self.forward is not None
 
 
 @pytest.fixture
@@ -45,7 +61,7 @@ def recorder(monkeypatch):
     """As if this were a GPU, with capacities that the small maps here fill only in part."""
     torch.manual_seed(0)
     recorder = Recorder()
-    monkeypatch.setattr(cuda_graph, "_record", recorder)
+    monkeypatch.setattr(cuda_graph, "_Graph", recorder)
     monkeypatch.setattr(cuda_graph, "_problem_with", lambda model, x: None)
     monkeypatch.setattr(capacity, "serves", lambda x: True)
     monkeypatch.setattr(capacity, "_MULTIPLE", 4)
@@ -129,6 +145,12 @@ def fused_step(model):
     torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
 
 
+def fused_step_of_one_convolution(model):
+    weight = model.layer1[0].conv1.weight
+    weight.grad = torch.randn_like(weight)
+    torch.optim.AdamW([weight], lr=1.0, fused=True).step()
+
+
 def loaded(model):
     model.load_state_dict(build().state_dict())
 
@@ -137,7 +159,15 @@ def other_activation(model):
     model.act1 = nn.Tanh()
 
 
-CHANGES = [other_weights, data_of_the_head, other_head, fused_step, loaded, other_activation]
+CHANGES = [
+    other_weights,
+    data_of_the_head,
+    other_head,
+    fused_step,
+    fused_step_of_one_convolution,
+    loaded,
+    other_activation,
+]
 
 
 class TestCalls:
@@ -154,6 +184,27 @@ class TestCalls:
         torch.testing.assert_close(changed, dense(recorder.model, x))
         graph(x)
         assert recorder.captures == 2
+
+    def test_training_of_another_model_is_no_change(self, recorder):
+        recorder.model, x = build(), image()
+        graph = CudaGraph(recorder.model, x)
+        fused_step(build())
+        graph(x)
+        assert recorder.captures == 1
+
+    @every_kind
+    def test_after_a_capture_that_failed(self, kind, recorder):
+        share = [0.1]
+        recorder.model = model = build_with_share(kind, share)
+        graph = CudaGraph(model, image(kind, 3))
+        share[0], recorder.fails = 1.0, True
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graph(image(kind, 3))
+        recorder.fails = False
+        for captures in (3, 3):
+            x = image(kind, 3)
+            torch.testing.assert_close(graph(x), dense(model, x))
+            assert recorder.captures == captures
 
     def test_results_and_inputs_are_the_callers(self, recorder):
         recorder.model, x = build(), image()

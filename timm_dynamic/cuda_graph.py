@@ -1,6 +1,7 @@
 """Inference of a whole network as one CUDA graph, its masks included."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class CudaGraph:
     have needed; where that is more, the model runs again, block by block, and the result is right but late.
 
     A call copies its input into the graph's, and its result out of it. Autocast is as it was at construction. If
-    parameters, buffers or modules change, the next call captures anew.
+    parameters, buffers or modules change, the next call captures anew. Calls from several streams run one after the
+    other; several threads need a lock.
 
     Args:
         model: In eval mode and without hooks inside; it gives one tensor. It need not have masks.
@@ -54,8 +56,9 @@ class CudaGraph:
         device = x.device.type
         self._autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         with torch.inference_mode(False), torch.no_grad():
-            self._input = x.clone()
-            self._capture()
+            self._input, self._graph = x.clone(), _Graph(x.device)
+            with self._graph.in_order():
+                self._capture()
 
     def __call__(self, x: Tensor) -> Tensor:
         own = self._input
@@ -64,9 +67,10 @@ class CudaGraph:
                 f"the graph was captured for {list(own.shape)}, {own.dtype}, {own.device}; got {list(x.shape)}, "
                 f"{x.dtype}, {x.device}: make another CudaGraph for these"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._graph.in_order():
             own.copy_(x)
-            self._replay()
+            if not self._graph.replay():  # the last capture failed
+                return self._capture()
             if self._has_changed():  # asked while the device is busy
                 return self._capture()
             if self._capacities.suffice(self._counts):
@@ -87,6 +91,8 @@ class CudaGraph:
 
     def _capture(self) -> Tensor:
         """Gives the output for the input that is there."""
+        self._graph.drop()
+        self._output = self._counts = None
         if self.model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
         if capacity.any_hooks(self.model):
@@ -94,7 +100,7 @@ class CudaGraph:
         y = self._run(Capacities(exact=True))  # after which every block has seen masks
         if not isinstance(y, Tensor):
             raise ValueError(f"the model must give one tensor, got {type(y).__name__}")
-        self._replay = _record(self._forward, self._input.device)
+        self._graph.capture(self._forward)
         self._watch = Watch(self.model.modules())
         # The graph reads these, whoever else lets go of them.
         self._tensors = [(one, one.detach()) for one in (*self.model.parameters(), *self.model.buffers())]
@@ -106,19 +112,46 @@ class CudaGraph:
         return moved or any(kept_for(one) is not before for one, before in self._kept) or self._watch.sees_change()
 
 
-def _record(forward: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Capture what a function launches, after it has warmed up on another stream; gives what launches it again."""
-    with torch.cuda.device(device):
-        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
+class _Graph:
+    """What a function launches, captured to be launched again."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._graph = device, None
+        # Its own: graphs of one stream share cuBLAS's workspace, which the end of one of them may free.
+        self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
+
+    def drop(self) -> None:
+        self._graph = None
+
+    def capture(self, forward: Callable[[], None]) -> None:
+        """After the function has warmed up."""
+        with torch.cuda.device(self._device):
+            graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._stream.wait_stream(main)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    forward()
+            main.wait_stream(self._stream)
+            # Other threads, such as a loader's, may go on with what a capture of theirs would forbid.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 forward()
-        main.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            forward()
-    return graph.replay
+        self._graph = graph
+
+    def replay(self) -> bool:
+        """Whether there was something to launch."""
+        if self._graph is not None:
+            self._graph.replay()
+        return self._graph is not None
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """What is launched here waits for what was launched so before, on whichever stream."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
 
 
 def _problem_with(model: nn.Module, x: Tensor) -> str | None:

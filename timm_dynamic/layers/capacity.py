@@ -77,7 +77,8 @@ class Capacities:
             return None
         if self.share is not None:
             return tuple(math.ceil(self.share * total) for total in totals)
-        return seen[key].most() if key in seen else None
+        recent = seen.get(key)
+        return recent and recent.most()
 
     def room(self, expected: Counts, totals: Counts) -> Counts:
         """For that many."""

@@ -71,13 +71,27 @@ class Watch(Items):
         """Whether something has changed since it was made."""
         return self.are_others() or self._counts() != self._state
 
+    def watches(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether any of these is among what it notices."""
+        ids = set(map(id, tensors))
+        return any(id(tensor) in ids for tensor in self._tensors)
+
+    def devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in self._tensors}
+
 
 # Not in the modules, whose copies must not share it: what it was made for, what could change it, and what was made.
 _KEPT: "WeakKeyDictionary[KeepsFolded, tuple[Any, Watch, Any]]" = WeakKeyDictionary()
 
 
-# Fused optimizers change parameters behind their version counters.
-register_optimizer_step_post_hook(lambda *args: _KEPT.clear())
+def _forget_changed(optimizer: torch.optim.Optimizer, *args) -> None:
+    """Fused optimizers change parameters behind their version counters."""
+    changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for module in [module for module, (_, watch, _) in _KEPT.items() if watch.watches(changed)]:
+        _KEPT.pop(module, None)
+
+
+register_optimizer_step_post_hook(_forget_changed)
 
 
 def kept_for(module: nn.Module) -> tuple | None:
@@ -92,7 +106,13 @@ class KeepsFolded(nn.Module):
         """What `make` gives, for this key; called again when the module has changed, but for the parts left out."""
         kept = _KEPT.get(self)
         if kept is None or kept[0] != key or kept[1].sees_change():
-            kept = _KEPT[self] = (key, Watch(modules_without(self, left_out())), make())
+            kept = (key, Watch(modules_without(self, left_out())), make())
+            for device in kept[1].devices():
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return kept[2]  # in the graph's memory, which holds nothing before a replay
+                if device.type == "cuda":  # other streams may use it at once
+                    torch.cuda.current_stream(device).synchronize()
+            _KEPT[self] = kept
         return kept[2]
 
     # What follows may change weights behind their version counters.

@@ -79,7 +79,17 @@ def extensions() -> list[Extension]:
 class BuildKernels(cpp_extension.BuildExtension):
     """Builds each binary on its own, and installs without those that fail unless they were asked for."""
 
+    def run(self) -> None:
+        self._forget()
+        super().run()
+
+    def _forget(self) -> None:
+        """An old binary would pass for one that is not built now, or cannot be."""
+        for name in ("_cpu", "_cuda"):
+            Path(self.get_ext_fullpath(f"timm_dynamic.{name}")).unlink(missing_ok=True)
+
     def build_extensions(self) -> None:
+        self._forget()  # in the folder of the build, as `run` may copy from there
         wanted, self.extensions = self.extensions, []
         for ext in wanted:
             self.extensions = [ext]

@@ -51,3 +51,26 @@ def test_broken_binary_is_a_reason_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(_library, "_status", {})
     _library.load_kernels()
     assert backend_info()["cpu"].startswith("not loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("fails", "status"), [(False, "loaded"), (True, "loaded, but do not run here: no kernel image is available")]
+)
+def test_cuda_kernels_are_tried_before_they_serve(monkeypatch, fails, status):
+    calls = []
+
+    def operator(*args):
+        calls.append(args)
+        if fails:
+            raise RuntimeError("no kernel image is available\nfor this device")
+
+    monkeypatch.setitem(_library._status, "cuda", "loaded")
+    monkeypatch.setattr(_library, "_untried", {"cuda"})
+    monkeypatch.setattr(_library, "_warned", {"cuda"})
+    monkeypatch.setattr(torch.ops.timm_dynamic, "affine_", operator, raising=False)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(*size))
+    assert _library.has_kernel("cuda") and not calls  # nobody has used CUDA
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert [_library.has_kernel("cuda") for _ in range(2)] == 2 * [not fails]
+    assert len(calls) == 1 and backend_info()["cuda"] == status

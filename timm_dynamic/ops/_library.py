@@ -16,6 +16,7 @@ from torch import Tensor
 NAMESPACE = "timm_dynamic"
 _BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
 _status: dict[str, str] = {}  # device type -> "loaded", or why not
+_untried = {"cuda"}  # what may be loaded and not run: this GPU or its driver may be too old
 _forced: bool | None = None  # what `reference_only` and `operators_only` want instead of the usual choice
 
 
@@ -37,11 +38,30 @@ def load_kernels() -> None:
                 _status[device_type] = f"not loaded: {str(error).splitlines()[0]}"
 
 
+def _is_loaded(device_type: str) -> bool:
+    """That it is, and runs here."""
+    if device_type in _untried and not torch.compiler.is_compiling():
+        try_cuda()
+    return _status.get(device_type) == "loaded"
+
+
+def try_cuda() -> None:
+    """Once CUDA is in use, find out whether the loaded kernels run; if not, `backend_info` says why."""
+    if _status.get("cuda") != "loaded" or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return
+    _untried.discard("cuda")
+    one = torch.ones(1, device="cuda")
+    try:
+        torch.ops.timm_dynamic.affine_(one.view(1, 1, 1, 1), one, one, 0.0, 1.0)
+    except RuntimeError as error:
+        _status["cuda"] = f"loaded, but do not run here: {str(error).splitlines()[0]}"
+
+
 def has_kernel(device_type: str) -> bool:
     """Whether a compiled kernel serves tensors of this device type; where one could but does not, warns once."""
     if _forced is not None:
         return _forced
-    if _status.get(device_type) == "loaded":
+    if _is_loaded(device_type):
         return True
     if device_type in _status and not torch.compiler.is_compiling():
         _warn_once(device_type)
@@ -82,7 +102,7 @@ def _is_plain_inference(x: Tensor, device_type: str) -> bool:
         not torch.compiler.is_compiling()  # first: what follows would make a graph's shapes constant
         and not torch.jit.is_tracing()
         and _forced is None
-        and _status.get(device_type) == "loaded"
+        and _is_loaded(device_type)
         and x.device.type == device_type
         and x.numel() > 0
         and not torch.is_grad_enabled()
@@ -104,6 +124,7 @@ def cuda_shortcut_serves(x: Tensor, *parameters: Tensor) -> bool:
     return (
         cuda_inference_kernel_serves(x, *parameters)
         and x.shape[0] <= _MAX_SHORTCUT_BATCH
+        and x.numel() < 2**31
         and all(t.is_contiguous() for t in parameters)
     )
 

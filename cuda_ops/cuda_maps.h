@@ -13,17 +13,6 @@ inline void check_map(const char* name, const Tensor& t) {
                   name, " must be [B, C, H, W], float32, float16 or bfloat16, got ", shape_text(t));
 }
 
-// Whether its elements lie one after the other as channels_last.
-inline bool is_dense_channels_last(const Tensor& t) {
-  const int64_t order[] = {1, 3, 2, 0};
-  int64_t stride = 1;
-  for (const int64_t i : order) {
-    if (t.size(i) != 1 && t.stride(i) != stride) return false;
-    stride *= t.size(i);
-  }
-  return true;
-}
-
 // As the kernels read it.
 inline Tensor dense(const Tensor& map, bool channels_last) {
   return torch::stable::contiguous(

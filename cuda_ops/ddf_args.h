@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -76,6 +77,17 @@ inline void check_ddf_grad(const Tensor& grad, const Tensor& features, const Ddf
   check_tensor("grad", grad, {s.B, s.C, s.Ho, s.Wo}, {true, true, true, true}, features);
 }
 
+// Whether its elements lie one after the other as channels_last.
+inline bool is_dense_channels_last(const Tensor& t) {
+  const int64_t order[] = {1, 3, 2, 0};
+  int64_t stride = 1;
+  for (const int64_t i : order) {
+    if (t.size(i) != 1 && t.stride(i) != stride) return false;
+    stride *= t.size(i);
+  }
+  return true;
+}
+
 // The rule of `_memory_format` in timm_dynamic/ops/ddf.py: results are channels_last if this holds.
 inline bool is_channels_last(const Tensor& t) {
   return t.size(1) > 1 && t.stride(1) == 1 && t.stride(3) >= t.size(1);
@@ -107,6 +119,11 @@ inline const float* parameter(const char* name, const Tensor& t, int64_t count, 
                   name, " must be ", count, " contiguous float32 elements beside x, got ",
                   shape_text(t));
   return static_cast<const float*>(t.const_data_ptr());
+}
+
+inline const float* optional_parameter(const char* name, const std::optional<Tensor>& t,
+                                       int64_t count, const Tensor& x) {
+  return t ? parameter(name, *t, count, x) : nullptr;
 }
 
 }  // namespace timm_dynamic

@@ -142,11 +142,10 @@ Tensor gather_depthwise(const Tensor& source, const Tensor& table, const Tensor&
 // The products of every position with the ten weight vectors first, then their sums.
 Tensor mask_logits(const Tensor& x, const Tensor& conv_weight, const Tensor& conv_bias,
                    const Tensor& fc_weight, const Tensor& fc_bias, int64_t stride) {
-  STD_TORCH_CHECK(
-      x.dim() == 4 && x.numel() > 0 && x.scalar_type() == ScalarType::Float && x.stride(1) == 1 &&
-          x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
-          x.stride(0) == x.size(1) * x.size(2) * x.size(3),
-      "x must be [B, C, H, W], float32, channels_last and not empty, got ", shape_text(x));
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && x.scalar_type() == ScalarType::Float &&
+                      is_dense_channels_last(x),
+                  "x must be [B, C, H, W], float32, channels_last and not empty, got ",
+                  shape_text(x));
   const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   STD_TORCH_CHECK(conv_weight.dim() == 4 && conv_weight.size(0) == 1 && conv_weight.size(1) == C &&
                       conv_weight.size(2) == 3 && conv_weight.size(3) == 3 &&

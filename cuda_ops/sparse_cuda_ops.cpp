@@ -1,5 +1,5 @@
 // The operators of timm_dynamic/ops/sparse.py and learned_mask.py on CUDA: checks and memory. Their
-// kernels are in sparse_cuda.cu.
+// kernels are in sparse_cuda*.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -212,9 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fixed_neighbour_table(const Tensor& m
 }
 
 Tensor learned_mask(const Tensor& x, const Tensor& weights, int64_t stride) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_served(x) && x.stride(1) == 1 &&
-                      x.stride(3) == x.size(1) && x.stride(2) == x.size(1) * x.size(3) &&
-                      x.stride(0) == x.size(1) * x.size(2) * x.size(3),
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_served(x) && is_dense_channels_last(x),
                   "x must be [B, C, H, W], float32, float16 or bfloat16, channels_last and not "
                   "empty, got ",
                   shape_text(x));

@@ -39,6 +39,15 @@ def test_equals_the_reference(case):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6 * scale)
 
 
+def test_strides_of_single_elements_do_not_matter():
+    x, *others = arguments(4, 16, 7, 6, 2)
+    unit = MaskUnit(16, stride=2).eval()
+    for own in (x[::4], x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]):
+        torch.testing.assert_close(OPERATOR(own, *others), OPERATOR(x, *others)[:1])
+        with torch.no_grad():
+            torch.testing.assert_close(unit(own), unit(x)[:1])
+
+
 def test_opcheck():
     torch.library.opcheck(OPERATOR.default, arguments(2, 24, 7, 9, 2))
 

@@ -2,13 +2,13 @@
 # Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [build|tests|ops|models|sparse]...
 #
 # Wants a GPU, nvcc, and a python3 (or $PYTHON) with torch >= 2.11, timm, pytest and setuptools >= 77; no network. Each
-# part takes less than 9 minutes, all together less than 25; each stands alone, and one that was interrupted is run
-# again: `models` goes on where it stopped, `ops` and `sparse` keep what they measured. JSON goes to benchmarks/results
-# (or $RESULTS), and a table of it comes last.
+# part takes less than 9 minutes, all together less than 25; each stands alone (the first to run builds, so where time is
+# short begin with `gpu.sh build`), and one that was interrupted is run again: `models` goes on where it stopped, `tests`,
+# `ops` and `sparse` keep what they have done. JSON goes to benchmarks/results (or $RESULTS), and a table of it comes last.
 #
 # What the machine lacks can be carried there as a folder of wheels, some 40 MB, that $WHEELS names. They are unpacked
 # to build/carried, which comes before what is installed. Where there is a network, for Python 3.12 and torch 2.11:
-#   pip download -d build/wheels --only-binary=:all: --python-version 3.12 --no-deps "setuptools>=77" ninja timm \
+#   pip download -d build/wheels --only-binary=:all: --python-version 3.12 --no-deps "setuptools>=77,<82" ninja timm \
 #     torchvision==0.26.* numpy pillow pyyaml safetensors tqdm packaging pytest pluggy iniconfig pygments \
 #     huggingface_hub httpx2 httpcore2 h11 truststore anyio idna click
 #   WHEELS=build/wheels benchmarks/gpu.sh
@@ -68,25 +68,36 @@ print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, timm {timm.__
 CHECK
 }
 
-build() { # what is built already is kept
-  local arch
+build() { # unless it is done: minutes
+  local arch stamp=build/gpu.stamp sum
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 2
-  TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 300 "$PYTHON" setup.py -q build_ext --inplace
+  sum="$arch $("$PYTHON" -c 'import torch; print(torch.__version__)') $(cat setup.py cuda_ops/* | sha256sum)"
+  if [[ ! -f timm_dynamic/_cuda.so || $(cat "$stamp" 2>/dev/null) != "$sum" ]]; then
+    TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 400 "$PYTHON" setup.py -q build_ext --inplace
+    [[ ${#failed[@]} == 0 ]] || exit 1
+    echo "$sum" >"$stamp"
+  fi
   "$PYTHON" -m timm_dynamic.cli env
-  [[ ${#failed[@]} == 0 ]] || exit 1
+  "$PYTHON" - <<'CHECK' || exit 1
+import sys
+
+from timm_dynamic.ops import backend_info
+
+sys.exit(None if backend_info()["cuda"] == "loaded" else f"gpu.sh: CUDA kernels {backend_info()['cuda']}")
+CHECK
 }
 
-tests() { # all that are marked `cuda`, and a few under compute-sanitizer: at most 510 s
-  run tests 535 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
+tests() { # all that are marked `cuda`, and a few under compute-sanitizer
+  run tests 525 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
 }
 
 ops() {
-  run "share of the roof" 200 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
+  run "share of the roof" 240 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
   run "ddf against alternatives" 140 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
 }
 
 models() {
-  run models 420 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 5 --output "$RESULTS/paths_cuda.json"
+  run models 420 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 5 --longest 2 --output "$RESULTS/paths_cuda.json"
 }
 
 sparse() {

@@ -1,7 +1,7 @@
 """Times the models against their static twins, 224 px.
 
     python benchmarks/models.py [--paths] [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] \
-        [--minutes N] [--output FILE]
+        [--minutes N] [--longest N] [--output FILE]
 
 Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory. On a CPU what
 a process gets of memory and caches decides a good part of a ratio: every case runs in several processes, one after the
@@ -59,13 +59,17 @@ def cases(device: str, paths: bool) -> list[str]:
     return [case + " --backends kernel reference" * paths for case in found]
 
 
-def run(model: str, options: str) -> list[dict] | str:
+def run(model: str, options: str, seconds: float) -> list[dict] | str:
     """The rows of `timm-dynamic benchmark`, in a process of its own, or why there are none."""
     argv = ["--models", model, "--baseline", "static", *options.split()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "timm_dynamic.cli", "benchmark", *argv, "--json", str(path)]
-        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        try:
+            process = subprocess.run(command, **pipes, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {seconds:.0f} s"
         if process.returncode:
             return (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         return json.loads(path.read_text())["rows"]
@@ -124,6 +128,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="default: four, with --paths also ddf_mul_resnet50")
     parser.add_argument("--processes", type=int, help="for every case (default: 3, on a GPU 1)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no process after so many")
+    parser.add_argument("--longest", type=float, default=1e4, help="minutes after which a process is stopped")
     parser.add_argument("--output", type=Path, help="default: results/models_DEVICE.json or paths_DEVICE.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -144,7 +149,7 @@ def main() -> None:
             print(f"{len(todo) - i} of {rounds * len(wanted)} are left: the same command goes on with them")
             break
         model, options = key.split(" ", 1)
-        found = run(model, f"{options} --device {args.device} --threads {args.threads}")
+        found = run(model, f"{options} --device {args.device} --threads {args.threads}", 60 * args.longest)
         if isinstance(found, str):
             tqdm.write(f"{key}: {found}")
         samples.setdefault(key, []).append(found)

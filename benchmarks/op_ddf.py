@@ -211,22 +211,25 @@ def main() -> None:
     random.seed(0)
     keep_pages()
     device = torch.device(args.device)
+    output = args.output or Path(__file__).parent / "results" / f"op_ddf_{args.device}.json"
+    command = f"python benchmarks/op_ddf.py --device {args.device} --threads {torch.get_num_threads()}"
+    command += f" --rounds {args.rounds}" + " --quick" * args.quick
+    report = {"command": command, **environment(device), "kernels": backend_info(), "rows": []}
     todo = [(case, layout) for case in cases(args.device, args.quick) for layout in LAYOUTS]
-    rows = []
     with tqdm(total=2 * args.rounds * len(todo), unit="round") as progress:
         for case, layout in todo:
             for row in run_case(case, layout, args.rounds, device, progress):
-                rows.append(row)
+                report["rows"].append(row)
                 progress.write(show(row))
-    output = args.output or Path(__file__).parent / "results" / f"op_ddf_{args.device}.json"
+            save(output, report)
+    print(f"saved {output.name}")
+
+
+def save(output: Path, report: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/op_ddf.py --device {args.device} --threads {torch.get_num_threads()}"
-    command += f" --rounds {args.rounds}" + " --quick" * args.quick
-    report = {"command": command, **environment(device), "kernels": backend_info(), "rows": rows}
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, output)
-    print(f"saved {output.name}")
 
 
 if __name__ == "__main__":

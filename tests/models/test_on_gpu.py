@@ -9,20 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from on_gpu import DEVICE, needs_gpu
 
 from timm_dynamic.convert import load_checkpoint
-from timm_dynamic.ops import backend_info
 
+pytestmark = needs_gpu()
 
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
-
-DEVICE = "cuda"
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 EXACT = {"ped": {"noise_std": 0.0}, "dynconv": {"gumbel_noise": False}}  # no noise in training
 TINY = ["test_ddf_resnet", "test_dcd_resnet", "test_ped_resnet", "test_dy_resnet", "dynconv_resnet8"]

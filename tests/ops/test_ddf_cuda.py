@@ -5,18 +5,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from on_gpu import needs_gpu
 from torch import Tensor
 
-from timm_dynamic.ops import backend_info, ddf, ddf_reference
+from timm_dynamic.ops import ddf, ddf_reference
 
-
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
+pytestmark = needs_gpu()
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

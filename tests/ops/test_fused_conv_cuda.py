@@ -4,22 +4,13 @@ import copy
 
 import pytest
 import torch
+from on_gpu import DEVICE, needs_gpu
 
 from timm_dynamic.layers import DynamicConv2d, PEDConv2d
-from timm_dynamic.ops import backend_info, factored_conv2d, fused_conv, mixed_conv2d
+from timm_dynamic.ops import factored_conv2d, fused_conv, mixed_conv2d
 
+pytestmark = needs_gpu(tensor_cores=True)
 
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "this GPU's tensor cores do not take bfloat16"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
-
-DEVICE = "cuda"
 TOLERANCE = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 KINDS = pytest.mark.parametrize("kind", ["mixed", "gated"])
@@ -123,6 +114,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("layout", LAYOUTS)
 @KINDS
 def test_layouts(kind, layout):

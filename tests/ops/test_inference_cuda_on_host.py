@@ -10,8 +10,8 @@ import math
 import cuda_on_host
 import pytest
 import torch
+from on_gpu import MIXED_DTYPES, every_layout
 from ops.test_inference_cuda import (
-    DTYPES,
     LIMITS,
     NAMES,
     REFERENCES,
@@ -21,7 +21,6 @@ from ops.test_inference_cuda import (
     arguments,
     check_affine,
     check_operator,
-    every_layout,
     flat,
 )
 
@@ -31,7 +30,7 @@ SEEDS = itertools.cycle(range(4))
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @LIMITS
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 3, 3)], ids=str)
 def test_affine(operators, shape, limits, dtype, wide, layout):
@@ -40,7 +39,7 @@ def test_affine(operators, shape, limits, dtype, wide, layout):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @SHAPES_OF_MAPS
 @pytest.mark.parametrize("name", REFERENCES)
 def test_results(operators, name, shape, dtype, wide, layout):

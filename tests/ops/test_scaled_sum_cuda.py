@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from on_gpu import DEVICE, LAYOUTS, MIXED_DTYPES, TOLERANCE, every_layout, needs_gpu
 
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.ops import (
-    backend_info,
     reference_only,
     scaled_sum,
     scaled_sum_reference,
@@ -15,24 +15,9 @@ from timm_dynamic.ops import (
     sum_and_project_reference,
 )
 
+pytestmark = needs_gpu()
 
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
-
-DEVICE = "cuda"
 OPS = torch.ops.timm_dynamic
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-# A dtype, and whether what is no map is float32 beside it.
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "wide"), [(d, w) for d in TOLERANCE for w in (False, True) if not w or d != torch.float32], ids=str
-)
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 # B, O, L, H, W: around the ends of vectors, of tiles (32 and 64), of latent channels at once (16, 32 and 48).
 CASES = [
     (0, 4, 2, 3, 3),
@@ -40,7 +25,7 @@ CASES = [
     (2, 8, 4, 4, 8),
     (3, 37, 8, 5, 7),
     (2, 72, 17, 7, 7),
-    (1, 16, 31, 13, 16),
+    pytest.param((1, 16, 31, 13, 16), marks=pytest.mark.sanitized),
     (1, 136, 50, 8, 8),
     (1, 24, 100, 3, 3),
     (2, 130, 33, 9, 10),
@@ -87,7 +72,7 @@ def check(actual, expected, args):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_results(case, dtype, wide, layout):
     args = [t.to(DEVICE) for t in arguments(case, layout, dtype, wide)]
@@ -112,8 +97,9 @@ def other_layouts(grad, y, scale, p, v):
     yield grad, y, scale, p, v.flatten(2).mT.contiguous().mT
 
 
+@pytest.mark.sanitized
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 def test_other_layouts(dtype, wide, layout):
     args = [t.to(DEVICE) for t in arguments((2, 24, 9, 4, 6), layout, dtype, wide)]
     expected = expected_of(*args)
@@ -139,7 +125,7 @@ def test_float16_keeps_large_numbers_finite():
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 def test_deterministic(dtype, wide, layout):
     args = [t.to(DEVICE) for t in arguments((8, 512, 22, 28, 28), layout, dtype, wide)]
     first = forward_and_backward(OPS, *args)
@@ -199,7 +185,7 @@ def test_cuda_graph(layout):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 def test_opcheck(dtype, wide, layout):
     grad, *args = (t.to(DEVICE) for t in arguments((2, 8, 3, 4, 5), layout, dtype, wide))
     if dtype == torch.float32:  # its tolerances are of no other
@@ -253,7 +239,7 @@ def check_projection(operators, dsums, dz, x, q, **kwargs):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_projection(case, dtype, wide, layout):
     check_projection(OPS, *(t.to(DEVICE) for t in projection(case, layout, dtype, wide)))
@@ -358,4 +344,4 @@ def test_layer_compiled_and_run_again(layout):
 def test_gradcheck_in_float64():
     layer, x = layer_and_input("NCHW")
     layer, x = layer.double().eval(), x[:2, :, :4, :3].double().requires_grad_()
-    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradcheck(layer, x, nondet_tol=1e-10)  # cuDNN adds up in any order

@@ -12,16 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_gpu import LAYOUTS, MIXED_DTYPES, TOLERANCE, every_layout
 from ops.test_scaled_sum_cuda import (
     CASES,
-    DTYPES,
-    LAYOUTS,
     REFUSED_PROJECTIONS,
-    TOLERANCE,
     arguments,
     check,
     check_projection,
-    every_layout,
     expected_of,
     forward_and_backward,
     other_layouts,
@@ -34,7 +31,7 @@ SEEDS = itertools.cycle(range(4))
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results(operators, case, dtype, wide, layout):
     args = arguments(case, layout, dtype, wide)
@@ -61,7 +58,7 @@ def test_parts_of_the_channels(operators, processors, layout):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 def test_other_layouts(operators, dtype, wide, layout):
     args = arguments((2, 24, 9, 4, 6), layout, dtype, wide)
     expected = expected_of(*args)
@@ -72,7 +69,7 @@ def test_other_layouts(operators, dtype, wide, layout):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 def test_nan_stays_in_its_sample(operators, dtype, wide, layout):
     grad, y, scale, p, v = arguments((3, 24, 9, 4, 6), layout, dtype, wide)
     grad[1, 3, 2, 2] = y[1, 5, 1, 1] = v[1, 2, 0, 0] = math.nan
@@ -106,7 +103,7 @@ def test_bad_arguments_are_refused(operators, index, change, message):
 
 
 @every_layout
-@DTYPES
+@MIXED_DTYPES
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_projection(operators, case, dtype, wide, layout):
     check_projection(operators, *projection(case, layout, dtype, wide), seed=next(SEEDS))

@@ -1,33 +1,18 @@
 """The CUDA kernels of sparse execution against the references on the CPU. `benchmarks/gpu.sh tests` runs these."""
 
 import math
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
-from dynconv_networks import SMALL, build, build_with_share, every_kind, image
-from torch import nn
+from on_gpu import DEVICE, DTYPES, TOLERANCE, needs_gpu
 
-from timm_dynamic import CudaGraph
-from timm_dynamic.layers import MaskUnit, capacity
-from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
-from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
-from timm_dynamic.ops import backend_info, mask_logits_reference, pack_mask_weights, reference_only, sparse
+from timm_dynamic.layers import MaskUnit
+from timm_dynamic.ops import mask_logits_reference, pack_mask_weights, reference_only, sparse
 
+pytestmark = needs_gpu()
 
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
-
-
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))]
-
-DEVICE = "cuda"
 OPS = torch.ops.timm_dynamic
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 RELU6 = (0.0, 6.0)
 NO_LIMITS = (-math.inf, math.inf)
 LIMITS = pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
@@ -318,172 +303,3 @@ def test_bad_arguments_are_refused(name, index, change, message):
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
         getattr(OPS, name)(*args)
-
-
-def down(make):
-    conv = nn.Conv2d(24, 32, 1, 2, bias=False)
-    return make(24, 8 if make is SparseBottleneck else 32, 2, nn.Sequential(conv, nn.BatchNorm2d(32)))
-
-
-BLOCKS = {
-    "basic": lambda: SparseBasicBlock(24, 24),
-    "basic, stride 2": lambda: down(SparseBasicBlock),
-    "basic, dilated": lambda: SparseBasicBlock(24, 24, dilation=2),
-    "bottleneck": lambda: SparseBottleneck(24, 6),
-    "bottleneck, stride 2": lambda: down(SparseBottleneck),
-    "inverted": lambda: SparseInvertedResidual(24, 24, exp_ratio=2.0, act_layer=nn.ReLU6),
-}
-every_block = pytest.mark.parametrize("name", BLOCKS)
-
-
-@every_block
-class TestBlocks:
-    @torch.no_grad()
-    def run(self, block, x, execution):
-        block.execution = execution
-        with mock.patch.object(sparse, "scatter_rows_", wraps=sparse.scatter_rows_) as spy:
-            y = block(x)
-        assert spy.called == (execution == "sparse")
-        return y
-
-    def make(self, name):
-        block = BLOCKS[name]()
-        for norm in block.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                nn.init.normal_(norm.weight, 1, 0.3)
-                nn.init.normal_(norm.bias, 0, 0.3)
-                nn.init.uniform_(norm.running_var, 0.5, 2)
-        return block.eval().to(DEVICE)
-
-    @pytest.mark.parametrize("size", [(57, 57), (7, 7), (5, 9), (1, 1)], ids=str)
-    def test_sparse_is_dense(self, name, size):
-        block, x = self.make(name), torch.randn(3, 24, *size, device=DEVICE)
-        expected = self.run(block, x, "dense")
-        for layout in (torch.contiguous_format, torch.channels_last):
-            y = self.run(block, x.to(memory_format=layout), "sparse")
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-
-    def test_nothing_active(self, name):
-        block, x = self.make(name), torch.randn(2, 24, 9, 9, device=DEVICE)
-        with torch.no_grad():
-            block.masker.maskconv.fc.bias.fill_(-1e4)
-        torch.testing.assert_close(self.run(block, x, "sparse"), self.run(block, x, "dense"), rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_half_precision(self, name, dtype):
-        block, x = self.make(name), torch.randn(3, 24, 13, 13, device=DEVICE)
-        x = x.to(dtype).to(memory_format=torch.channels_last)
-        with torch.autocast(DEVICE, dtype):
-            autocast = [self.run(block, x, execution) for execution in ("sparse", "dense")]
-        block = block.to(dtype)
-        for sparse_run, dense_run in (autocast, [self.run(block, x, execution) for execution in ("sparse", "dense")]):
-            assert sparse_run.dtype == dtype
-            torch.testing.assert_close(sparse_run, dense_run.to(dtype), rtol=0.1, atol=0.1)
-
-
-@contextmanager
-def no_waiting(reads):
-    """An error where PyTorch makes the host wait for the GPU, but for the one read after the network."""
-    own = capacity._read
-
-    def read(counts):
-        reads.append(counts)
-        torch.cuda.set_sync_debug_mode("default")
-        values = own(counts)
-        torch.cuda.set_sync_debug_mode("error")
-        return values
-
-    with mock.patch.object(capacity, "_read", read), mock.patch.object(sparse, "neighbour_table") as exact:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert not exact.called
-
-
-def networks(kind, share, dtype):
-    """On the GPU, with masks of this share, and a batch."""
-    model = build_with_share(kind, share).to(DEVICE, dtype)
-    x = torch.randn(8, 3, SMALL[kind][2], SMALL[kind][2], device=DEVICE, dtype=dtype)
-    return model, x.to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def dense(model, x):
-    before, model.execution = model.execution, "dense"
-    y = model(x)
-    model.execution = before
-    return y
-
-
-def assert_near(actual, expected):
-    """With the rounding of a whole network."""
-    assert (actual - expected).norm() < (1e-3 if actual.dtype == torch.float32 else 0.1) * expected.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_kind
-class TestNetworks:
-    @torch.no_grad()
-    def test_one_read_of_a_network(self, kind, dtype):
-        reads = []
-        model, x = networks(kind, [0.3], dtype)
-        expected, blocks = dense(model, x), len(model.masked_blocks())
-        for execution, max_active, counts in (("sparse", None, [blocks]), ("auto", 1.0, [blocks]), ("auto", 0.1, [])):
-            model.execution, model.max_active = execution, max_active
-            assert_near(model(x), expected)
-            for _ in range(2):
-                reads.clear()
-                with no_waiting(reads):
-                    y = model(x)
-                assert [len(read) for read in reads] == counts
-                assert_near(y, expected)
-
-    @torch.no_grad()
-    def test_too_little_room(self, kind, dtype):
-        share = [0.2]
-        model, x = networks(kind, share, dtype)
-        for share[0] in (0.2, 0.2, 0.95, 0.95, 0.0, 1.0):
-            assert_near(model(x), dense(model, x))
-
-    @torch.no_grad()
-    def test_graph(self, kind, dtype):
-        share, reads = torch.full((1,), 0.3, device=DEVICE), []
-        model, x = networks(kind, share, dtype)
-        graph, overflows = CudaGraph(model, x), 0
-        for active, fits in ((0.3, True), (0.1, True), (0.0, True), (0.99, False), (0.99, True), (0.2, True)):
-            share.fill_(active)
-            for own in (x, -x):
-                assert_near(graph(own), dense(model, own))
-            overflows += not fits
-            assert graph.overflows == overflows
-        with no_waiting(reads):
-            graph(x)
-        assert len(reads) == 1
-        with torch.cuda.stream(torch.cuda.Stream()):
-            late = graph(2 * x)
-        torch.cuda.synchronize()
-        assert_near(late, dense(model, 2 * x))
-        model.masked_blocks()[0].steps()[0][1].weight.mul_(-1)
-        assert_near(graph(x), dense(model, x))
-
-    @torch.no_grad()
-    def test_graph_with_a_share(self, kind, dtype):
-        model, x = networks(kind, [0.1], dtype)
-        for room, overflows in ((1.0, 0), (0.0, 2)):
-            graph = CudaGraph(model, x, room)
-            for _ in range(2):
-                assert_near(graph(x), dense(model, x))
-            assert graph.overflows == overflows
-
-    @torch.no_grad()
-    def test_graph_with_own_masks_and_autocast(self, kind, dtype):
-        model, x = build(kind).to(DEVICE, torch.float32), image(kind, 8, torch.float32).to(DEVICE)
-        model.execution = "sparse"
-        with torch.autocast(DEVICE, dtype, dtype != torch.float32):
-            graph = CudaGraph(model, x)
-            expected = [model(own) for own in (x, -x)]
-        for own, eager in zip((x, -x), expected, strict=True):
-            y = graph(own)
-            assert y.dtype == eager.dtype and (y - eager).norm() < 0.1 * eager.norm()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_gpu import DTYPES, TOLERANCE
 from ops.test_sparse_cuda import (
     CONVOLUTIONS,
     MASK_UNITS,
     NO_LIMITS,
     RELU6,
-    TOLERANCE,
     check,
     check_mask,
     mask_arguments,
@@ -30,7 +30,6 @@ from timm_dynamic.ops import mask_logits_reference, pack_mask_weights, sparse
 pytestmark = cuda_on_host.needs_compiler
 operators = cuda_on_host.operators("sparse")
 SEEDS = itertools.cycle(range(4))
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ namespace timm_dynamic {
 enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 #ifdef __CUDACC__
 
@@ -43,10 +44,10 @@ __device__ float lane_sums(float (&values)[N], int lanes) {
     for (int i = 0; i < n; ++i) {
       const float keep = upper ? values[i + n] : values[i];
       const float give = upper ? values[i] : values[i + n];
-      values[i] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
+      values[i] = keep + __shfl_xor_sync(kAllLanes, give, offset);
     }
   }
-  for (; offset >= 1; offset /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
+  for (; offset >= 1; offset /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], offset);
   return values[0];
 }
 

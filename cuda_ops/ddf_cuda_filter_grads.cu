@@ -269,7 +269,7 @@ __global__ void channel_grad_any(const Call call, const T* __restrict__ grad,
       sum += product * Acc<T>(f);
     }
     for (int offset = kWarp / 2; offset >= 1; offset /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      sum += __shfl_xor_sync(kAllLanes, sum, offset);
     }
     if (lane == 0) sums[i] = sum;
   }

@@ -2,19 +2,13 @@
 // kernel_attention.py, factored_gates.py and dcd_branch.py define what they compute. Where samples
 // are few, launching those operations one by one takes most of their time.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
+#include "cuda_dtypes.h"
 #include "inference_cuda.h"
 
 namespace timm_dynamic {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-template <typename T>
-constexpr int kWide = 16 / sizeof(T);
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) affine_map(const AffineMap op) {
@@ -188,13 +182,6 @@ __global__ void __launch_bounds__(kThreads) kernel_scores(const KernelScores op)
   for (int n = lane; n < op.kernels; n += kWarp) total += out[n] = expf(out[n] - most);
   total = sum_of_warp(total);
   for (int n = lane; n < op.kernels; n += kWarp) out[n] /= total;
-}
-
-template <typename F>
-void dispatch(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) return f.template operator()<float>();
-  if (dtype == Dtype::kBFloat16) return f.template operator()<torch::headeronly::BFloat16>();
-  f.template operator()<torch::headeronly::Half>();
 }
 
 // Calls f.operator()<T, V>().

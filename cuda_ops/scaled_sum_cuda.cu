@@ -10,11 +10,9 @@
 // back over channels, are products of small matrices in shared memory: by tensor cores for the
 // 16-bit types, else by float32 multiplications.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <type_traits>
 
+#include "cuda_dtypes.h"
 #include "cuda_mma.h"
 #include "scaled_sum_cuda.h"
 
@@ -458,21 +456,17 @@ void dispatch(const ScaledSumShape& s, Dtype dtype, F f) {
     s.channels_last ? f.template operator()<T, V, true>() : f.template operator()<T, V, false>();
   };
   const auto by_vector = [&]<typename T>() {
-    s.vectorize ? by_layout.template operator()<T, 16 / sizeof(T)>()
+    s.vectorize ? by_layout.template operator()<T, kWide<T>>()
                 : by_layout.template operator()<T, 1>();
   };
-  if (dtype == Dtype::kFloat32) return by_vector.template operator()<float>();
-  if (dtype == Dtype::kBFloat16) {
-    return by_vector.template operator()<torch::headeronly::BFloat16>();
-  }
-  by_vector.template operator()<torch::headeronly::Half>();
+  dispatch(dtype, by_vector);
 }
 
 }  // namespace
 
 int64_t blocks_of(const ScaledSum& op) {
   const Cut cut = cut_of(op.s);
-  return op.s.B * cut.rows * cut.columns;
+  return int64_t(op.s.B) * cut.rows * cut.columns;
 }
 
 void launch(const ScaledSum& op, Dtype dtype, cudaStream_t stream) {

@@ -1,28 +1,13 @@
-// CUDA kernels of sparse execution; timm_dynamic/ops/sparse.py and learned_mask.py define what
-// they compute. The matrix products between them are left to cuBLAS.
-//
-// Most walk over rows, lists of which say where to read or write. A group of adjacent threads, the
-// lanes, works on kRows rows at a time, such that so many loads are under way; along a row each
-// lane loads 16 bytes at a time where C allows.
+// CUDA kernels of sparse execution that gather and scatter rows; timm_dynamic/ops/sparse.py defines
+// what they compute. Along a row each lane loads 16 bytes at a time where C allows. The matrix
+// products between them are left to cuBLAS.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
 #include <cmath>
 
-#include "sparse_cuda.h"
+#include "sparse_cuda_device.h"
 
 namespace timm_dynamic {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kRows = 4;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-// How many elements are 16 bytes.
-template <typename T>
-constexpr int kWide = 16 / sizeof(T);
 
 __device__ float limit(float v, float low, float high) {
   v = v < low ? low : v;  // NaN stays
@@ -145,214 +130,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_rows(const GatherDepthwise
   }
 }
 
-// What this tap of output i of the batch reads, -1 outside.
-__device__ int input_of(const Window<int>& w, int i, int tap) {
-  const int map = w.Ho * w.Wo, b = i / map, at = i % map;
-  const int input = w.input(at / w.Wo, at % w.Wo, tap);
-  return input < 0 ? -1 : b * (w.H * w.W) + input;
-}
-
-__global__ void __launch_bounds__(kThreads) window_entries(const WindowTable op) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int taps = op.window.taps();
-  if (i >= int64_t(op.M) * taps) return;
-  const int position = op.positions[int(i) / taps];
-  op.table[i] = position < 0 ? -1 : input_of(op.window, position, int(i) % taps);
-}
-
-// Of a mask of any dtype: neither 0 nor, in floating point, -0.
-__device__ bool is_active(const NeighbourTable& op, int i) {
-  if (op.mask_bytes == 1) return static_cast<const uint8_t*>(op.mask)[i];
-  if (op.mask_bytes == 2) return static_cast<const uint16_t*>(op.mask)[i] & 0x7fff;
-  return static_cast<const uint32_t*>(op.mask)[i] & 0x7fffffff;
-}
-
-__device__ bool is_needed(const NeighbourTable& op, int i) {
-  const Window<int>& w = op.window;
-  const int map = w.H * w.W, first = i / map * (w.Ho * w.Wo), y = i % map / w.W, x = i % w.W;
-  for (int tap = 0; tap < w.taps(); ++tap) {
-    const int output = w.output(y, x, tap);
-    if (output >= 0 && is_active(op, first + output)) return true;
-  }
-  return false;
-}
-
-// A thread a bit.
-__global__ void __launch_bounds__(kThreads) mark_positions(const NeighbourTable op) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t first_needed = words_of(op.outputs) * 32, j = i - first_needed;
-  bool bit = false;
-  if (i < op.outputs) bit = is_active(op, i);
-  if (j >= 0 && j < op.inputs) bit = is_needed(op, j);
-  const unsigned word = __ballot_sync(kAllLanes, bit);
-  if (i % 32 == 0 && i / 32 < words_of(op.outputs) + words_of(op.inputs)) op.words[i / 32] = word;
-}
-
-// The sum of `value` over the threads of this warp up to this one.
-__device__ int sum_up_to(int value) {
-  const int lane = threadIdx.x % kWarp;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, value, offset);
-    if (lane >= offset) value += other;
-  }
-  return value;
-}
-
-// Two blocks: one for the active positions and one for the needed ones.
-__global__ void __launch_bounds__(kWarp* kWarp) count_positions(const NeighbourTable op) {
-  __shared__ int sums[kWarp];  // of the warps
-  const int skip = blockIdx.x == 0 ? 0 : words_of(op.outputs);
-  const int count = words_of(blockIdx.x == 0 ? op.outputs : op.inputs);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int done = 0;
-  for (int first = 0; first < count; first += kWarp * kWarp) {
-    const int i = first + threadIdx.x;
-    const int own = i < count ? __popc(op.words[skip + i]) : 0, sum = sum_up_to(own);
-    if (lane == kWarp - 1) sums[warp] = sum;
-    __syncthreads();
-    const int warps = sum_up_to(sums[lane]);
-    const int up_to_own = __shfl_sync(kAllLanes, warps, warp);
-    if (i < count) op.before[skip + i] = done + up_to_own - sums[warp] + sum - own;
-    done += __shfl_sync(kAllLanes, warps, kWarp - 1);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) op.sizes[blockIdx.x] = done;
-}
-
-// The place of position i among those of its set, -1 if it is not one of them.
-__device__ int place_of(const NeighbourTable& op, int skip, int i) {
-  const unsigned word = op.words[skip + i / 32], bit = 1u << (i % 32);
-  return word & bit ? op.before[skip + i / 32] + __popc(word & (bit - 1)) : -1;
-}
-
-// The row of input i in `needed`, -1 if it has none.
-__device__ int needed_place(const NeighbourTable& op, int i) {
-  const int place = op.all_listed ? i : place_of(op, words_of(op.outputs), i);
-  return place < op.needed_capacity ? place : -1;
-}
-
-// A thread an output and tap, then a thread an input. Each also empties one entry that is left
-// over.
-__global__ void __launch_bounds__(kThreads) list_positions(const NeighbourTable op) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int taps = op.window.taps();
-  const int64_t j = i - int64_t(op.outputs) * taps;
-  if (j < 0) {
-    const int output = int(i) / taps, tap = int(i) % taps, m = place_of(op, 0, output);
-    if (output >= op.sizes[0] && output < op.active_capacity) {
-      op.table[i] = -1;
-      if (tap == 0) op.positions[output] = -1;
-    }
-    if (m < 0 || m >= op.active_capacity) return;
-    const int input = input_of(op.window, output, tap);
-    op.table[m * taps + tap] = input < 0 ? -1 : needed_place(op, input);
-    if (tap == 0) op.positions[m] = output;
-  } else if (j < op.inputs) {
-    const int place = needed_place(op, j);
-    if (place >= 0) op.needed[place] = j;
-    if (!op.all_listed && j >= op.sizes[1] && j < op.needed_capacity) op.needed[j] = -1;
-  }
-}
-
-constexpr int kMaskVector = 4;  // elements of x at once; with more, a thread has too few registers
-constexpr int kSumsAtOnce = 8;  // for lane_sums: no more than there are lanes
-static_assert(kRows * kDots % kSumsAtOnce == 0);
-
-// Positions of a block: those of one sample.
-DDF_HOST_DEVICE constexpr int block_positions(int lanes) { return kThreads / lanes * kRows; }
-
-// The dot products of positions with the weights.
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) mask_dots(const LearnedMask op, int lanes, int blocks) {
-  __shared__ float last_dots[block_positions(kSumsAtOnce)];
-  const auto weights = reinterpret_cast<const Vec<float, V>*>(op.weights);
-  const int vectors = op.C / V, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  const int b = blockIdx.x / blocks, block = blockIdx.x % blocks, map = op.map();
-  const int first = block * block_positions(lanes) + group * kRows;
-  const auto x = static_cast<const Vec<T, V>*>(op.x) + int64_t(b) * map * vectors;
-  float sums[kRows * kDots] = {};
-  for (int c = lane; c < vectors; c += lanes) {
-    Vec<T, V> in[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) in[r] = x[int64_t(min(first + r, map - 1)) * vectors + c];
-#pragma unroll
-    for (int k = 0; k < kDots; ++k) {
-      const Vec<float, V> w = weights[k * vectors + c];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          sums[r * kDots + k] = fmaf(float(in[r].at[v]), w.at[v], sums[r * kDots + k]);
-    }
-  }
-  const int share = lanes / kSumsAtOnce;
-  float* const dots = op.dots + int64_t(b) * map * kDots;
-#pragma unroll
-  for (int s = 0; s < kRows * kDots; s += kSumsAtOnce) {
-    float some[kSumsAtOnce];
-#pragma unroll
-    for (int i = 0; i < kSumsAtOnce; ++i) some[i] = sums[s + i];
-    const float sum = lane_sums(some, lanes);
-    const int mine = s + lane / share, r = mine / kDots, k = mine % kDots;
-    const bool inside = first + r < map, keeps = lane % share == 0;
-    if (keeps && inside) dots[(first + r) * kDots + k] = sum;
-    if (keeps && k == kDots - 1) last_dots[group * kRows + r] = inside ? sum : 0.f;
-  }
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  float sum = 0;
-  for (int i = threadIdx.x; i < block_positions(lanes); i += kWarp) sum += last_dots[i];
-  for (int offset = kWarp / 2; offset >= 1; offset /= 2)
-    sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  if (threadIdx.x == 0) op.sums[blockIdx.x] = sum;
-}
-
-// The sums of the dot products of windows; `blocks` of the kernel before, `own_blocks` of this one,
-// for a sample.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    mask_windows(const LearnedMask op, int blocks, int own_blocks) {
-  __shared__ float warp_sums[kThreads / kWarp];
-  const int b = blockIdx.x / own_blocks, block = blockIdx.x % own_blocks;
-  float total = 0;
-  for (int i = threadIdx.x; i < blocks; i += kThreads) total += op.sums[int64_t(b) * blocks + i];
-  for (int offset = kWarp / 2; offset >= 1; offset /= 2)
-    total += __shfl_xor_sync(kAllLanes, total, offset);
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = total;
-  __syncthreads();
-  const Window<int>& w = op.window;
-  const int i = block * kThreads + threadIdx.x, outputs = w.Ho * w.Wo;
-  if (i >= outputs) return;
-  total = 0;
-#pragma unroll
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) total += warp_sums[warp];
-  float sum = total / op.map() + op.weights[kDots * op.C];
-  const float* const dots = op.dots + int64_t(b) * op.map() * kDots;
-#pragma unroll
-  for (int tap = 0; tap < 9; ++tap) {
-    const int at = w.input(i / w.Wo, i % w.Wo, tap);
-    if (at >= 0) sum += dots[at * kDots + tap];
-  }
-  static_cast<T*>(op.out)[int64_t(b) * outputs + i] = T(sum >= 0 ? 1.f : 0.f);
-}
-
-// The fewest lanes that load a row of `loads` at once, all of a warp if none do.
-int lanes_for(int loads, int least = 1) {
-  int lanes = kWarp;
-  while (lanes > least && lanes / 2 >= loads) lanes /= 2;
-  return lanes;
-}
-
-unsigned blocks_for(int64_t items, int of_block = kThreads) { return ceil_div(items, of_block); }
-
 unsigned row_blocks(int64_t rows, int lanes) { return blocks_for(rows, kThreads / lanes * kRows); }
-
-template <typename F>
-void dispatch(Dtype dtype, F f) {
-  if (dtype == Dtype::kFloat32) return f.template operator()<float>();
-  if (dtype == Dtype::kBFloat16) return f.template operator()<torch::headeronly::BFloat16>();
-  f.template operator()<torch::headeronly::Half>();
-}
 
 // Calls f.operator()<T, V>(vectors) for rows of C elements.
 template <typename F>
@@ -394,33 +172,6 @@ void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream) {
   dispatch_rows(dtype, op.C, op.aligned, [&]<typename T, int V>(int vectors) {
     const int lanes = lanes_for(vectors);
     run_kernel(depthwise_rows<T, V>, row_blocks(op.M, lanes), kThreads, 0, stream, op, lanes);
-  });
-}
-
-void launch(const WindowTable& op, cudaStream_t stream) {
-  run_kernel(window_entries, blocks_for(int64_t(op.M) * op.window.taps()), kThreads, 0, stream, op);
-}
-
-void launch(const NeighbourTable& op, cudaStream_t stream) {
-  const int64_t bits = (words_of(op.outputs) + words_of(op.inputs)) * 32;
-  const int64_t entries = int64_t(op.outputs) * op.window.taps();
-  if (bits > 0) run_kernel(mark_positions, blocks_for(bits), kThreads, 0, stream, op);
-  run_kernel(count_positions, 2, kWarp * kWarp, 0, stream, op);
-  if (entries + op.inputs > 0)
-    run_kernel(list_positions, blocks_for(entries + op.inputs), kThreads, 0, stream, op);
-}
-
-int LearnedMask::lanes() const { return lanes_for(C / (aligned ? kMaskVector : 1), kSumsAtOnce); }
-
-int LearnedMask::blocks() const { return ceil_div(map(), block_positions(lanes())); }
-
-void launch(const LearnedMask& op, Dtype dtype, cudaStream_t stream) {
-  const int lanes = op.lanes(), blocks = op.blocks();
-  const int own_blocks = blocks_for(op.window.Ho * op.window.Wo);
-  dispatch(dtype, [&]<typename T>() {
-    const auto dots = op.aligned ? mask_dots<T, kMaskVector> : mask_dots<T, 1>;
-    run_kernel(dots, op.B * blocks, kThreads, 0, stream, op, lanes, blocks);
-    run_kernel(mask_windows<T>, op.B * own_blocks, kThreads, 0, stream, op, blocks, own_blocks);
   });
 }
 

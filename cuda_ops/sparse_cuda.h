@@ -1,4 +1,4 @@
-// What the CUDA kernels of sparse execution (sparse_cuda.cu, no torch) and the operators
+// What the CUDA kernels of sparse execution (sparse_cuda*.cu, no torch) and the operators
 // (sparse_cuda_ops.cpp, no kernels) share. Sizes and strides are of elements.
 #pragma once
 

@@ -198,8 +198,8 @@ Tensor dcd_pointwise(const Tensor& x, const Tensors& fc, const Tensor& q, const 
   ScaledPointwise product =
       unlimited(B, C, O, positions, op.x, parameter("weight", weight, O * C, x),
                 static_cast<float*>(out.mutable_data_ptr()));
-  product.norm = norm_scale ? parameter("norm_scale", *norm_scale, O, x) : nullptr;
-  const float* const shift = norm_shift ? parameter("norm_shift", *norm_shift, O, x) : nullptr;
+  product.norm = optional_parameter("norm_scale", norm_scale, O, x);
+  const float* const shift = optional_parameter("norm_shift", norm_shift, O, x);
   product.low = static_cast<float>(low), product.high = static_cast<float>(high);
   std::vector<float> biases(B * O);
   if (2 * O * C <= positions * (C + O)) {  // maps are large beside the weight

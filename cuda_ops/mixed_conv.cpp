@@ -8,16 +8,17 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
 #include "hidden_layer.h"
+#include "scaled_pointwise.h"
 
 namespace timm_dynamic {
 
 constexpr int64_t kTogether = 4;     // samples whose weights are mixed in one pass over the kernels
 constexpr int64_t kMixBlock = 1024;  // elements of a kernel, the unit of mixing
-constexpr int64_t kPacked = 1 << 16;  // elements of a block of positions, to stay in the cache
 
 struct KernelAttention {
   HiddenLayer layer;
@@ -29,18 +30,14 @@ struct KernelAttention {
 
 using KernelAttentionScores = void (*)(const KernelAttention&, int64_t begin, int64_t end);
 
-// The samples [first, first + B) of the batch.
-struct MixedPointwise {
-  int64_t B, N, C, Co, positions, block, blocks, parts;
-  const float *x, *attention, *kernels;
-  float *weight, *out;
+// The weights of B samples, `size` elements each.
+struct KernelMix {
+  int64_t B, N, size;
+  const float *attention, *kernels;
+  float* weight;
 };
 
-struct MixedPointwiseKernels {
-  using Kernel = void (*)(const MixedPointwise&, int64_t begin, int64_t end);
-  Kernel mix, convolve;
-  int64_t step;  // positions that `block` is a multiple of
-};
+using MixKernels = void (*)(const KernelMix&, int64_t begin, int64_t end);
 
 }  // namespace timm_dynamic
 
@@ -66,40 +63,37 @@ Tensor kernel_attention(const Tensor& x, const Tensor& hidden_weight, const Tens
   return out;
 }
 
-Tensor mixed_pointwise(const Tensor& x, const Tensor& attention, const Tensor& kernels) {
+Tensor mixed_pointwise(const Tensor& x, const Tensor& attention, const Tensor& kernels,
+                       const std::optional<Tensor>& norm_scale,
+                       const std::optional<Tensor>& norm_shift, double low, double high) {
   check_input(x);
-  MixedPointwise op;
-  const int64_t B = x.size(0);
-  STD_TORCH_CHECK(kernels.dim() == 5 && kernels.numel() > 0 && kernels.size(2) == x.size(1) &&
+  const int64_t B = x.size(0), C = x.size(1);
+  STD_TORCH_CHECK(kernels.dim() == 5 && kernels.numel() > 0 && kernels.size(2) == C &&
                       kernels.size(3) * kernels.size(4) == 1,
-                  "kernels must be [N, Co, ", x.size(1), ", 1, 1], got ", shape_text(kernels));
-  op.N = kernels.size(0), op.Co = kernels.size(1), op.C = x.size(1);
-  op.positions = x.size(2) * x.size(3);
-  const MixedPointwiseKernels run = CHOOSE_KERNELS(mixed_pointwise_kernels());
-  const int64_t whole = (op.positions + run.step - 1) / run.step * run.step;
-  op.block = op.C * op.positions <= kPacked
-                 ? whole
-                 : std::clamp(kPacked / op.C / run.step * run.step, run.step, whole);
-  op.blocks = (op.positions + op.block - 1) / op.block;
+                  "kernels must be [N, Co, ", C, ", 1, 1], got ", shape_text(kernels));
+  const int64_t N = kernels.size(0), O = kernels.size(1), positions = x.size(2) * x.size(3);
+  const MixKernels mix = CHOOSE_KERNELS(mix_kernel());
   const auto x_data = static_cast<const float*>(x.const_data_ptr());
-  const float* const attention_data = parameter("attention", attention, B * op.N, x);
-  op.kernels = parameter("kernels", kernels, kernels.numel(), x);
+  const float* const attention_data = parameter("attention", attention, B * N, x);
+  const float* const kernels_data = parameter("kernels", kernels, kernels.numel(), x);
+  const float* const scale = optional_parameter("norm_scale", norm_scale, O, x);
+  const float* const shift = optional_parameter("norm_shift", norm_shift, O, x);
 
-  const Tensor weight = empty(x, {std::min(B, kTogether), op.Co * op.C}),
-               out = empty(x, {B, op.Co, x.size(2), x.size(3)});
-  op.weight = static_cast<float*>(weight.mutable_data_ptr());
+  const Tensor weight = empty(x, {std::min(B, kTogether), O * C}),
+               out = empty(x, {B, O, x.size(2), x.size(3)});
+  const auto weight_data = static_cast<float*>(weight.mutable_data_ptr());
   const auto out_data = static_cast<float*>(out.mutable_data_ptr());
   for (int64_t first = 0; first < B; first += kTogether) {
-    op.B = std::min(kTogether, B - first);
-    op.x = x_data + first * op.C * op.positions;
-    op.out = out_data + first * op.Co * op.positions;
-    op.attention = attention_data + first * op.N;
-    // Few blocks of positions: the outputs are divided too.
-    op.parts = std::clamp<int64_t>(4 / (op.B * op.blocks), 1, op.Co);
-    parallel((op.Co * op.C + kMixBlock - 1) / kMixBlock, op.B * op.N * kMixBlock / 8,
-             [&](int64_t begin, int64_t end) { run.mix(op, begin, end); });
-    parallel(op.B * op.blocks * op.parts, op.Co * op.C * op.block / op.parts / 8,
-             [&](int64_t begin, int64_t end) { run.convolve(op, begin, end); });
+    const int64_t count = std::min(kTogether, B - first);
+    const KernelMix op = {count, N, O * C, attention_data + first * N, kernels_data, weight_data};
+    parallel((op.size + kMixBlock - 1) / kMixBlock, count * N * kMixBlock / 8,
+             [&](int64_t begin, int64_t end) { mix(op, begin, end); });
+    ScaledPointwise product = unlimited(count, C, O, positions, x_data + first * C * positions,
+                                        weight_data, out_data + first * O * positions);
+    product.weight_stride = op.size;
+    product.norm = scale, product.shift = shift;
+    product.low = static_cast<float>(low), product.high = static_cast<float>(high);
+    run_scaled_pointwise(product);
   }
   return out;
 }

@@ -50,11 +50,6 @@ void run_scaled_pointwise(ScaledPointwise op) {
 
 namespace {
 
-const float* optional_parameter(const char* name, const std::optional<Tensor>& t, int64_t count,
-                                const Tensor& x) {
-  return t ? parameter(name, *t, count, x) : nullptr;
-}
-
 void check_maps(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(
       t.dim() == 4 && t.numel() > 0 && t.is_contiguous() && t.scalar_type() == ScalarType::Float,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_dynamic
 from timm_dynamic.layers import CountingConv2d, DynamicConv2d, load_reference
+from timm_dynamic.ops import backend_info
 
 # Positional arguments after in_channels=8, out_channels=12: kernel_size, stride, padding, dilation, groups, bias, mode
 CASES = {
@@ -302,3 +303,19 @@ class TestInOtherHands:
         checkpoint(layer, x, use_reentrant=False).square().sum().backward()
         for p, grad in zip(layer.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+@torch.no_grad()
+def test_with_a_norm_behind():
+    torch.manual_seed(0)
+    x, norm = torch.randn(5, 8, 7, 6), (*torch.randn(2, 12), -0.1, 0.2)
+    layer = DynamicConv2d(8, 12, 1, bias=False).eval()
+    layer.set_progress(2, 20)  # a temperature
+    for own in (x, x[:, :, ::2], x[:1]):
+        expected = layer(own).mul_(norm[0][:, None, None]).add_(norm[1][:, None, None]).clamp_(-0.1, 0.2)
+        torch.testing.assert_close(layer.forward_normed(own, norm), expected, rtol=1e-5, atol=1e-5)
+    assert layer.forward_normed(x.to(memory_format=torch.channels_last), norm) is None
+    for options in ({"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 4}, {"bias": True}):
+        layer = DynamicConv2d(8, 12, **({"kernel_size": 1, "bias": False} | options)).eval()
+        assert layer.forward_normed(x, norm) is None

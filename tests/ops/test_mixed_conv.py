@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from timm_dynamic.ops import backend_info, mixed_conv, mixed_conv2d, mixed_conv2d_reference, reference_only
+from timm_dynamic.ops import (
+    affine_reference_,
+    backend_info,
+    mixed_conv,
+    mixed_conv2d,
+    mixed_conv2d_reference,
+    reference_only,
+)
+from timm_dynamic.ops.affine import NO_NORM
 
 # (B, C, Co, kernel, H, W, groups, stride, padding, dilation)
 CASES = {
@@ -228,14 +236,17 @@ def test_pointwise_kernel(shape):
     attention = torch.rand(B, N).softmax(1)
     wide = (t.double() for t in (x, attention, kernels))
     expected = mixed_conv2d_reference(*wide).float()
-    torch.testing.assert_close(
-        torch.ops.timm_dynamic.mixed_pointwise(x, attention, kernels), expected, rtol=0, atol=1e-6 * C + 1e-5
-    )
+    operator = torch.ops.timm_dynamic.mixed_pointwise
+    torch.testing.assert_close(operator(x, attention, kernels, *NO_NORM), expected, rtol=0, atol=1e-6 * C + 1e-5)
+    norm = (torch.rand(Co) - 0.5, torch.randn(Co), -0.1, 0.4)
+    affine_reference_(expected, *norm)
+    torch.testing.assert_close(operator(x, attention, kernels, *norm), expected, rtol=0, atol=1e-6 * C + 1e-5)
 
 
-def test_pointwise_registration():
+@pytest.mark.parametrize("norm", [NO_NORM, (torch.ones(6), None, 0.0, 6.0), (None, torch.ones(6), 0.0, 6.0)], ids=str)
+def test_pointwise_registration(norm):
     arguments = [t.detach() for t in tensors(2, 4, 6, (1, 1), 7, 5, 1, torch.float32)]
-    torch.library.opcheck(torch.ops.timm_dynamic.mixed_pointwise.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.timm_dynamic.mixed_pointwise.default, (*arguments, *norm))
 
 
 @needs_kernel
@@ -272,8 +283,10 @@ def test_pointwise_kernel_refuses_bad_arguments():
     x, attention, kernels = (t.detach() for t in tensors(2, 4, 6, (1, 1), 7, 5, 1, torch.float32))
     operator = torch.ops.timm_dynamic.mixed_pointwise
     with pytest.raises(RuntimeError, match=r"kernels must be \[N, Co, 5, 1, 1\]"):
-        operator(torch.randn(2, 5, 7, 5), attention, kernels)
+        operator(torch.randn(2, 5, 7, 5), attention, kernels, *NO_NORM)
     with pytest.raises(RuntimeError, match="attention must be 6 contiguous float32"):
-        operator(x, attention[:1], kernels)
+        operator(x, attention[:1], kernels, *NO_NORM)
+    with pytest.raises(RuntimeError, match="norm_scale must be 6 contiguous float32"):
+        operator(x, attention, kernels, torch.ones(5), None, 0.0, 6.0)
     with pytest.raises(RuntimeError, match="x must be"):
-        operator(x.double(), attention, kernels)
+        operator(x.double(), attention, kernels, *NO_NORM)

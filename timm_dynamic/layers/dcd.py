@@ -16,6 +16,7 @@ from timm_dynamic.layers.folding import Items
 from timm_dynamic.ops import scaled_sum, sum_and_project
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import cuda_shortcut_serves, fuses_few, shortcut_serves
+from timm_dynamic.ops.affine import NO_NORM
 from timm_dynamic.ops.dcd_branch import dcd_sample_weights_reference, factors
 from timm_dynamic.ops.dcd_training import dcd_conv, serves
 from timm_dynamic.ops.pool_and_project import pool, project
@@ -258,9 +259,7 @@ class DCDConv2d(DropInConv2d, _Factors):
             return False  # then its branches are the fewest operations
         return few and autocast_dtype(x) != torch.float16 and self._has_large_maps(x)
 
-    def _by_operators(
-        self, x: Tensor, norm: tuple[Tensor | None, Tensor | None, float, float] = (None, None, -torch.inf, torch.inf)
-    ) -> Tensor:
+    def _by_operators(self, x: Tensor, norm: tuple[Tensor | None, Tensor | None, float, float] = NO_NORM) -> Tensor:
         branch, weight, bias = self._branch_arguments(self.pool_size), self.weight, self.bias
         if (*self.kernel_size, *self.stride, self.groups) == (1, 1, 1, 1, 1):
             return torch.ops.timm_dynamic.dcd_pointwise(x, *branch, weight, bias, *norm)

@@ -15,6 +15,7 @@ from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops._autocast import no_autocast
 from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
+from timm_dynamic.ops.mixed_conv import mixed_pointwise_serves
 
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
 _HOTTEST = 30.0
@@ -211,6 +212,22 @@ class DynamicConv2d(DropInConv2d):
         else:
             y = mixed_conv2d(x, attention, self.kernels_weights, *options)
         return y if bias is None else y + bias[:, :, None, None].to(y.dtype)
+
+    @torch.jit.unused
+    def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
+        """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
+
+        Args:
+            x: Such that `inference_kernel_serves`.
+            norm: Scale, shift and limits.
+        """
+        kernels = self.kernels_weights
+        plain = self.kernels_bias is None and self._explicit_padding is None
+        pointwise = (*self.kernel_size, *self.stride, *self._padding, self.groups) == (1, 1, 1, 1, 0, 0, 1)
+        if not (plain and pointwise and mixed_pointwise_serves(x, kernels)):
+            return None
+        attention = self.attention(x, self._temperature())
+        return torch.ops.timm_dynamic.mixed_pointwise(x.contiguous(), attention, kernels, *norm)
 
 
 def _paddings(

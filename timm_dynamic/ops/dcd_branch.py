@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops.affine import affine
 
 
 def _hsig(t: Tensor) -> Tensor:
@@ -119,8 +120,7 @@ def dcd_pointwise_reference(
     """
     y = F.conv2d(x, weight, bias)
     dcd_branch_reference(x, fc, q, norm1, norm2, eps1, eps2, pool_size, p, 1, 1, y)
-    y = y if norm_scale is None else y * norm_scale[:, None, None]
-    return (y if norm_shift is None else y + norm_shift[:, None, None]).clamp(low, high)
+    return affine(y, norm_scale, norm_shift, low, high)
 
 
 def dcd_sample_weights_reference(

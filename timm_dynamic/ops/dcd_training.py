@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dynamic.ops.affine import NO_LIMITS
 from timm_dynamic.ops.dcd_branch import factors
 from timm_dynamic.ops.pool_and_project import add_pool_backward, pool, pool_and_project_backward, project
 from timm_dynamic.ops.scaled_conv import in_cache, scaled_conv, scaled_conv_backward
@@ -124,8 +125,7 @@ def _is_pointwise(x: Tensor, weight: Tensor, options: tuple) -> bool:
 
 
 def _pointwise(x: Tensor, weight: Tensor, in_scale=None, out_scale=None, p=None, v=None, shift=None) -> Tensor:
-    no_limits = (-torch.inf, torch.inf)
-    return torch.ops.timm_dynamic.scaled_pointwise(x, weight, in_scale, out_scale, p, v, shift, *no_limits)
+    return torch.ops.timm_dynamic.scaled_pointwise(x, weight, in_scale, out_scale, p, v, shift, *NO_LIMITS)
 
 
 def _normalise(z: Tensor, weight: Tensor, bias: Tensor, bn: nn.Module) -> tuple[Tensor, Tensor, Tensor]:

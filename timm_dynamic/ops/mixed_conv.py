@@ -17,6 +17,7 @@ from timm_dynamic.ops import fused_conv
 from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE, has_kernel
 from timm_dynamic.ops._linear import by_onednn, linear
+from timm_dynamic.ops.affine import NO_NORM, affine
 from timm_dynamic.ops.ddf import DTYPES
 from timm_dynamic.ops.per_sample_conv import (
     _GROUPED_WEIGHTS,
@@ -111,9 +112,9 @@ def _forward(x, attention, kernels, stride, padding, dilation, groups):
     if x.shape[0] == 0:
         return _empty_output(x, attention, kernels, *options)
     pointwise = _is_pointwise(kernels, padding, groups)
-    if pointwise and _has_mixed_pointwise(x, attention, kernels):
+    if pointwise and mixed_pointwise_serves(x, kernels) and attention.dtype == torch.float32:
         strided = x[:, :, :: stride[0], :: stride[1]].contiguous()
-        return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels)
+        return torch.ops.timm_dynamic.mixed_pointwise(strided, attention.contiguous(), kernels, *NO_NORM)
     if not pointwise and _fused_serves(x, kernels, *options):
         return fused_conv.mixed(x, attention, kernels, stride, padding, dilation)
     by = _pointwise if pointwise else _depthwise if _is_ddf(x, kernels, *options) else per_sample_conv2d
@@ -132,7 +133,8 @@ def _backward(grad, x, attention, kernels, stride, padding, dilation, groups, ne
     if not pointwise and _fused_serves(x, kernels, *options):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grads = fused_conv.mixed_backward(grad, x, attention, kernels, *options[:3], needs=needs)
-        return tuple(g if need else x.new_empty(0) for g, need in zip(grads, needs, strict=True))
+        inputs = (x, attention, kernels)
+        return tuple(g if need else t.new_empty(0) for t, g, need in zip(inputs, grads, needs, strict=True))
     separate = _depthwise_backward if _is_ddf(x, kernels, *options) else _convolution_backward
     by = _pointwise_backward if pointwise else separate
     grad_x, grad_attention, grad_kernels = _empty_gradients(x, attention, kernels, needs)
@@ -228,17 +230,6 @@ def _is_pointwise(kernels: Tensor, padding: Pair, groups: int) -> bool:
     return (*kernels.shape[3:], *padding, groups) == (1, 1, 0, 0, 1)
 
 
-def _has_mixed_pointwise(x: Tensor, attention: Tensor, kernels: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == attention.dtype == kernels.dtype == torch.float32
-        and x.numel() > 0
-        and memory_format(x) == torch.contiguous_format
-        and kernels.is_contiguous()
-        and has_kernel("cpu")
-    )
-
-
 def _fused_serves(x: Tensor, kernels: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     return (
         len(x) >= fused_conv.LEAST_BATCH
@@ -268,7 +259,15 @@ def _parts(x: Tensor, kernels: Tensor) -> Iterator[slice]:
         yield slice(first, first + n)
 
 
-def mixed_pointwise_reference(x: Tensor, attention: Tensor, kernels: Tensor) -> Tensor:
+def mixed_pointwise_reference(
+    x: Tensor,
+    attention: Tensor,
+    kernels: Tensor,
+    norm_scale: Tensor | None,
+    norm_shift: Tensor | None,
+    low: float,
+    high: float,
+) -> Tensor:
     """Defines the operator `torch.ops.timm_dynamic.mixed_pointwise`, the 1x1 convolution of `mixed_conv2d`.
 
     Its compiled kernel mixes the weights of four samples at a time and multiplies while they are in the cache.
@@ -277,11 +276,25 @@ def mixed_pointwise_reference(x: Tensor, attention: Tensor, kernels: Tensor) -> 
         x: `[B, C, H, W]`.
         attention: `[B, N]`.
         kernels: `[N, Co, C, 1, 1]`.
+        norm_scale, norm_shift, low, high: The output is `clamp(norm_scale * y + norm_shift)`; `[Co]` each or None, and
+            limits.
 
     Returns:
         `[B, Co, H, W]`.
     """
-    return mixed_conv2d_reference(x, attention, kernels)
+    return affine(mixed_conv2d_reference(x, attention, kernels), norm_scale, norm_shift, low, high)
+
+
+def mixed_pointwise_serves(x: Tensor, kernels: Tensor) -> bool:
+    """Whether its kernel does, for a 1x1 convolution without padding and groups, and a stride that is applied to x."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == kernels.dtype == torch.float32
+        and x.numel() > 0
+        and memory_format(x) == torch.contiguous_format
+        and kernels.is_contiguous()
+        and has_kernel("cpu")
+    )
 
 
 # Registration: the schema, and what torch.compile and autograd need to know.
@@ -300,13 +313,15 @@ torch.library.impl(f"{NAMESPACE}::mixed_conv2d_backward", "CompositeExplicitAuto
 
 
 torch.library.define(
-    f"{NAMESPACE}::mixed_pointwise", "(Tensor x, Tensor attention, Tensor kernels) -> Tensor", tags=_TAGS
+    f"{NAMESPACE}::mixed_pointwise",
+    f"({_TENSORS}, Tensor? norm_scale, Tensor? norm_shift, float low, float high) -> Tensor",
+    tags=_TAGS,
 )
 torch.library.impl(f"{NAMESPACE}::mixed_pointwise", "CompositeExplicitAutograd")(mixed_pointwise_reference)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::mixed_pointwise")
-def _mixed_pointwise_fake(x, attention, kernels):
+def _mixed_pointwise_fake(x, attention, kernels, *others):
     return x.new_empty(x.shape[0], kernels.shape[1], *x.shape[2:])
 
 

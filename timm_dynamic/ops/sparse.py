@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops._library import CUDA_DTYPES, NAMESPACE, has_kernel
+from timm_dynamic.ops.affine import NO_LIMITS
 
 Pair = tuple[int, int]
-NO_LIMITS = (-math.inf, math.inf)
 _PANEL_WIDTHS = (64, 48, 32, 16)  # columns that a kernel does at once
 
 

@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(kThreads) linear_heads(const Heads op, int blo
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     int o = first + r;
-    for (int h = 0; h < op.count && o >= 0; ++h) {
-      if (o < op.heads[h].outputs)
+#pragma unroll  // else the parameters would be copied to the stack
+    for (int h = 0; h < kMaxHeads; ++h) {
+      if (h < op.count && o >= 0 && o < op.heads[h].outputs)
         weights[r] = static_cast<const T*>(op.heads[h].weight) + int64_t(o) * op.inputs;
       o -= op.heads[h].outputs;
     }
@@ -143,9 +144,10 @@ __global__ void __launch_bounds__(kThreads) linear_heads(const Heads op, int blo
   const float sum = lane_sums(sums, kWarp);
   if (lane % (kWarp / kRows) != 0) return;
   int o = first + lane / (kWarp / kRows);
-  for (int h = 0; h < op.count; ++h, o -= op.heads[h - 1].outputs) {
+#pragma unroll
+  for (int h = 0; h < kMaxHeads; ++h, o -= op.heads[h - 1].outputs) {
     const Head& head = op.heads[h];
-    if (o < 0 || o >= head.outputs) continue;
+    if (h >= op.count || o < 0 || o >= head.outputs) continue;
     float value = sum + (head.bias ? float(static_cast<const T*>(head.bias)[o]) : 0.f);
     value = activated(head.activation, value);
     if (head.activation == Activation::kGate) value *= op.in[b * op.inputs + o];

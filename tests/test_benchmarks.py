@@ -368,6 +368,16 @@ def test_every_file_of_kernels_has_tests_for_the_sanitizers(script):
     assert marked | by_name == set(of_operators)
 
 
+def test_the_ratios_in_the_readme_are_those_of_the_results():
+    ratios = {}
+    for row in json.loads((BENCHMARKS / "results" / "models_cpu.json").read_text())["rows"]:
+        if row["model"] != row["baseline"]:
+            ratios.setdefault(row["model"], []).append(f"{row['time_ratio']:.2f}")
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    for model, own in ratios.items():
+        assert f"| `{model}` | {' | '.join(own)} |" in readme
+
+
 def test_gpu_tests_finds_the_files_by_their_mark(script):
     of_operators, others = script("gpu_tests").files()
     assert "tests/ops/test_ddf_cuda.py" in of_operators

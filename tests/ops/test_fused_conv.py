@@ -191,7 +191,7 @@ def test_not_on_the_cpu():
 KINDS = pytest.mark.parametrize("kind", ["mixed", "gated"])
 
 
-def public(kind, B=3, C=24, Co=16, kernel=3, N=3, rank=1, groups=1, dtype=torch.bfloat16, size=(7, 6)):
+def public(kind, B=9, C=24, Co=16, kernel=3, N=3, rank=1, groups=1, dtype=torch.bfloat16, size=(7, 6)):
     """`mixed_conv2d` or `factored_conv2d`, the tensors to call it with, and its options."""
     torch.manual_seed(0)
     x = torch.randn(B, C, *size).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -242,6 +242,20 @@ def test_output_and_gradients_by_the_kernels(operators, calls, kind, monkeypatch
     check_public(kind, results, tensors, gradients(function, [t.double() for t in tensors], options))
 
 
+@cuda_on_host.needs_compiler
+def test_a_parameter_at_any_address(operators, calls, monkeypatch):
+    """A 1x1 kernel is taken as it lies in memory."""
+    for name in NAMES:
+        monkeypatch.setattr(torch.ops.timm_dynamic, name, getattr(operators, name))
+    function, tensors, options = public("gated", kernel=1)
+    expected = gradients(function, tensors, options)
+    weight = tensors[1]
+    tensors[1] = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view(weight.shape)
+    assert tensors[1].data_ptr() % 16 != 0
+    for actual, wanted in zip(gradients(function, tensors, options), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 @KINDS
 def test_weights_of_the_dtype_of_the_input(calls, kind):
     function, tensors, options = public(kind)
@@ -284,7 +298,7 @@ def test_any_gradient_and_any_address(anywhere, kind):
 @KINDS
 @pytest.mark.parametrize(
     "change",
-    [{"groups": 2}, {"B": 1}, {"B": 0}, {"C": 20}, {"Co": 20}, {"N": 9, "rank": 2}, {"dtype": torch.float32}],
+    [{"groups": 2}, {"B": 7}, {"B": 0}, {"C": 20}, {"Co": 20}, {"N": 9, "rank": 2}, {"dtype": torch.float32}],
     ids=str,
 )
 def test_elsewhere_the_other_ways_serve(calls, kind, change):

@@ -69,6 +69,11 @@ def check(results, expected, dtype):
         )
 
 
+@pytest.fixture(autouse=True)
+def _small_batches_too(monkeypatch):
+    monkeypatch.setattr(fused_conv, "LEAST_BATCH", 2)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What ran of `fused_conv`, by name."""

@@ -20,7 +20,7 @@ from timm_dynamic.ops.per_sample_conv import Pair, memory_format, output_size
 
 # Where the kernels serve. None of these was chosen by measuring: a GPU session may turn or move them.
 ENABLED = True
-LEAST_BATCH = 2  # one sample's weight is as well formed in memory
+LEAST_BATCH = 8  # with fewer, deep layers do not fill a GPU, and few calls do with weights in memory
 MOST_KERNELS = 8  # that can be mixed: registers
 LONGEST_SIDE = 2**14  # of a map, and the most of any option: 16-bit coordinates
 MULTIPLE = 8  # of channels: 16 bytes

@@ -24,13 +24,8 @@ OPERATOR = """
 | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios |
 |---|---|---|---|---|---|---|---|---|---|
 """
-DDF = """
-On a CPU a forward at `[8, 256, 56, 56]` allocates its output and {extra:.1f} % more.
-
-## DDF-ResNet-50 on a CPU
-
-`results/{file}` (its command is in it): at batch 1, 224 px, `ddf_mul_resnet50` takes {time:.2f}x the time of `resnet50`
-({ours:.1f} against {twin:.1f} ms) for {macs:.2f}x the MACs.
+MEMORY = """
+A forward at `{shape}` allocates its output and {extra:.1f} % more.
 """
 DIGITS = """
 ## A trained network with several budgets
@@ -83,21 +78,9 @@ def operator_table(report: dict, name: str) -> str:
             f"{forward['ratio_to_depthwise']:.2f} | {both['median_ms']:.2f} ms | {both['ratio_to_depthwise']:.2f} | "
             f"{others} |\n"
         )
-    return table
-
-
-def ddf_text(name: str, operator: str) -> str:
-    rows = {row["model"]: row for row in load(name)["rows"]}
-    ours, twin = rows["ddf_mul_resnet50"], rows["resnet50"]
-    kernel = next(row for row in load(operator)["rows"] if row["candidate"] == "kernel" and row["peak_bytes"])
-    return DDF.format(
-        file=name,
-        time=ours["time_ratio"],
-        ours=ours["median_ms"],
-        twin=twin["median_ms"],
-        macs=ours["macs_ratio"],
-        extra=100 * (kernel["peak_bytes"] / kernel["output_bytes"] - 1),
-    )
+    kernel = next(row for row in report["rows"] if row["candidate"] == "kernel" and row["peak_bytes"])
+    extra = 100 * (kernel["peak_bytes"] / kernel["output_bytes"] - 1)
+    return table + MEMORY.format(shape=kernel["shape"], extra=extra)
 
 
 def digits_table(name: str) -> str:
@@ -131,7 +114,6 @@ def main() -> None:
     for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
         if report := load_if_there(name):
             page += operator_table(report, name)
-    page += ddf_text("ddf_resnet50_cpu.json", "op_ddf_cpu.json")
     for name in MODELS:
         if report := load_if_there(name):
             page += models_text(report, name, machine(report), HERE / "results")

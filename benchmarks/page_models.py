@@ -50,7 +50,7 @@ def models_text(report: dict, name: str, machine: str, results: Path) -> str:
     picture = Path(name).with_suffix(".png")
     save_ratios(cases, f"{machine}, {settings}", results / picture)
     text = HEAD.format(
-        title="All ways to run the models" if paths else "Weight-dynamic models",
+        title="All ways to run the models" if paths else "Models",
         where="a GPU" if cuda else "a CPU",
         command="python benchmarks/models.py" + " --paths" * paths + " --device cuda" * cuda,
         file=name,

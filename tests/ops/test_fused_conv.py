@@ -351,15 +351,16 @@ def test_no_weights_of_samples_in_memory(anywhere, kind, monkeypatch):
 
 @KINDS
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_registration_of_the_public_operators(anywhere, kind, layout):
+@pytest.mark.parametrize("wanted", [True, False])
+def test_registration_of_the_public_operators(anywhere, kind, layout, wanted):
     """Shapes and strides are what the compiler is told, whatever the weight's layout."""
     _, tensors, options = public(kind, Co=64)
     name = "mixed_conv2d" if kind == "mixed" else "factored_conv2d"
     if kind == "gated":
         tensors[1] = tensors[1].contiguous(memory_format=layout)
     forward, backward = (getattr(torch.ops.timm_dynamic, f"{name}{suffix}") for suffix in ("", "_backward"))
-    grad = torch.randn(3, 64, 4, 6).bfloat16().contiguous(memory_format=torch.channels_last)
-    needs = ([True] * 3,) if kind == "mixed" else (torch.empty(0, dtype=torch.bfloat16), [True] * 2)
+    grad = torch.randn(9, 64, 4, 6).bfloat16().contiguous(memory_format=torch.channels_last)
+    needs = ([True, wanted, True],) if kind == "mixed" else (torch.empty(0, dtype=torch.bfloat16), [True, wanted])
     arguments = (*needs[:-1], *options, needs[-1])
     for operator, given in ((forward, (*tensors, *options)), (backward, (grad, *tensors, *arguments))):
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))

@@ -368,14 +368,22 @@ def test_every_file_of_kernels_has_tests_for_the_sanitizers(script):
     assert marked | by_name == set(of_operators)
 
 
-def test_the_ratios_in_the_readme_are_those_of_the_results():
-    ratios = {}
-    for row in json.loads((BENCHMARKS / "results" / "models_cpu.json").read_text())["rows"]:
+def results(name):
+    return json.loads((BENCHMARKS / "results" / name).read_text())["rows"]
+
+
+def test_the_figures_in_the_readme_are_those_of_the_results():
+    readme, rows = (BENCHMARKS.parent / "README.md").read_text(), {}
+    for row in results("models_cpu.json"):
         if row["model"] != row["baseline"]:
-            ratios.setdefault(row["model"], []).append(f"{row['time_ratio']:.2f}")
-    readme = (BENCHMARKS.parent / "README.md").read_text()
-    for model, own in ratios.items():
-        assert f"| `{model}` | {' | '.join(own)} |" in readme
+            rows.setdefault(f"| `{row['model']}` |", []).append(f"{row['time_ratio']:.2f}")
+    for row in results("sparse_cpu.json") + results("sparse_cpu_mobilenetv2.json"):
+        if row["share"] == 0.3:
+            figures = [f"{row['times']['sparse']['median_ms']:.1f} ms"]
+            figures += [f"{row[f'speedup_over_{dense}']:.2f}" for dense in ("folded_dense", "static_twin")]
+            rows.setdefault(f"| `{row['model']}` | {row['batch_size']} |", []).extend(figures)
+    for head, figures in rows.items():
+        assert f"{head} {' | '.join(figures)} |" in readme
 
 
 def test_gpu_tests_finds_the_files_by_their_mark(script):

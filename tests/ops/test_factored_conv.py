@@ -72,6 +72,16 @@ def test_operator_check(case):
     torch.library.opcheck(torch.ops.timm_dynamic.factored_conv2d, (*inputs, *options))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_what_the_compiler_is_told_of_the_backward_pass(case, layout):
+    inputs, options = case
+    inputs = [t.detach().contiguous(memory_format=layout) if t.ndim == 4 else t.detach() for t in inputs]
+    forward, backward = torch.ops.timm_dynamic.factored_conv2d, torch.ops.timm_dynamic.factored_conv2d_backward
+    output, rows = forward(*inputs, *options)
+    arguments = (torch.randn_like(output), *inputs, rows, *options, [True, True])
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("name", ["by sample", "by columns", "rank 3"])
 def test_float32(name):
     *shape, groups, stride, padding, dilation = CASES[name]

@@ -215,7 +215,9 @@ def _backward_by_columns(grad, x, weight, pairs, a_out, rows, stride, padding, d
         if needs[0]:
             grad_x[chunk] = F.pad(grad_padded, [-p for p in (padding[1], padding[1], padding[0], padding[0])])
     if needs[1]:
-        grad_weight = _by_tap(grad_matrix, weight, rows).movedim(0, -1).reshape(weight.shape).to(weight.dtype)
+        grad_weight = torch.empty_like(weight).copy_(
+            _by_tap(grad_matrix, weight, rows).movedim(0, -1).view(weight.shape)
+        )
     else:
         grad_weight = weight.new_empty(0)
     return grad_x, grad_weight, grad_scale.mT.reshape(pairs.shape), grad_a_out

@@ -7,11 +7,12 @@ HEAD = """
 ## {title} on {where}
 
 `{command}`, `results/{file}`, {machine}; {settings}. The static twin is timm's model as it is. Time and memory are
-ratios to it, in the same process; memory is the peak of a step with the weights. The time is the median over several
-processes, whose own follow it.{paths}
+ratios to it, in the same process; memory is the peak of a step with the weights. {processes}{paths}
 
 ![Ratios of time and of MACs]({picture})
 """
+ONE = "Every case ran in one process."
+SEVERAL = "The time is the median over several processes, whose own follow it."
 PATHS = """ The reference path is what serves without our kernels; it is the same code as ours where no kernel of
 ours has a part in it, as in most training steps on a CPU. What is compiled (`torch.compile`, inductor) is compared with
 the compiled twin."""
@@ -56,6 +57,7 @@ def models_text(report: dict, name: str, machine: str, results: Path) -> str:
         file=name,
         machine=machine,
         settings=settings,
+        processes=ONE if len(first["time_ratios"]) == 1 else SEVERAL,
         paths=PATHS if paths else "",
         picture=f"results/{picture}",
     )

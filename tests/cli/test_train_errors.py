@@ -33,6 +33,7 @@ def bad_inputs():
     Path("key.yaml").write_text("nonsense: 1\nmodel: test_resnet\n")
     Path("choice.yaml").write_text("sched: nonsense\n")
     Path("type.yaml").write_text("epochs: 1.5\n")
+    Path("range.yaml").write_text("hflip: 5\ndrop_path: null\nscale: [0.5, 1.0]\n")
     Path("list.yaml").write_text("[1, 2]\n")
     model = timm.create_model("test_resnet", num_classes=10)
     torch.save(model.state_dict(), "weights.pth")
@@ -55,6 +56,21 @@ def bad_inputs():
         ("--data-dir broken -b 41", "cannot read image broken/train/0/broken.png: "),
         ("-b 41", "--batch-size 41 on 1 processes is more than the 40 images in train"),
         ("-b 0", "argument -b/--batch-size: 0 is not 1 or more"),
+        ("--smoothing 1.0", "argument --smoothing: 1.0 is not below 1"),
+        ("--mixup 0.2 --smoothing -1", "argument --smoothing: -1 is not between 0 and 1"),
+        ("--drop-path 2", "argument --drop-path: 2 is not between 0 and 1"),
+        ("--model-ema --model-ema-decay 5", "argument --model-ema-decay: 5 is not between 0 and 1"),
+        ("--reprob nan", "argument --reprob: nan is not between 0 and 1"),
+        ("--weight-decay -3", "argument --weight-decay: -3 is not 0 or more"),
+        ("--clip-grad -1", "argument --clip-grad: -1 is not above 0"),
+        ("--std 0", "argument --std: 0 is not above 0"),
+        ("--scale 2 1", "--scale 2.0 1.0: the first must not be larger"),
+        ("--epochs nine", "argument --epochs: 'nine' is not a whole number"),
+        (
+            "--torchcompile --torchcompile-mode foo",
+            "argument --torchcompile-mode: unknown mode 'foo'; there are default,",
+        ),
+        ("--config range.yaml", "--config range.yaml: hflip: 5 is not between 0 and 1"),
         ("-b 7 --mixup 0.2", "--batch-size 7 must be even"),
         ("--num-classes 9", "has 10 classes, the model 9: pass --num-classes 10"),
         ("--model resnet5O", "unknown model 'resnet5O'"),

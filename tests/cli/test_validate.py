@@ -235,3 +235,8 @@ def test_errors(inputs, capsys, argv, expected):
     assert (status, results) == (2, None), err
     assert err.count("\n") == 1 and err.startswith("timm-dynamic validate: error: ")
     assert expected in err
+
+
+def test_the_data_are_missed_before_the_weights(capsys, tmp_path):
+    status, results, err = run(capsys, tmp_path / "nowhere", "--model", "ddf_mul_resnet50")
+    assert (status, results) == (2, None) and "no such data folder" in err

@@ -33,6 +33,11 @@ def assert_same_in_all_executions(model, x, **close):
     return expected
 
 
+def test_an_image_without_a_batch_is_an_error_of_pytorch():
+    with torch.inference_mode(), pytest.raises(ValueError, match="expected 4D input"):
+        timm.create_model("dynconv_resnet8").eval()(torch.randn(3, 32, 32))
+
+
 class TestArchitecture:
     @pytest.mark.parametrize("name", timm.list_models("dynconv_*"))
     def test_parameters_are_the_static_networks_and_the_mask_units(self, name):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,12 +59,25 @@ class Parser(argparse.ArgumentParser):
                 )
             if action.type in (int, positive_int, count) and isinstance(value, (bool, float)):
                 raise ValueError(f"--config {path}: {action.dest} is {value!r}, not a whole number")
+            if action.type in _RANGES and value is not None:
+                for one in value if isinstance(value, list) else [value]:
+                    try:
+                        action.type(str(one))
+                    except argparse.ArgumentTypeError as error:
+                        raise ValueError(f"--config {path}: {action.dest}: {error}") from None
         return values
+
+
+def _number(text: str, kind: type = float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
 
 
 def positive_int(text: str) -> int:
     """An argparse type: a whole number from 1 on."""
-    value = int(text)
+    value = _number(text, int)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
     return value
@@ -71,10 +85,45 @@ def positive_int(text: str) -> int:
 
 def count(text: str) -> int:
     """An argparse type: a whole number from 0 on."""
-    value = int(text)
+    value = _number(text, int)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """An argparse type: a number from 0 on."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def share_below_one(text: str) -> float:
+    """An argparse type: a number from 0 to 1, but not 1."""
+    value = share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
+
+
+_RANGES = (positive_int, count, positive, non_negative, share, share_below_one)
 
 
 class KeyValues(ParseKwargs):
@@ -90,6 +139,16 @@ class KeyValues(ParseKwargs):
             if key in self._FLAGS:
                 parser.error(f"argument {option_string}: {key} is not for here, see --help for its flag")
         super().__call__(parser, namespace, values, option_string)
+
+
+def compile_mode(name: str) -> str:
+    """An argparse type: a mode of `torch.compile`."""
+    import torch._inductor  # here: it takes long
+
+    modes = list(torch._inductor.list_mode_options())
+    if name not in modes:
+        raise argparse.ArgumentTypeError(f"unknown mode {name!r}; there are {', '.join(modes)}")
+    return name
 
 
 def compile_backend(name: str) -> str:

@@ -11,7 +11,7 @@ from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_dynamic.cli.common import count, positive_int
+from timm_dynamic.cli.common import count, positive, positive_int
 
 _logger = logging.getLogger(__name__)
 
@@ -127,13 +127,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None
     group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
     group.add_argument("--input-size", type=positive_int, nargs=3, metavar="N", help="image channels, height and width")
     group.add_argument(
-        "--crop-pct", type=float, metavar="X", help="share of an image that validation sees (default: the model's)"
+        "--crop-pct", type=positive, metavar="X", help="share of an image that validation sees (default: the model's)"
     )
     group.add_argument(
         "--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1 (default: the model's)"
     )
     group.add_argument(
-        "--std", type=float, nargs="+", metavar="X", help="their standard deviation (default: the model's)"
+        "--std", type=positive, nargs="+", metavar="X", help="their standard deviation (default: the model's)"
     )
     group.add_argument(
         "--interpolation",
@@ -186,6 +186,20 @@ def resolve_data(args: argparse.Namespace, model: nn.Module, use_test_size: bool
     return {**config, "input_size": (channels, *config["input_size"][1:])}
 
 
+def find_split(args: argparse.Namespace, split: str) -> tuple[str, dict]:
+    """The root of the data, which for folders is that of the split, and what `create_dataset` should know of it.
+
+    Raises:
+        ValueError: No data given, no such folder or split.
+    """
+    root = args.data or args.data_dir
+    if args.dataset.partition("/")[0].lower() in OTHER_SOURCES:
+        return root, {}
+    if not root:
+        raise ValueError("no data: name its folder, as in `DATA` or --data-dir")
+    return str(_split_folder(Path(root), split)), {"search_split": False}
+
+
 def open_dataset(
     args: argparse.Namespace,
     split: str,
@@ -201,11 +215,7 @@ def open_dataset(
         ValueError: No data given, no such folder or split, no images, more classes than the model has, a bad class map,
             `max_bad` unreadable images to be left out (see `Images`) of data that are no image files.
     """
-    root, options = args.data or args.data_dir, {}
-    if args.dataset.partition("/")[0].lower() not in OTHER_SOURCES:
-        if not root:
-            raise ValueError("no data: name its folder, as in `DATA` or --data-dir")
-        root, options = str(_split_folder(Path(root), split)), {"search_split": False}
+    root, options = find_split(args, split)
     mode = IMAGE_MODES[config["input_size"][0]]
     try:
         dataset = create_dataset(

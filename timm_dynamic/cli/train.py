@@ -243,6 +243,9 @@ def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, 
             label_smoothing=args.smoothing,
             num_classes=num_classes,
         )
+    for flag, bounds in (("scale", args.scale), ("ratio", args.ratio)):
+        if bounds and bounds[0] > bounds[-1]:
+            raise ValueError(f"--{flag} {bounds[0]} {bounds[-1]}: the first must not be larger")
     train_options = {
         "is_training": True,
         "no_aug": args.no_aug,

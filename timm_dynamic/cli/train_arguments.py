@@ -2,7 +2,19 @@
 
 import argparse
 
-from timm_dynamic.cli.common import KeyValues, Parser, add_device_arguments, add_model_arguments, count, positive_int
+from timm_dynamic.cli.common import (
+    KeyValues,
+    Parser,
+    add_device_arguments,
+    add_model_arguments,
+    compile_mode,
+    count,
+    non_negative,
+    positive,
+    positive_int,
+    share,
+    share_below_one,
+)
 from timm_dynamic.cli.data import INTERPOLATIONS, add_bad_images_argument, add_data_arguments
 
 # timm's `plateau` is left out: what it has seen is in no checkpoint, so a resumed run would take another course.
@@ -98,7 +110,7 @@ def _add_segmentation_data_arguments(parser: Parser) -> None:
     group.add_argument("--val-split", default="val", metavar="NAME", help="default: val; '' for none")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="size of the crops (default: the model's)")
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="standard deviation of the pixels")
+    group.add_argument("--std", type=positive, nargs="+", metavar="X", help="standard deviation of the pixels")
     group.add_argument("-b", "--batch-size", type=positive_int, default=16, metavar="N", help="default: 16")
     group.add_argument("-vb", "--validation-batch-size", type=positive_int, metavar="N", help="default: as in training")
     group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
@@ -108,11 +120,16 @@ def _add_segmentation_data_arguments(parser: Parser) -> None:
 def _add_segmentation_augmentation_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("augmentation and regularisation")
     group.add_argument(
-        "--scale", type=float, nargs=2, default=[0.5, 2.0], metavar="X", help="shorter side over --img-size, 0.5 to 2"
+        "--scale",
+        type=positive,
+        nargs=2,
+        default=[0.5, 2.0],
+        metavar="X",
+        help="shorter side over --img-size, 0.5 to 2",
     )
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
-    group.add_argument("--blur", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
-    group.add_argument("--drop", type=float, metavar="P", help="dropout (default: the model's)")
+    group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--blur", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--drop", type=share, metavar="P", help="dropout (default: the model's)")
 
 
 def _add_start_arguments(parser: Parser) -> None:
@@ -139,7 +156,9 @@ def _add_amp_arguments(parser: Parser) -> None:
     group.add_argument(
         "--amp-impl", default="native", choices=("native", "apex"), help="PyTorch's, or NVIDIA's Apex (default: native)"
     )
-    group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode, as reduce-overhead")
+    group.add_argument(
+        "--torchcompile-mode", type=compile_mode, metavar="MODE", help="torch.compile's mode, as reduce-overhead"
+    )
 
 
 def _add_distributed_arguments(parser: Parser) -> None:
@@ -163,9 +182,9 @@ def _add_optimizer_arguments(parser: Parser) -> None:
     )
     group.add_argument("--opt-eps", type=float, metavar="X", help="the optimizer's epsilon (default: its own)")
     group.add_argument("--opt-betas", type=float, nargs="+", metavar="X", help="its betas (default: its own)")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="X", help="default: 0.9")
-    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X", help="default: %(default)s")
-    group.add_argument("--clip-grad", type=float, metavar="X", help="clip gradients (default: no)")
+    group.add_argument("--momentum", type=non_negative, default=0.9, metavar="X", help="default: 0.9")
+    group.add_argument("--weight-decay", type=non_negative, default=2e-5, metavar="X", help="default: %(default)s")
+    group.add_argument("--clip-grad", type=positive, metavar="X", help="clip gradients (default: no)")
     group.add_argument(
         "--clip-mode", default="norm", choices=("norm", "value", "agc"), help="how to clip (default: norm)"
     )
@@ -248,22 +267,24 @@ def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
 def _add_augmentation_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("augmentation and regularisation")
     group.add_argument("--no-aug", action="store_true", help="no augmentation at all")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar="X", help="areas of random crops")
     group.add_argument(
-        "--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="width to height of random crops"
+        "--scale", type=positive, nargs=2, default=[0.08, 1.0], metavar="X", help="areas of random crops"
     )
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability, default: 0.5")
-    group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="probability, default: 0")
-    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X", help="default: 0.4")
+    group.add_argument(
+        "--ratio", type=positive, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="width to height of random crops"
+    )
+    group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
+    group.add_argument("--vflip", type=share, default=0.0, metavar="P", help="probability, default: 0")
+    group.add_argument("--color-jitter", type=non_negative, default=0.4, metavar="X", help="default: 0.4")
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment, RandAugment, ..., as rand-m7-mstd0.5-inc1")
-    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="probability of random erasing")
+    group.add_argument("--reprob", type=share, default=0.0, metavar="P", help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="default: pixel")
     group.add_argument("--recount", type=positive_int, default=1, metavar="N", help="erased areas, default: 1")
-    group.add_argument("--mixup", type=float, default=0.0, metavar="X", help="alpha of mixup, 0: none")
-    group.add_argument("--cutmix", type=float, default=0.0, metavar="X", help="alpha of CutMix, 0: none")
+    group.add_argument("--mixup", type=non_negative, default=0.0, metavar="X", help="alpha of mixup, 0: none")
+    group.add_argument("--cutmix", type=non_negative, default=0.0, metavar="X", help="alpha of CutMix, 0: none")
     group.add_argument("--cutmix-minmax", type=float, nargs=2, metavar="X", help="CutMix with sides between these")
-    group.add_argument("--mixup-prob", type=float, default=1.0, metavar="P", help="of either, default: 1")
-    group.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of CutMix if both are on")
+    group.add_argument("--mixup-prob", type=share, default=1.0, metavar="P", help="of either, default: 1")
+    group.add_argument("--mixup-switch-prob", type=share, default=0.5, metavar="P", help="of CutMix if both are on")
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="default: batch")
     group.add_argument(
         "--mixup-ramp-epochs", type=int, default=0, metavar="N", help="let mixup's alpha grow from 0 over N epochs"
@@ -275,13 +296,15 @@ def _add_augmentation_arguments(parser: Parser) -> None:
         choices=("random", "", *INTERPOLATIONS),
         help="resizing in training (default: random; '': as in validation)",
     )
-    group.add_argument("--drop", type=float, default=0.0, metavar="P", help="dropout before the classifier")
-    group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth")
+    group.add_argument("--drop", type=share, default=0.0, metavar="P", help="dropout before the classifier")
+    group.add_argument("--drop-path", type=share, metavar="P", help="stochastic depth")
 
 
 def _add_loss_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("loss")
-    group.add_argument("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing (default: 0.1)")
+    group.add_argument(
+        "--smoothing", type=share_below_one, default=0.1, metavar="X", help="label smoothing (default: 0.1)"
+    )
     group.add_argument("--bce-loss", action="store_true", help="binary instead of softmax cross-entropy")
     group.add_argument("--bce-sum", action="store_true", help="sum it over the classes")
     group.add_argument("--bce-target-thresh", type=float, metavar="X", help="targets above count as 1, others as 0")
@@ -313,7 +336,7 @@ def _add_ema_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("averaged weights")
     group.add_argument("--model-ema", action="store_true", help="keep, validate and save a moving average")
     group.add_argument("--model-ema-force-cpu", action="store_true", help="keep it on the CPU, and do not validate it")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X", help="default: 0.9998")
+    group.add_argument("--model-ema-decay", type=share, default=0.9998, metavar="X", help="default: 0.9998")
     group.add_argument("--model-ema-warmup", action="store_true", help="let the decay grow towards that")
 
 

@@ -27,6 +27,7 @@ from timm_dynamic.cli.data import (
     add_bad_images_argument,
     add_data_arguments,
     count_classes,
+    find_split,
     image_channels,
     make_loader,
     open_dataset,
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> None:
         parser.error("--use-ema needs --checkpoint")
     if args.results_file:
         check_output_file("--results-file", args.results_file, (".csv", ".json"))
+    find_split(args, args.split)  # first: weights may have to be downloaded
     device = resolve_device(args.device)
     model = create_model(
         args.model,

@@ -146,7 +146,7 @@ def may_run_sparse(x: Tensor, execution: str) -> bool:
         return False
     if torch.compiler.is_compiling() and (execution == "auto" or torch.compiler.is_exporting()):
         return False  # a graph of the dense form; "sparse" breaks it
-    return x.device.type in ("cpu", "cuda") and x.numel() > 0
+    return x.ndim == 4 and x.device.type in ("cpu", "cuda") and x.numel() > 0
 
 
 def _same_padding(conv: nn.Conv2d) -> tuple[int, int]:

@@ -32,6 +32,13 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return shape;
 }
 
+// Adds up partial sums over their first dimension.
+inline Tensor summed(const Tensor& parts) {
+  const std::vector<int64_t> first = {0}, shape = shape_of(parts);
+  if (shape[0] > 1) return torch::stable::sum(parts, first);
+  return torch::stable::reshape(parts, std::vector<int64_t>(shape.begin() + 1, shape.end()));
+}
+
 inline Tensor empty_floats(const Tensor& beside, std::vector<int64_t> shape) {
   return torch::stable::empty(shape, ScalarType::Float, std::nullopt, beside.device());
 }

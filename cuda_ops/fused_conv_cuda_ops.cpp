@@ -161,13 +161,6 @@ Window<int> gradient_window(const Tensor& grad, const Tensor& x, Sizes kernel_si
                      padding, dilation);
 }
 
-// Adds up partial sums over their first dimension.
-Tensor summed(const Tensor& parts) {
-  const std::vector<int64_t> first = {0}, shape = shape_of(parts);
-  if (shape[0] > 1) return torch::stable::sum(parts, first);
-  return torch::stable::reshape(parts, std::vector<int64_t>(shape.begin() + 1, shape.end()));
-}
-
 // Room for the kernels' gradient, in as many parts as keep the device busy.
 Tensor kernel_parts(WindowGradients& op, const Tensor& grad, const Tensor& x,
                     const Device& device) {

@@ -81,11 +81,10 @@ Tensor zeros(const Tensor& like) {
   return torch::stable::zero_(t);
 }
 
-// Adds up partial sums over their first dimension.
-Tensor total(const Tensor& sums, const Tensor& like) {
-  const std::vector<int64_t> first = {0};
-  const Tensor sum = sums.size(0) == 1 ? sums : torch::stable::sum(sums, first);
-  return torch::stable::to(torch::stable::reshape(sum, shape_of(like)), like.scalar_type());
+// The sum of parts, of the shape and dtype of `like`.
+Tensor total(const Tensor& parts, const Tensor& like) {
+  return torch::stable::to(torch::stable::reshape(summed(parts), shape_of(like)),
+                           like.scalar_type());
 }
 
 // Into how many parts to cut the channels: several rounds of blocks, but long walks.

@@ -1,6 +1,7 @@
 """What several test files need: the golden cases, a small image folder."""
 
 import functools
+import importlib
 import json
 import re
 import zlib
@@ -65,6 +66,13 @@ class Golden:
 def golden():
     """`golden(name)` is the `Golden` of a case."""
     return functools.cache(Golden)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(name)` is one of the scripts under benchmarks/, as a module."""
+    monkeypatch.syspath_prepend(DATA.parents[1] / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

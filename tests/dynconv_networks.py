@@ -39,6 +39,15 @@ def run(model, x, execution):
     return model(x)
 
 
+@torch.no_grad()
+def dense(model, x):
+    """The output with every position computed; the model's execution stays."""
+    before, model.execution = model.execution, "dense"
+    y = model(x)
+    model.execution = before
+    return y
+
+
 class PatternMask(nn.Module):
     """Instead of a mask unit: active where a fixed pattern is below `share[0]`, which a test changes."""
 

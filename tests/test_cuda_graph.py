@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from dynconv_networks import build, build_with_share, every_kind, image
+from dynconv_networks import build, build_with_share, dense, every_kind, image
 from torch import nn
 
 from timm_dynamic import CudaGraph, cuda_graph
@@ -66,14 +66,6 @@ def recorder(monkeypatch):
     monkeypatch.setattr(capacity, "serves", lambda x: True)
     monkeypatch.setattr(capacity, "_MULTIPLE", 4)
     return recorder
-
-
-@torch.no_grad()
-def dense(model, x):
-    before, model.execution = model.execution, "dense"
-    y = model(x)
-    model.execution = before
-    return y
 
 
 class TestMasks:

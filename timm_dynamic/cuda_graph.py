@@ -132,7 +132,7 @@ class _Graph:
                 for _ in range(_WARM_UPS):
                     forward()
             main.wait_stream(self._stream)
-            # Other threads, such as a loader's, may go on with what a capture of theirs would forbid.
+            # Meanwhile other threads, such as a loader's, may allocate memory.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 forward()
         self._graph = graph

@@ -385,13 +385,8 @@ def test_a_worker_killed_under_torchrun(workplace):
     flags = "--model test_ped_resnet -b 10 --epochs 3 --model-ema --model-ema-decay 0.9".split()
     results = {}
     for dies in ("none", "1"):
-        done = subprocess.run(
-            [sys.executable, *launcher, *FLAGS, *flags, "--output", dies],
-            capture_output=True,
-            text=True,
-            env={**ENVIRONMENT, "DIES": dies},
-            timeout=400,
-        )
+        command = [sys.executable, *launcher, *FLAGS, *flags, "--output", dies]
+        done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "DIES": dies}, timeout=400)
         assert done.returncode == 0, done.stderr
         assert Path("died").exists() == (dies == "1")
         results[dies] = done, read_checkpoint(f"{dies}/run/last.pth.tar"), Path(f"{dies}/run/summary.csv").read_bytes()

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from dynconv_networks import SMALL, build, build_with_share, every_kind, image
+from dynconv_networks import SMALL, build, build_with_share, dense, every_kind, image
 from on_gpu import DEVICE, needs_gpu
 from torch import nn
 
@@ -112,14 +112,6 @@ def networks(kind, share, dtype):
     model = build_with_share(kind, share).to(DEVICE, dtype)
     x = torch.randn(8, 3, SMALL[kind][2], SMALL[kind][2], device=DEVICE, dtype=dtype)
     return model, x.to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def dense(model, x):
-    before, model.execution = model.execution, "dense"
-    y = model(x)
-    model.execution = before
-    return y
 
 
 def assert_near(actual, expected):

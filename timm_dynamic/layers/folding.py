@@ -71,9 +71,8 @@ class Watch(Items):
         """Whether something has changed since it was made."""
         return self.are_others() or self._counts() != self._state
 
-    def watches(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether any of these is among what it notices."""
-        ids = set(map(id, tensors))
+    def watches(self, ids: set[int]) -> bool:
+        """Whether any tensor of these is among what it notices."""
         return any(id(tensor) in ids for tensor in self._tensors)
 
     def devices(self) -> set[torch.device]:
@@ -86,7 +85,7 @@ _KEPT: "WeakKeyDictionary[KeepsFolded, tuple[Any, Watch, Any]]" = WeakKeyDiction
 
 def _forget_changed(optimizer: torch.optim.Optimizer, *args) -> None:
     """Fused optimizers change parameters behind their version counters."""
-    changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for module in [module for module, (_, watch, _) in _KEPT.items() if watch.watches(changed)]:
         _KEPT.pop(module, None)
 

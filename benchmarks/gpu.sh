@@ -92,7 +92,7 @@ tests() { # all that are marked `cuda`, and a few under compute-sanitizer
 }
 
 ops() {
-  run "share of the roof" 240 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
+  run "share of the roof" 210 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
   run "ddf against alternatives" 140 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
+from timm_dynamic.layers.stand_in import refuse_weight
 from timm_dynamic.ops.precision import is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
@@ -51,6 +52,10 @@ class DynamicLayer(nn.Module):
     def formula(self, x: Tensor) -> Tensor:
         """What the layer computes."""
         raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_weight(self, name)
+        super().register_parameter(name, param)
 
     def factors_of(self, x: Tensor):
         """`self.factors(x)`, what the layer makes of a sample, without autocast and in the parameters' precision.

@@ -18,7 +18,7 @@ from timm_dynamic.ops._autocast import autocast_dtype, no_autocast
 from timm_dynamic.ops._library import NAMESPACE, has_kernel
 from timm_dynamic.ops._linear import by_onednn, linear
 from timm_dynamic.ops.affine import NO_NORM, affine
-from timm_dynamic.ops.ddf import DTYPES
+from timm_dynamic.ops.dynamic_filter.definition import DTYPES
 from timm_dynamic.ops.per_sample_conv import (
     _GROUPED_WEIGHTS,
     Pair,

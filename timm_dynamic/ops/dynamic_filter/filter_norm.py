@@ -9,7 +9,9 @@ with the mean and the unbiased standard deviation over the K x K taps k of filte
 import torch
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, has_kernel
+from timm_dynamic.ops.kernels import runs_kernel
+from timm_dynamic.ops.precision import accumulation_dtype, no_autocast
+from timm_dynamic.ops.registration import register
 
 _EPS = 1e-10
 _MIN_NORM = 1e-18  # changes nothing beside 1e-10; keeps the root's gradient finite where a filter is constant
@@ -29,14 +31,20 @@ def filter_norm(x: Tensor, taps: int, scale: float) -> Tensor:
     Returns:
         `[B, filters*taps, H, W]`, with the dtype of `x`.
     """
-    # The compiler fuses the reference's operations itself.
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or not has_kernel(x.device.type):
-        return filter_norm_reference(x, taps, scale)
-    return torch.ops.timm_dynamic.filter_norm(x, taps, scale)
+    if torch.jit.is_scripting():  # TorchScript knows the registered operator alone
+        return torch.ops.timm_dynamic.filter_norm(x, taps, scale)
+    else:
+        return _filter_norm(x, taps, scale)
 
 
-def filter_norm_reference(x: Tensor, taps: int, scale: float) -> Tensor:
-    """The same as `filter_norm` in plain differentiable PyTorch. Defines the operator."""
+def _filter_norm(x: Tensor, taps: int, scale: float) -> Tensor:
+    # The compiler fuses the definition's operations itself.
+    kernel = not torch.compiler.is_compiling() and runs_kernel("filter_norm", x)
+    with no_autocast(x):
+        return (torch.ops.timm_dynamic.filter_norm if kernel else _definition)(x, taps, scale)
+
+
+def _definition(x: Tensor, taps: int, scale: float) -> Tensor:
     deviations, norm = _deviations(x, taps)
     root = (taps - 1) ** 0.5  # norm = root * std
     out = deviations * (scale * root / (norm + _EPS * root))
@@ -46,37 +54,26 @@ def filter_norm_reference(x: Tensor, taps: int, scale: float) -> Tensor:
 def _deviations(x: Tensor, taps: int) -> tuple[Tensor, Tensor]:
     """`x` less the means, `[B, filters, taps, H, W]`, and its norm over the taps, in the accumulation dtype."""
     B, C, H, W = x.shape
-    x = (x if x.dtype == torch.float64 else x.float()).reshape(B, C // taps, taps, H, W)
+    x = x.to(accumulation_dtype(x)).reshape(B, C // taps, taps, H, W)
     x = x - x.mean(2, keepdim=True)
     # torch.std is several times slower along a strided dimension.
     return x, x.square().sum(2, keepdim=True).clamp_min(_MIN_NORM**2).sqrt()
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-torch.library.define(f"{NAMESPACE}::filter_norm", "(Tensor x, int taps, float scale) -> Tensor", tags=_TAGS)
-torch.library.impl(f"{NAMESPACE}::filter_norm", "CompositeExplicitAutograd")(filter_norm_reference)
+def _gradient(grad, inputs, outputs, options, needs) -> tuple[Tensor]:
+    (x,), (taps, scale) = inputs, options
+    d, norm = _deviations(x, taps)
+    grad = grad.to(d.dtype).reshape(d.shape)
+    root = (taps - 1) ** 0.5
+    scaled = norm + _EPS * root
+    along = (grad * d).sum(2, keepdim=True) / (norm * scaled)
+    grad = (grad - d * along.masked_fill(norm <= _MIN_NORM, 0)) * (scale * root / scaled)
+    grad = grad - grad.mean(2, keepdim=True)
+    return (grad.reshape(x.shape).to(x.dtype),)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::filter_norm")
-def _filter_norm_fake(x, taps, scale):
+def _fake(x, taps, scale):
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):
-    x, ctx.taps, ctx.scale = inputs
-    ctx.save_for_backward(x)
-
-
-def _filter_norm_autograd(ctx, grad):
-    (x,) = ctx.saved_tensors
-    d, norm = _deviations(x, ctx.taps)
-    grad = grad.to(d.dtype).reshape(d.shape)
-    root = (ctx.taps - 1) ** 0.5
-    scaled = norm + _EPS * root
-    along = (grad * d).sum(2, keepdim=True) / (norm * scaled)
-    grad = (grad - d * along.masked_fill(norm <= _MIN_NORM, 0)) * (ctx.scale * root / scaled)
-    grad = grad - grad.mean(2, keepdim=True)
-    return grad.reshape(x.shape).to(x.dtype), None, None
-
-
-torch.library.register_autograd(f"{NAMESPACE}::filter_norm", _filter_norm_autograd, setup_context=_setup_context)
+register("filter_norm", "(Tensor x, int taps, float scale) -> Tensor", _definition, _fake, gradient=_gradient)

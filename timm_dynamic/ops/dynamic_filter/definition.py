@@ -7,11 +7,15 @@ with `o` a product ("mul") or a sum ("add"), `k = ky*K + kx` and zero padding (Z
 Networks", CVPR 2021, eq. 3 and 4).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE, accumulation_dtype, has_kernel
+from timm_dynamic.ops.kernels import runs_kernel
+from timm_dynamic.ops.precision import accumulation_dtype, autocast_dtype
+from timm_dynamic.ops.registration import register
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,26 +51,57 @@ def ddf(
     Raises:
         ValueError: If an argument has the wrong shape, dtype, device or value.
     """
-    tensors = (features, channel_filter, spatial_filter)
-    device_type = features.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        tensors = tuple(_autocast(t, torch.get_autocast_dtype(device_type)) for t in tensors)
-    _check(*tensors, kernel_size, dilation, stride, kernel_combine)
-    if has_kernel(device_type) and not torch.onnx.is_in_onnx_export():
-        return torch.ops.timm_dynamic.ddf(*tensors, kernel_size, dilation, stride, kernel_combine)
-    return ddf_reference(*tensors, kernel_size, dilation, stride, kernel_combine)
+    options = (kernel_size, dilation, stride, kernel_combine)
+    if torch.jit.is_scripting():  # TorchScript knows the registered operator alone
+        return torch.ops.timm_dynamic.ddf(features, channel_filter, spatial_filter, *options)
+    else:
+        return _ddf((features, channel_filter, spatial_filter), options)
 
 
-def ddf_reference(
+def ddf_with_heads(
+    x: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    head: int,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
+) -> Tensor:
+    """`ddf` where every one of `head` groups of channels has its spatial filters.
+
+    Args:
+        x: `[B, C, H, W]`.
+        channel_filter: `[B, C*K*K, 1, 1]`.
+        spatial_filter: `[B, head*K*K, Ho, Wo]`.
+        head: Number of groups; they are taken into the batch.
+        kernel_size, dilation, stride, kernel_combine: As for `ddf`.
+    """
+    B, C, H, W = x.shape
+    Ho, Wo = spatial_filter.shape[2], spatial_filter.shape[3]
+    n, c, K = B * head, C // head, kernel_size
+    channel_filter, spatial_filter = channel_filter.reshape(n, c, K, K), spatial_filter.reshape(n, K * K, Ho, Wo)
+    y = ddf(x.reshape(n, c, H, W), channel_filter, spatial_filter, K, dilation, stride, kernel_combine)
+    return y.reshape(B, C, Ho, Wo)
+
+
+def _ddf(tensors: tuple[Tensor, Tensor, Tensor], options: tuple[int, int, int, str]) -> Tensor:
+    tensors = tuple(t.to(autocast_dtype(t)) if t.is_floating_point() else t for t in tensors)
+    _check(*tensors, *options)
+    run = torch.ops.timm_dynamic.ddf if runs_kernel("ddf", tensors[0]) else _definition
+    return run(*tensors, *options)
+
+
+def _definition(
     features: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    kernel_size: int = 3,
-    dilation: int = 1,
-    stride: int = 1,
-    kernel_combine: str = "mul",
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+    kernel_combine: str,
 ) -> Tensor:
-    """The same as `ddf` in plain differentiable PyTorch: a sum of shifted inputs. Defines the operator."""
+    """A sum of shifted inputs."""
     dtype = accumulation_dtype(features)
     padded = _pad(features.to(dtype), kernel_size, dilation)
     channel_filter, spatial_filter = channel_filter.to(dtype).flatten(2), spatial_filter.to(dtype)
@@ -78,7 +113,7 @@ def ddf_reference(
     return out.to(features.dtype).contiguous(memory_format=_memory_format(features))
 
 
-def _ddf_backward_reference(
+def _definition_of_gradients(
     grad: Tensor,
     features: Tensor,
     channel_filter: Tensor,
@@ -89,6 +124,7 @@ def _ddf_backward_reference(
     kernel_combine: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `ddf_backward`; see `_empty_gradients` for what is not wanted."""
     dtype = accumulation_dtype(features)
     padded, grad = _pad(features.to(dtype), kernel_size, dilation), grad.to(dtype)
     channel, spatial = channel_filter.to(dtype).flatten(2), spatial_filter.to(dtype)
@@ -134,10 +170,6 @@ def _memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
 def _check(
     features: Tensor,
     channel_filter: Tensor,
@@ -179,27 +211,6 @@ def _check(
         raise ValueError(f"features must be one of {[str(d) for d in DTYPES]}, got {features.dtype}")
 
 
-# Registration: the schema, what serves without a kernel, and what torch.compile and autograd need to know.
-
-_ARGS = "int kernel_size, int dilation, int stride, str kernel_combine"
-_FILTERS = "Tensor channel_filter, Tensor spatial_filter"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-torch.library.define(f"{NAMESPACE}::ddf", f"(Tensor features, {_FILTERS}, {_ARGS}) -> Tensor", tags=_TAGS)
-torch.library.define(
-    f"{NAMESPACE}::ddf_backward",
-    f"(Tensor grad, Tensor features, {_FILTERS}, {_ARGS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-torch.library.impl(f"{NAMESPACE}::ddf", "CompositeExplicitAutograd")(ddf_reference)
-torch.library.impl(f"{NAMESPACE}::ddf_backward", "CompositeExplicitAutograd")(_ddf_backward_reference)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::ddf")
-def _ddf_fake(features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine):
-    shape = (*features.shape[:2], *_output_size(features, stride))
-    return torch.empty(shape, dtype=features.dtype, device=features.device, memory_format=_memory_format(features))
-
-
 def _empty_gradients(
     features: Tensor, channel_filter: Tensor, spatial_filter: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,27 +223,38 @@ def _empty_gradients(
     )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::ddf_backward")
-def _ddf_backward_fake(
-    grad, features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine, needs
-):
+def _gradient(grad, inputs, outputs, options, needs) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.timm_dynamic.ddf_backward(grad, *inputs, *options, needs)
+
+
+def _fake(features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine):
+    shape = (*features.shape[:2], *_output_size(features, stride))
+    return torch.empty(shape, dtype=features.dtype, device=features.device, memory_format=_memory_format(features))
+
+
+def _fake_gradients(grad, features, channel_filter, spatial_filter, kernel_size, dilation, stride, combine, needs):
     return _empty_gradients(features, channel_filter, spatial_filter, needs)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
+def _flops(features, channel_filter, spatial_filter, kernel_size, *options, out_shape=None, **kwargs) -> int:
+    return 2 * kernel_size**2 * math.prod(out_shape)
 
 
-def _ddf_autograd(ctx, grad):
-    needs = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():  # create_graph: the reference can be differentiated again
-        inputs = ctx.saved_tensors
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        grads = iter(torch.autograd.grad(ddf_reference(*inputs, *ctx.options), wanted, grad, create_graph=True))
-        return *(next(grads) if need else None for need in needs), None, None, None, None
-    grads = torch.ops.timm_dynamic.ddf_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
+def _flops_of_gradients(grad, features, channel_filter, spatial_filter, kernel_size, *options, **kwargs) -> int:
+    needs = options[-1]
+    return 2 * kernel_size**2 * math.prod(grad) * sum(needs)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::ddf", _ddf_autograd, setup_context=_setup_context)
+_INPUTS = "Tensor features, Tensor channel_filter, Tensor spatial_filter"
+_OPTIONS = "int kernel_size, int dilation, int stride, str kernel_combine"
+register(
+    "ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _definition, _fake, gradient=_gradient, flops=_flops
+)
+register(
+    "ddf_backward",
+    f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    _definition_of_gradients,
+    _fake_gradients,
+    flops=_flops_of_gradients,
+    differentiable=False,
+)

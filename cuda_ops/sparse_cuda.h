@@ -67,28 +67,10 @@ struct NeighbourTable {
   int *positions, *needed, *table;
 };
 
-constexpr int kDots = 10;  // nine taps and the linear layer of a mask unit
-
-struct LearnedMask {
-  Window<int> window;
-  int B, C;
-  bool aligned;
-  const void* x;
-  const float* weights;  // [kDots, C], then the bias
-  float* dots;           // [B, H * W, kDots]
-  float* sums;           // [B, blocks()]: of the last dot product, over the positions of a block
-  void* out;
-
-  DDF_HOST_DEVICE int map() const { return window.H * window.W; }
-  int lanes() const;   // that share a position
-  int blocks() const;  // of a sample
-};
-
 void launch(const GatherRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const ScatterRows& op, Dtype dtype, cudaStream_t stream);
 void launch(const GatherDepthwise& op, Dtype dtype, cudaStream_t stream);
 void launch(const WindowTable& op, cudaStream_t stream);
 void launch(const NeighbourTable& op, cudaStream_t stream);
-void launch(const LearnedMask& op, Dtype dtype, cudaStream_t stream);
 
 }  // namespace timm_dynamic

@@ -1,5 +1,4 @@
-// The operators of timm_dynamic/ops/sparse.py and learned_mask.py on CUDA: checks and memory. Their
-// kernels are in sparse_cuda*.cu.
+// The operators of sparse execution on CUDA: checks and memory. Their kernels are in sparse_cuda*.cu.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -211,38 +210,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fixed_neighbour_table(const Tensor& m
   return {tables.positions, tables.needed, tables.table, tables.sizes};
 }
 
-Tensor learned_mask(const Tensor& x, const Tensor& weights, int64_t stride) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0 && is_served(x) && is_dense_channels_last(x),
-                  "x must be [B, C, H, W], float32, float16 or bfloat16, channels_last and not "
-                  "empty, got ",
-                  shape_text(x));
-  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  STD_TORCH_CHECK(weights.numel() == kDots * C + 1 && weights.is_contiguous() &&
-                      weights.scalar_type() == ScalarType::Float && weights.device() == x.device(),
-                  "weights must be ", kDots * C + 1, " contiguous float32 on the device of x, got ",
-                  shape_text(weights));
-  STD_TORCH_CHECK(stride > 0, "stride must be positive, got ", stride);
-  LearnedMask op;
-  op.window = small_window(
-      {H, W, (H - 1) / stride + 1, (W - 1) / stride + 1, 3, 3, stride, stride, 1, 1, 1, 1});
-  check_entries(std::max({B, (C + 1) * kDots, H * W * kDots}));
-  op.B = B, op.C = C;
-  op.x = x.const_data_ptr(), op.weights = static_cast<const float*>(weights.const_data_ptr());
-  op.aligned = largest_unit(C * x.element_size(), op.x) == 16 && largest_unit(16, op.weights) == 16;
-  check_entries(B * std::max<int64_t>(op.blocks(), op.window.Ho * op.window.Wo));
-  const auto floats = [&](int64_t count) {
-    return torch::stable::empty({count}, ScalarType::Float, std::nullopt, x.device());
-  };
-  const Tensor dots = floats(B * H * W * kDots), sums = floats(B * op.blocks());
-  const Tensor out = empty(x, {B, 1, op.window.Ho, op.window.Wo});
-  op.dots = static_cast<float*>(dots.mutable_data_ptr());
-  op.sums = static_cast<float*>(sums.mutable_data_ptr());
-  op.out = out.mutable_data_ptr();
-  launch(op, dtype_of(x), Device(x).stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return out;
-}
-
 }  // namespace
 }  // namespace timm_dynamic
 
@@ -253,5 +220,4 @@ STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CUDA, m) {
   m.impl("window_table", TORCH_BOX(&timm_dynamic::window_table));
   m.impl("neighbour_table", TORCH_BOX(&timm_dynamic::neighbour_table));
   m.impl("fixed_neighbour_table", TORCH_BOX(&timm_dynamic::fixed_neighbour_table));
-  m.impl("learned_mask", TORCH_BOX(&timm_dynamic::learned_mask));
 }

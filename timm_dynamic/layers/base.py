@@ -180,6 +180,12 @@ class DropInConv2d(DynamicLayer):
         """Take over what can be of the convolution that a new layer replaces, without gradients; its bias is taken."""
 
 
+def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
+    """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
+    others = {name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype}
+    return torch.func.functional_call(part, others, (x,)) if others else part(x)
+
+
 def check_positive(**arguments: int | None) -> None:
     """Raise a ValueError that names an argument below 1, None apart."""
     for name, value in arguments.items():

@@ -71,7 +71,7 @@ CHECK
 build() { # unless it is done: minutes
   local arch stamp=build/gpu.stamp sum
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 2
-  sum="$arch $("$PYTHON" -c 'import torch; print(torch.__version__)') $(cat setup.py cuda_ops/* | sha256sum)"
+  sum="$arch $("$PYTHON" -c 'import torch; print(torch.__version__)') $(cat setup.py cuda_ops/*/* | sha256sum)"
   if [[ ! -f timm_dynamic/_cuda.so || $(cat "$stamp" 2>/dev/null) != "$sum" ]]; then
     TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 400 "$PYTHON" setup.py -q build_ext --inplace
     [[ ${#failed[@]} == 0 ]] || exit 1

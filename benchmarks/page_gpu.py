@@ -42,7 +42,7 @@ ratio of the time to that of `conv2d` (`DCDConv2d`: of `nn.Conv2d`) of the same 
 
 def sources() -> str:
     """A checksum of the kernels' sources."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*/*")))).hexdigest()
 
 
 def tested(tests: dict | None) -> bool:

@@ -30,7 +30,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_pipeline_primitives.h"
+#include "cuda_runtime.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -44,12 +44,6 @@ using cuda_on_host::Site;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStack = 256 << 10, kMaxDynamic = 48 << 10;
 
-struct Copy {  // of __pipeline_memcpy_async
-  char* to;
-  const char* from;
-  size_t bytes, zeros;
-};
-
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
 struct Fiber {
@@ -62,7 +56,6 @@ struct Fiber {
   unsigned mask;
   void* own;
   Complete complete;
-  std::vector<std::vector<Copy>> copies;  // batches, the last one not committed
 };
 
 std::vector<Fiber> fibers(kMaxThreads);
@@ -233,7 +226,7 @@ void run_block() {
   alive = threads, waiting = predicates = 0;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.state = State::kReady, fiber.number = i, fiber.copies.assign(1, {});
+    fiber.state = State::kReady, fiber.number = i;
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   while (alive > 0 && error.empty()) {
@@ -396,34 +389,6 @@ void converge(const Site& site, unsigned mask, void* own, Complete complete) {
 }
 
 int lane() { return current->number % warpSize; }
-bool coin() { return random_bits() & 1; }
-void fail(const Site& site, const char* what) { abandon(std::string(what) + ", at " + text(site)); }
-
-void copy_later(const Site& site, void* to, const void* from, size_t bytes, size_t zeros) {
-  if (bytes != 4 && bytes != 8 && bytes != 16)
-    fail(site, "an asynchronous copy of other than 4, 8 or 16 bytes");
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0)
-    fail(site, "a misaligned asynchronous copy");
-  if (!shared_span.holds(to, bytes) && !Range{dynamic, dynamic + sizeof dynamic}.holds(to, bytes))
-    fail(site, "an asynchronous copy to other than shared memory");
-  check(to, bytes, true, __builtin_return_address(0));
-  if (zeros < bytes) check(from, bytes - zeros, false, __builtin_return_address(0));
-  current->copies.back().push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), bytes, zeros});
-}
-
-void commit_copies() { current->copies.emplace_back(); }
-
-void wait_copies(size_t newest) {
-  auto& batches = current->copies;
-  for (size_t i = 0; i + 1 + newest < batches.size(); ++i) {
-    for (const Copy& copy : batches[i]) {
-      std::memset(copy.to, 0, copy.bytes);
-      std::memcpy(copy.to, copy.from, copy.bytes - copy.zeros);
-    }
-    batches[i].clear();
-  }
-}
 
 }  // namespace cuda_on_host
 

@@ -92,8 +92,6 @@ using Complete = void (*)(void* const* lanes);
 void converge(const Site& site, unsigned mask, void* own, Complete complete);
 
 int lane();
-bool coin();
-void fail(const Site& site, const char* what);  // does not return
 
 // What `from` of this warp gave as `value`.
 template <typename T>

@@ -22,6 +22,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_dynamic.convert import check_finite, convert, extract_state_dict, one_line, read_checkpoint
+from timm_dynamic.layers.progress import Progress, save_once
 from timm_dynamic.version import __version__
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
@@ -95,6 +96,9 @@ def build_model(
             if "state_dict" in str(error):
                 raise ValueError(f"{file} does not load into {variant}: {one_line(error)}") from error
         raise
+    if kwargs.get("features_only"):
+        for progress in {module for module in model.modules() if isinstance(module, Progress)}:
+            save_once(model, progress)
     if file:
         try:
             check_finite(model.state_dict())

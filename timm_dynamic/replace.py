@@ -8,6 +8,7 @@ from torch import nn
 
 from timm_dynamic.layers import DCDConv2d, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
 from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.layers.progress import share_progress
 
 LAYERS = {"dcd": DCDConv2d, "ped": PEDConv2d, "dy": DynamicConv2d, "ddf": DDFConv2d}
 
@@ -83,6 +84,7 @@ def dynamize(
             parent = model.get_submodule(name.rpartition(".")[0])
             model.set_submodule(name, layers[convs[name]].train(parent.training))
             _forbid_merging(model, name)
+    share_progress(model)
     return model
 
 

@@ -1,6 +1,6 @@
 """Dynamic convolution for timm: importing this package registers its models in timm's registry."""
 
-from timm_dynamic import models
+from timm_dynamic import families, models
 from timm_dynamic.cost import count_macs
 from timm_dynamic.cuda_graph import CudaGraph
 from timm_dynamic.inspect import record
@@ -16,6 +16,7 @@ __all__ = [
     "backend_info",
     "count_macs",
     "dynamize",
+    "families",
     "models",
     "record",
     "set_progress",

@@ -136,7 +136,7 @@ def test_fx_feature_extraction(name):
 
 def test_static_twin(name):
     try:
-        twin = timm_dynamic.models.static_twin(f"{name}.some_tag")
+        twin = timm_dynamic.families.static_twin(f"{name}.some_tag")
     except ValueError as error:
         assert name in str(error)
     else:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from timm.layers import BlurPool2d
 
 from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import DCDConv2d, DCDLinear
-from timm_dynamic.models import dcd_mobilenetv2, dcd_resnet, static_twin
+from timm_dynamic.models import dcd_mobilenetv2, dcd_resnet
 
 CASES = {"dcd_resnet18": "dcd_resnet18", "dcd_resnet50": "dcd_resnet50", "dcd_mobilenetv2_w100": "dcd_mobilenetv2"}
 TINY = "test_dcd_resnet"

@@ -10,8 +10,9 @@ from torch import nn
 
 import timm_dynamic
 from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import DynamicConv2d, load_reference
-from timm_dynamic.models import dy_mobilenetv2, dy_mobilenetv3, dy_resnet, static_twin
+from timm_dynamic.models import dy_mobilenetv2, dy_mobilenetv3, dy_resnet
 
 TINY = "test_dy_resnet"
 MODELS = {

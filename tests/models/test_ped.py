@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from timm_dynamic import auxiliary_loss
 from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import PEDConv2d
-from timm_dynamic.models import static_twin
 from timm_dynamic.models.ped_resnet import checkpoint_filter_fn
 
 TINY = "test_ped_resnet"

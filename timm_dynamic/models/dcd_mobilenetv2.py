@@ -11,6 +11,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
@@ -19,12 +20,20 @@ from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 
 __all__ = ["DCDMobileNetV2"]
 
-STATIC_TWINS = {
-    "dcd_mobilenetv2": "mobilenetv2_100",
-    "dcd_mobilenetv2_075": "mobilenetv2_075",
-    "dcd_mobilenetv2_050": "mobilenetv2_050",
-    "dcd_mobilenetv2_035": "mobilenetv2_035",
-}
+register(
+    Family(
+        name="dcd",
+        timed=("dcd_mobilenetv2",),
+        twins={
+            "dcd_mobilenetv2": "mobilenetv2_100",
+            "dcd_mobilenetv2_075": "mobilenetv2_075",
+            "dcd_mobilenetv2_050": "mobilenetv2_050",
+            "dcd_mobilenetv2_035": "mobilenetv2_035",
+        },
+        reported={"dcd_mobilenetv2_050": 70.2},
+        golden={"dcd_mobilenetv2_w100": ("dcd_mobilenetv2", {})},
+    )
+)
 
 
 class DCDMobileNetV2(DynamicClassifier, EfficientNet):

@@ -10,6 +10,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
@@ -19,7 +20,20 @@ from timm_dynamic.models._resnet import use_small_stem
 
 __all__ = ["DCDBasicBlock", "DCDBottleneck", "DCDResNet"]
 
-STATIC_TWINS = {f"dcd_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)}
+register(
+    Family(
+        name="dcd",
+        title="DCD",
+        about="dynamic channel fusion",
+        paper="Li et al., ICLR 2021, arXiv 2103.08756",
+        tiny="test_dcd_resnet",
+        layer=DCDConv2d,
+        keeps=0.0,
+        routing="the scale of the output channels",
+        timed=("dcd_resnet50",),
+        twins={f"dcd_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)},
+    )
+)
 
 
 class DCDBasicBlock(BasicBlock):

@@ -8,7 +8,9 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers import PEDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
@@ -16,7 +18,23 @@ from timm_dynamic.models._resnet import use_small_stem
 
 __all__ = ["PEDBasicBlock", "PEDBottleneck", "PEDResNet"]
 
-STATIC_TWINS = {"ped_resnet18": "resnet18", "ped_resnet50": "resnet50"}
+register(
+    Family(
+        name="ped",
+        title="PEDConv",
+        about="parameter-efficient dynamic convolution",
+        paper="Hou and Kung, BMVC 2021",
+        tiny="test_ped_resnet",
+        layer=PEDConv2d,
+        keeps=0.0,
+        routing="the gates",
+        terms=("reconstruction",),
+        exact={"noise_std": 0.0},
+        timed=("ped_resnet18",),
+        twins={"ped_resnet18": "resnet18", "ped_resnet50": "resnet50"},
+        reported={"ped_resnet18.in1k": 74.1, "ped_resnet50": 80.5},
+    )
+)
 
 
 class PEDBasicBlock(BasicBlock):

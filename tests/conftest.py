@@ -16,8 +16,9 @@ def golden():
 
 @pytest.fixture
 def script(monkeypatch):
-    """`script(name)` is one of the scripts under benchmarks/, as a module."""
-    monkeypatch.syspath_prepend(DATA.parents[1] / "benchmarks")
+    """`script(name)` is one of the scripts under benchmarks/ or docs/, as a module."""
+    for folder in ("docs", "benchmarks"):
+        monkeypatch.syspath_prepend(DATA.parents[1] / folder)
     return importlib.import_module
 
 

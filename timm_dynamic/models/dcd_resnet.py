@@ -16,7 +16,7 @@ from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
-from timm_dynamic.models._resnet import use_small_stem
+from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["DCDBasicBlock", "DCDBottleneck", "DCDResNet"]
 
@@ -142,5 +142,4 @@ def dcd_resnet152(pretrained: bool = False, **kwargs) -> DCDResNet:
 @register_model
 def test_dcd_resnet(pretrained: bool = False, **kwargs) -> DCDResNet:
     """A tiny DCD-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
-    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
-    return _create("test_dcd_resnet", pretrained, kwargs, block=DCDBasicBlock, avg_down=True, **model_args)
+    return _create("test_dcd_resnet", pretrained, kwargs, block=DCDBasicBlock, **TINY)

@@ -14,7 +14,7 @@ from timm_dynamic.layers import PEDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
-from timm_dynamic.models._resnet import use_small_stem
+from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["PEDBasicBlock", "PEDBottleneck", "PEDResNet"]
 
@@ -120,5 +120,4 @@ def ped_resnet50(pretrained: bool = False, **kwargs) -> PEDResNet:
 @register_model
 def test_ped_resnet(pretrained: bool = False, **kwargs) -> PEDResNet:
     """A tiny PED-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
-    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
-    return _create("test_ped_resnet", pretrained, kwargs, block=PEDBasicBlock, avg_down=True, **model_args)
+    return _create("test_ped_resnet", pretrained, kwargs, block=PEDBasicBlock, **TINY)

@@ -204,7 +204,7 @@ class PEDConv2d(DropInConv2d):
             return None
         a_in, a_out, a_tap = torch.ops.timm_dynamic.factored_gates(x, *heads)
         own = weight * torch.outer(a_in[0], a_tap[0]).view(weight.shape[1:])
-        y = F.conv2d(self._pad(x), own, None, self.stride, self._padding, self.dilation, self.groups)
+        y = F.conv2d(self.pad(x), own, None, self.stride, self.zero_padding, self.dilation, self.groups)
         y = y.contiguous()  # it is not where a 1x1 weight has been put into channels_last
         y.mul_(a_out[0, :, None, None])  # not with the norm's scale, which would give other bits
         if self.bias is not None:
@@ -214,7 +214,7 @@ class PEDConv2d(DropInConv2d):
 
     def _convolve(self, x: Tensor, gates: list[Tensor]) -> Tensor:
         a_in, a_out, a_tap = [gate.unflatten(1, (-1, self.rank)) for gate in gates]
-        arguments = (self._pad(x), self.weight, a_in, a_tap, a_out, self.stride, self._padding, self.dilation)
+        arguments = (self.pad(x), self.weight, a_in, a_tap, a_out, self.stride, self.zero_padding, self.dilation)
         if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
             y = torch.ops.timm_dynamic.factored_conv2d(*arguments, self.groups)[0]
         else:

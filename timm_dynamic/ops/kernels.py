@@ -1,0 +1,118 @@
+"""Loads the compiled kernels and says which of them may run.
+
+The binaries hold kernels alone; every operator is defined in Python, so a missing binary costs speed and nothing else.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "timm_dynamic"
+FORMULA = "formula"
+EVERYTHING = "everything"
+_BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
+_status: dict[str, str] = {}  # device type -> "loaded", or why not
+_choices: ContextVar[Mapping[str, str]] = ContextVar("choices", default=MappingProxyType({}))
+
+
+def load_kernels() -> None:
+    """Load the binary of every device type that this torch can use. Never raises."""
+    for device_type, name in _BINARIES.items():
+        path = Path(__file__).parent.parent / name
+        if os.environ.get("TIMM_DYNAMIC_KERNELS") == "0":
+            _status[device_type] = "not loaded: TIMM_DYNAMIC_KERNELS=0"
+        elif device_type == "cuda" and torch.version.cuda is None:
+            _status[device_type] = "not loaded: this torch has no CUDA support"
+        elif not path.exists():
+            _status[device_type] = "not built when this was installed (see README, Install)"
+        else:
+            try:
+                torch.ops.load_library(path)
+                _status[device_type] = "loaded"
+            except OSError as error:
+                _status[device_type] = f"not loaded: {str(error).splitlines()[0]}"
+
+
+def backend_info() -> dict[str, str]:
+    """Which compiled kernels are loaded, by device type (``"cpu"``, ``"cuda"``): ``"loaded"``, or why not."""
+    return dict(_status)
+
+
+def choice(name: str) -> str | None:
+    """What `timm_dynamic.use` asks for in this context, for a family or an operator; None: the usual way."""
+    choices = _choices.get()
+    return choices.get(name, choices.get(EVERYTHING)) if choices else None
+
+
+@contextmanager
+def choose_in_context(choices: Mapping[str, str]) -> Iterator[None]:
+    """Within this context `choice` answers so; a context variable, so that other threads do not notice."""
+    token = _choices.set(MappingProxyType({**_choices.get(), **choices}))
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+
+
+def unusual(x: Tensor) -> str | None:
+    """Why a call is to be made of plain PyTorch operations, as far as the tensor and its surroundings say; or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"the input is a {type(x).__name__}"
+    return None
+
+
+def runs_kernel(operator: str, x: Tensor) -> bool:
+    """Whether a public operator is to be one call of its registered form, else its definition in plain PyTorch.
+
+    The registered form has gradients, a fake for torch.compile and kernels where built; the definition is for what
+    transforms, differentiates forwards or exports.
+
+    Args:
+        operator: Its name.
+        x: One of its inputs.
+    """
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting() and has_kernel(x.device.type, operator)
+    if torch.onnx.is_in_onnx_export() or unusual(x) is not None or choice(operator) == FORMULA:
+        return False
+    return has_kernel(x.device.type, operator)
+
+
+def has_kernel(device_type: str, operator: str) -> bool:
+    """Whether a compiled kernel may run on tensors of this device type; where the binary is missing, warns once."""
+    if device_type not in _status:
+        return False
+    if _status[device_type] != "loaded":
+        if device_type == "cpu" and not torch.compiler.is_compiling():
+            _warn_once(device_type)
+        return False
+    return device_type == "cpu" or is_measured(device_type, operator)
+
+
+def is_measured(device_type: str, operator: str) -> bool:
+    """Whether a record shows this operator's kernel as right and faster on this device (`timm-dynamic check`)."""
+    return False
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(device_type: str) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        warnings.warn(
+            f"timm_dynamic: {device_type} kernels {_status[device_type]}. The pure-PyTorch code runs: same results, "
+            "slower. `timm-dynamic env` shows the details.",
+            stacklevel=3,
+        )

@@ -1,6 +1,6 @@
 """Dynamic convolution for timm: importing this package registers its models in timm's registry."""
 
-from timm_dynamic import models
+from timm_dynamic import families, models
 from timm_dynamic.cost import count_macs
 from timm_dynamic.cuda_graph import CudaGraph
 from timm_dynamic.dispatch import explain, use
@@ -18,6 +18,7 @@ __all__ = [
     "count_macs",
     "dynamize",
     "explain",
+    "families",
     "models",
     "record",
     "set_progress",

@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None or platform.system() != "Li
 NAMESPACE = "timm_dynamic_on_host"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wno-unknown-pragmas"]
-# With these every access to memory is a call of a function of runtime.cpp.
+# With these every access to memory is a call of a function of memory.cpp.
 CHECKS = ["-fsanitize=kernel-address", "-fsanitize=alignment", "-D__CUDACC__", "-include", "cuda_runtime.h"]
 CHECKS += ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0", "--param=asan-globals=1"]
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import timm_dynamic
 from timm_dynamic.cost import Macs, calls_operators, count_active, count_macs
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.layers import DDFPack, MaskUnit
 from timm_dynamic.ops import reference_only
 
@@ -122,7 +123,7 @@ def test_calls_operators():
     assert not calls_operators(nn.Conv2d(8, 6, 3), X)
 
 
-@pytest.mark.parametrize("name", ["test_dcd_resnet", "test_ped_resnet", "test_dy_resnet", "dynconv_resnet8"])
+@pytest.mark.parametrize("name", [family.tiny for family in FAMILIES.values()])
 def test_operators_of_every_family_are_seen(name):
     model = timm.create_model(name)
     assert calls_operators(model, torch.zeros(1, *model.pretrained_cfg["input_size"]))

@@ -85,7 +85,12 @@ def test_channel_fusion(shape, kind):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_channel_fusion_backward(shape):
     B, C, O, H, W = shape
-    grad, dz, x, v = torch.randn(B, O, H, W), torch.randn(B, 6, H * W), torch.randn(B, C, H, W), torch.randn(B, 6, H * W)
+    grad, dz, x, v = (
+        torch.randn(B, O, H, W),
+        torch.randn(B, 6, H * W),
+        torch.randn(B, C, H, W),
+        torch.randn(B, 6, H * W),
+    )
     args = grad, dz, x, v, torch.randn(B, O), torch.randn(O, C)
     grad, dz, x, v, scale, weight = double(args)
     each = torch.bmm(grad.flatten(2), x.flatten(2).mT)

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-
-from timm_dynamic.ops import backend_info
 from timm_dynamic.ops.scaled_pointwise import (
     scaled_pointwise_grads_reference,
     scaled_pointwise_reference,
     scaled_pointwise_serves,
 )
+
+from timm_dynamic.ops import backend_info
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 SHAPES = {  # B, C, O, L, H, W

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from timm_dynamic.ops.scaled_sum import scaled_sum_reference
 
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.ops import scaled_sum
-from timm_dynamic.ops.scaled_sum import scaled_sum_reference
 
 OPERATOR = torch.ops.timm_dynamic.scaled_sum
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}

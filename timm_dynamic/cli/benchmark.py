@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from timm_dynamic import models
+from timm_dynamic import families
 from timm_dynamic.cli import common
 from timm_dynamic.cost import calls_operators, count_macs
 from timm_dynamic.ops import backend_info, reference_only
-from timm_dynamic.replace import LAYERS
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
 _WIDTH = 100
@@ -71,7 +70,9 @@ def make_parser() -> common.Parser:
     group.add_argument(
         "--num-classes", type=common.positive_int, metavar="N", help="number of classes (default: the model's)"
     )
-    group.add_argument("--dynamize", choices=tuple(LAYERS), help="put this dynamic layer into each of --models")
+    group.add_argument(
+        "--dynamize", choices=tuple(families.layers()), help="put this dynamic layer into each of --models"
+    )
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 def _baseline(args: argparse.Namespace, model: str) -> str | None:
     if args.baseline == "static":
-        return model.removesuffix(f"+{args.dynamize}") if args.dynamize else models.static_twin(model)
+        return model.removesuffix(f"+{args.dynamize}") if args.dynamize else families.static_twin(model)
     return None if args.baseline == "none" else args.baseline
 
 

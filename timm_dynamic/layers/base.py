@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
 from timm_dynamic.layers.stand_in import refuse_weight
-from timm_dynamic.ops.precision import is_autocast, no_autocast
+from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
 
@@ -47,6 +47,8 @@ class DynamicLayer(nn.Module):
         if implementation is not None:
             return implementation.run(self, x)
         y = self.formula(x)
+        if is_autocast(x):
+            y = y.to(autocast_dtype(x))  # as the convolution of the same input
         return y if self.limits is None else y.clamp(*self.limits)
 
     def formula(self, x: Tensor) -> Tensor:
@@ -182,7 +184,9 @@ class DropInConv2d(DynamicLayer):
 
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
     """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
-    others = {name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype}
+    others = {
+        name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype
+    }
     return torch.func.functional_call(part, others, (x,)) if others else part(x)
 
 

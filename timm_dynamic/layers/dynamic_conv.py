@@ -12,6 +12,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive, in_dtype_of
+from timm_dynamic.layers.progress import Progress
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import no_autocast
@@ -20,6 +21,10 @@ from timm_dynamic.ops.sample_conv.table import MIXED
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
 _HOTTEST = 30.0
 _EPOCHS = 10
+
+
+def _annealed(epoch: float, epochs: float) -> float:
+    return min(math.floor(epoch), _EPOCHS - 1) / (_EPOCHS - 1)
 
 
 class KernelAttention(nn.Module):
@@ -61,7 +66,7 @@ class DynamicConv2d(DropInConv2d):
     `W(x) = sum_n pi_n(x) W_n` with the attention `pi(x)` of `KernelAttention`; the same for the bias.
 
     The temperature of its softmax is 1. It can fall from 30 to 1 in training, by epochs (`timm_dynamic.set_progress`)
-    or by the step counter of a model built with `anneal_steps`; evaluation then uses the current value.
+    or by training forwards (a model's `anneal_steps`); evaluation then uses the current value.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: Those of
@@ -115,8 +120,7 @@ class DynamicConv2d(DropInConv2d):
         self.kernels_weights = nn.Parameter(torch.empty(num_kernels, *kernel_shape, **dd))
         self.kernels_bias = nn.Parameter(torch.empty(num_kernels, out_channels, **dd)) if bias else None
         self.attention = KernelAttention(in_channels, num_kernels, reduction, **dd)
-        self.register_buffer("temperature", None, persistent=False)  # 1, unless `set_progress` puts a number there
-        self._annealing: tuple[nn.Module, int] | None = None
+        self.progress, self.number = Progress(True, _annealed, device), 1
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -168,36 +172,14 @@ class DynamicConv2d(DropInConv2d):
         # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.
         return super()._apply(lambda t: fn(t.flatten(0, 1)).contiguous().view_as(t) if t.ndim == 5 else fn(t), recurse)
 
-    def set_progress(self, epoch: float, epochs: float) -> None:
-        """Set the temperature for an epoch of training; see `timm_dynamic.set_progress`."""
-        e = math.floor(epoch) + 1
-        temperature = _HOTTEST + (min(e, _EPOCHS) - 1) * (1 - _HOTTEST) / (_EPOCHS - 1)
-        if self.temperature is None:
-            self.temperature = torch.ones((), device=self.kernels_weights.device)
-        self.temperature.fill_(temperature)  # a tensor, changed in place: nothing for torch.compile to compile again
-
-    def anneal(self, counter: nn.Module, steps: int) -> None:
-        """Let the temperature fall to 1 in `steps` training forwards, counted in `counter.step`."""
-        self._annealing = (counter, steps)  # in a tuple, so that the counter is no submodule of this layer
-
-    def current_temperature(self) -> Tensor | None:
-        """What the scores are divided by; None: 1."""
-        if torch.jit.is_scripting():
-            return self.temperature
-        else:
-            return self._temperature()
-
-    @torch.jit.unused
-    def _temperature(self) -> Tensor | None:
-        if self.temperature is not None or self._annealing is None:
-            return self.temperature
-        counter, steps = self._annealing
-        # The counter already counts the training forward that this is a part of.
-        done = (counter.step - int(self.training)).clamp(max=steps) / steps
-        return _HOTTEST + done * (1 - _HOTTEST)
+    def temperature(self) -> Tensor | None:
+        """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
+        return _HOTTEST + (1 - _HOTTEST) * self.progress(self.training) if self.progress.known else None
 
     def formula(self, x: Tensor) -> Tensor:
-        coefficients = self.coefficients(self.attention(x, self.current_temperature()))
+        if self.training:
+            self.progress.count(self.number)
+        coefficients = self.coefficients(self.attention(x, self.temperature()))
         options = (self.stride, self.zero_padding, self.dilation, self.groups)
         y = mixed_conv2d(self.pad(x), coefficients, self.kernels_weights, *options)
         if self.kernels_bias is None:
@@ -214,7 +196,7 @@ class DynamicConv2d(DropInConv2d):
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the attention, `[B, num_kernels]`, with which `forward` mixes the kernels."""
-        return self.attention(x, self.current_temperature())
+        return self.attention(x, self.temperature())
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:

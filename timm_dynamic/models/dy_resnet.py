@@ -12,14 +12,31 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers import DynamicConv2d
+from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._cfg import digits_cfg
-from timm_dynamic.models._dy import dy_cfg, make_dynamic, with_step
+from timm_dynamic.models._dy import dy_cfg, make_dynamic
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
 __all__ = ["DyResNet"]
 
-STATIC_TWINS = {"dy_resnet18": "resnet18", "dy_resnet50": "resnet50"}
+register(
+    Family(
+        name="dy",
+        title="DY",
+        about="attention over convolution kernels",
+        paper="Chen et al., CVPR 2020, arXiv 1912.03458, as T. Ardelean implemented it",
+        tiny="test_dy_resnet",
+        layer=DynamicConv2d,
+        keeps=0.05,
+        routing="the attention over kernels",
+        twins={"dy_resnet18": "resnet18", "dy_resnet50": "resnet50"},
+        reported={"dy_resnet10": 67.7, "dy_resnet18": 72.7},
+        golden={"dy_resnet18_w100": ("dy_resnet18", {"small_stem": True})},
+    )
+)
 
 
 class DyResNet(ResNet):
@@ -82,12 +99,11 @@ _AUTHORS_NAMES = (
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s ResNets, which are those with `small_stem`."""
-    own = model.state_dict()
-    if not all(key in own for key in state_dict):
+    if not state_dict.keys() <= {*model.state_dict(), KEY}:
         state_dict = extract_state_dict(state_dict)
         for pattern, ours in _AUTHORS_NAMES:
             state_dict = {re.sub(pattern, ours, key): value for key, value in state_dict.items()}
-    return with_step(state_dict, model)
+    return state_dict
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> DyResNet:

@@ -62,7 +62,7 @@ def _cannot_mix(layer, x: Tensor) -> str | None:
 
 def _mix(layer, x: Tensor) -> Tensor:
     squeeze, _, expand = layer.attention.to_scores
-    temperature = layer.current_temperature()
+    temperature = layer.temperature()
     (attention,) = torch.ops.timm_dynamic.pooled_heads(
         *(x, squeeze.weight, squeeze.bias, [expand.weight], [expand.bias]),
         *("softmax", 1.0 if temperature is None else float(temperature)),

@@ -73,7 +73,7 @@ def optimize(
     graph = CudaGraph(share) if cuda_graph else None
     with torch.inference_mode(False), torch.no_grad():
         inputs = _inputs(model, example_inputs)
-        fast, report = copy.deepcopy(model).requires_grad_(False), Report()
+        fast, report = _copy(model).eval().requires_grad_(False), Report()
         fast, special = _ask(fast, report)
         opaque = {*special, *(one for one in fast.modules() if callable(getattr(one, "absorb", None)))}
         try:
@@ -96,6 +96,12 @@ def optimize(
     return fast
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also if the model has put results of its last forward somewhere, which cannot be copied."""
+    results = (one for module in model.modules() for one in vars(module).values() if isinstance(one, Tensor))
+    return copy.deepcopy(model, {id(one): one.detach().clone() for one in results if not one.is_leaf})
+
+
 def _check(model: nn.Module, memory_format: Any, compile: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"optimize takes a model, got {type(model).__name__}")
@@ -106,7 +112,7 @@ def _check(model: nn.Module, memory_format: Any, compile: Any) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("the model is compiled: optimize the model within, with compile=True")
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and (module is model or isinstance(module, nn.modules.batchnorm._NormBase)):
             which = f"{name} of the model" if name else "the model"
             raise ValueError(f"{which} is in training mode: call model.eval() first")
     if any(one.is_meta for one in (*model.parameters(), *model.buffers())):

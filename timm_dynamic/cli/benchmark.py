@@ -250,7 +250,9 @@ def _run_batch(
         }
         if args.optimize:
             row["optimized_ms"] = times[_OPTIMIZED, c]["median_ms"]
-            row["optimized_ratio"] = row["optimized_ms"] / times[_OPTIMIZED, baseline]["median_ms"] if baseline else None
+            row["optimized_ratio"] = (
+                row["optimized_ms"] / times[_OPTIMIZED, baseline]["median_ms"] if baseline else None
+            )
         if baseline:
             row["time_ratio"] = times[c]["median_ms"] / times[baseline]["median_ms"]
             row["macs_ratio"] = total_macs(row) / sum(macs[baseline.model, baseline.img_size][1:])

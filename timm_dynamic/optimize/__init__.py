@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from timm_dynamic.optimize.fold import Folding
 from timm_dynamic.optimize.graph import CudaGraph
 from timm_dynamic.optimize.layout import choose_format
-from timm_dynamic.optimize.packed_conv import PackedConv2d
+from timm_dynamic.optimize.packed_conv import FORMATS, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted, listed
 from timm_dynamic.optimize.trace import Trace, has_hooks
 
@@ -84,7 +84,7 @@ def optimize(
             raise ValueError(f"the model does not run on {shapes}: {' '.join(str(error).split())}{hint}") from error
         Folding(fast, trace, opaque).run(report)
         fast.__class__ = inference_class(type(fast))
-        fast.report, fast.cuda_graph, fast._memory_format = report, None, torch.contiguous_format
+        fast.report, fast.cuda_graph, fast._memory_format = report, None, "contiguous"
         choose_format(fast, inputs, memory_format, report)
         if compile:
             fast.compile(**(compile if isinstance(compile, dict) else {}))
@@ -192,11 +192,13 @@ class _Inference(nn.Module):
             return super().__call__(*self._formatted(args), **kwargs)
 
     def _formatted(self, args: tuple) -> tuple:
-        if self._memory_format == torch.contiguous_format:
-            return args
+        if self._memory_format == "contiguous" or torch._C._functorch.peek_interpreter_stack() is not None:
+            return args  # vmap knows no other format
+        form = FORMATS[self._memory_format]
+        are_images = [isinstance(one, Tensor) and one.dim() == 4 for one in args]
         return tuple(
-            one.contiguous(memory_format=self._memory_format) if isinstance(one, Tensor) and one.dim() == 4 else one
-            for one in args
+            one.contiguous(memory_format=form) if is_image else one
+            for one, is_image in zip(args, are_images, strict=True)
         )
 
     def train(self, mode: bool = True):

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dynamic.optimize.packed_conv import PackedConv2d
+from timm_dynamic.optimize.packed_conv import FORMATS, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _ROUNDS = 5
 _SECONDS = 2.0  # for measuring ways to run a model, after one round that has to be
 _LAYER_SECONDS = 0.03
@@ -21,16 +20,16 @@ _GAIN = 0.97  # of the time of the first way; what is nearer to it is noise
 def choose_format(fast: nn.Module, inputs: tuple, wanted: str | torch.memory_format, report: Report) -> None:
     """Put an optimized model into the memory format that is wanted, or faster, and say so."""
     convs = [module for module in fast.modules() if isinstance(module, PackedConv2d)]
-    formats = {name: form for name, form in FORMATS.items() if wanted in ("auto", form)}
-    gains = {name: _convs_that_gain(convs, form) for name, form in formats.items()} if convs else {}
+    formats = [name for name, form in FORMATS.items() if wanted in ("auto", form)]
+    gains = {name: _convs_that_gain(convs, name) for name in formats} if convs else {}
     ways = dict.fromkeys(formats, ())  # to the convolutions that run packed
     ways |= {f"{name}, packed": gaining for name, gaining in gains.items() if gaining}
 
     def take(way: str) -> None:
-        form = formats[way.removesuffix(", packed")]
+        form = way.removesuffix(", packed")
         if fast._memory_format != form:
             fast._memory_format = form
-            fast.to(memory_format=form)
+            fast.to(memory_format=FORMATS[form])
         for conv in convs:
             conv.use(form if conv in ways[way] else None)
 
@@ -49,7 +48,7 @@ def choose_format(fast: nn.Module, inputs: tuple, wanted: str | torch.memory_for
         report.append(f"{counted(len(ways[chosen]), 'convolution')} of {len(convs)} with packed weights")
 
 
-def _convs_that_gain(convs: list[PackedConv2d], form: torch.memory_format) -> set[PackedConv2d]:
+def _convs_that_gain(convs: list[PackedConv2d], form: str) -> set[PackedConv2d]:
     """Those that are faster with packed weights, each measured alone."""
     verdicts: dict[Any, bool] = {}
     gaining = set()
@@ -57,9 +56,9 @@ def _convs_that_gain(convs: list[PackedConv2d], form: torch.memory_format) -> se
         kind = (*conv.packed_for, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         kind = (*kind, conv.groups, type(conv.act))
         if kind not in verdicts:
-            x = torch.zeros(conv.packed_for).contiguous(memory_format=form)
+            x = torch.zeros(conv.packed_for).contiguous(memory_format=FORMATS[form])
             weight = conv.weight
-            conv.weight = nn.Parameter(weight.contiguous(memory_format=form), requires_grad=False)
+            conv.weight = nn.Parameter(weight.contiguous(memory_format=FORMATS[form]), requires_grad=False)
             runs = {
                 False: (functools.partial(conv.use, None), functools.partial(conv, x)),
                 True: (functools.partial(conv.use, form), functools.partial(conv, x)),

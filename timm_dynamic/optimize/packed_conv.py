@@ -6,6 +6,8 @@ import torch
 from timm.layers import activations
 from torch import Tensor, nn
 
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}  # which cannot be pickled
+
 
 def _one(name: str, algorithm: str = ""):
     return lambda act: (name, [], algorithm)
@@ -34,13 +36,6 @@ FUSED = {
 }
 
 
-class _Packed:
-    """A packed weight, in an object into which neither TorchScript nor a state dict looks."""
-
-    def __init__(self, weight: Tensor, activation: tuple[str, list[float], str]):
-        self.weight, self.activation = weight, activation
-
-
 class PackedConv2d(nn.Conv2d):
     """A convolution and the activation behind it, with the weight also as oneDNN wants it.
 
@@ -50,11 +45,11 @@ class PackedConv2d(nn.Conv2d):
 
     Attributes:
         act: The activation.
-        result_format: Memory format of what the packed weight gives; None: the plain weight serves.
+        result_format: Memory format, of `FORMATS`, of what the packed weight gives; None: the plain weight serves.
         packed_for: The input's shape for which it is packed; others are right, too.
     """
 
-    act: nn.Module
+    __jit_ignored_attributes__ = ["_packed"]
     result_format = None
 
     @classmethod
@@ -63,7 +58,7 @@ class PackedConv2d(nn.Conv2d):
         conv.__class__ = cls
         conv.act, conv.packed_for, conv._packed = nn.Identity(), input_size, None
 
-    def use(self, result_format: torch.memory_format | None) -> None:
+    def use(self, result_format: str | None) -> None:
         """Run with the packed weight, or, for None, with the plain one."""
         self.result_format = result_format
         if self._packed is None:
@@ -76,7 +71,7 @@ class PackedConv2d(nn.Conv2d):
         if self.result_format is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
             how = (self.padding, self.stride, self.dilation, self.groups)
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight.contiguous(), *how, self.packed_for)
-            self._packed = _Packed(weight, FUSED[type(self.act)](self.act))
+            self._packed = (weight, FUSED[type(self.act)](self.act))
 
     def forget_unused(self) -> None:
         """The packed weight, if the plain one is used for good."""
@@ -113,12 +108,12 @@ class PackedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _run_packed(self, x: Tensor) -> Tensor:
-        packed = self._packed
-        if self.result_format == torch.channels_last:
+        weight, activation = self._packed
+        if self.result_format == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
         how = (self.padding, self.stride, self.dilation, self.groups)
-        y = torch.ops.mkldnn._convolution_pointwise(x, packed.weight, self.bias, *how, *packed.activation)
-        return y.contiguous(memory_format=self.result_format)
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *how, *activation)
+        return y.contiguous(memory_format=FORMATS[self.result_format])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_packed": None}  # which cannot be copied

@@ -3,6 +3,7 @@
 from timm_dynamic import families, models
 from timm_dynamic.cost import count_macs
 from timm_dynamic.cuda_graph import CudaGraph
+from timm_dynamic.dispatch import explain, use
 from timm_dynamic.inspect import record
 from timm_dynamic.ops.kernels import backend_info
 from timm_dynamic.replace import dynamize
@@ -16,8 +17,10 @@ __all__ = [
     "backend_info",
     "count_macs",
     "dynamize",
+    "explain",
     "families",
     "models",
     "record",
     "set_progress",
+    "use",
 ]

@@ -67,7 +67,7 @@ def test_fc_squeeze():
     for squeeze, width in (({}, 50), ({"fc_squeeze": 16}, 25)):  # 8 is the narrow networks' default
         model = timm.create_model("dcd_mobilenetv2_050", device="meta", **squeeze)
         layer = model.blocks[5][0].conv_pwl
-        assert (layer.in_channels, layer.latent_dim, layer.fc["0"].out_features) == (288, 20, width)
+        assert (layer.in_channels, layer.latent_dim, layer.fc[0].out_features) == (288, 20, width)
     with pytest.raises(ValueError, match="fc_squeeze must be at least 1, got 0"):
         timm.create_model("dcd_mobilenetv2", fc_squeeze=0)
 
@@ -80,7 +80,7 @@ class TestClassifier:
             for classes in (4, 7):
                 head = model.get_classifier()
                 assert isinstance(head, DCDLinear) and head.out_features == classes and not head.training
-                assert head.latent_dim == head.fc["0"].out_features == 32
+                assert head.latent_dim == head.fc[0].out_features == 32
                 assert model(x).shape == (2, classes)
                 model.reset_classifier(7)
             assert model.train()(x).shape == (2, 7) and model.get_classifier().training

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
-from timm_dynamic.ops.precision import is_autocast, no_autocast
+from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
 
@@ -46,6 +46,8 @@ class DynamicLayer(nn.Module):
         if implementation is not None:
             return implementation.run(self, x)
         y = self.formula(x)
+        if is_autocast(x):
+            y = y.to(autocast_dtype(x))  # as the convolution of the same input
         return y if self.limits is None else y.clamp(*self.limits)
 
     def formula(self, x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class _ChannelFusion(DynamicLayer):
         """scale(x), `[B, O]`, and `BN2(Phi(x) BN1(Q x)) + BN1(Q x)`, in the shape of q, `[B, L, ...]`."""
         z = self.fc(pooled)
         phi, scale = self.fc_phi(z).unflatten(1, (self.latent_dim, -1)), hsig(self.fc_scale(z))
-        u = self.bn1(q).reshape(q.shape[0], self.latent_dim, -1)
+        u = self.bn1(q).flatten(2)
         v = self.bn2(torch.bmm(phi, u)) + u
         return scale, v.view(q.shape)
 
@@ -218,5 +218,5 @@ class DCDLinear(_ChannelFusion):
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """scale(x), and both terms, in the parameters' precision: the layer is small."""
-        scale, v = self.fuse(x, self.q(x))
-        return scale, self.linear(x), self.p(v)
+        scale, v = self.fuse(x, self.q(x)[:, :, None])
+        return scale, self.linear(x), self.p(v.flatten(1))

@@ -39,7 +39,11 @@ def _parser() -> Parser:
         help="families, operators, or implementations as the table names them (default: all)",
     )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="whose calls (default: some of each family)")
-    parser.add_argument("--quick", action="store_true", help="the families' tiny models instead: seconds, not minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the families' tiny models instead, whose times say nothing: nothing is recorded",
+    )
     parser.add_argument("-b", "--batch-size", nargs="+", type=positive_int, default=[1, 8], help="(default: 1 8)")
     parser.add_argument("--shapes", type=positive_int, default=3, metavar="N", help="of each layer (default: 3)")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="of operators' calls")
@@ -71,11 +75,13 @@ def main(argv: list[str]) -> int:
     left = {case.name for case in cases[len(done) - len(results) :]}
     verdicts = summarise([row for row in done if row["name"] not in left])
     record = _record(args, verdicts, done)
-    records.write(records.path_of_user(), record)
+    if not args.quick:
+        records.write(records.path_of_user(), record)
     if args.json:
         Path(args.json).unlink(missing_ok=True)
         records.write(Path(args.json), record)
     _print_summary(verdicts, left, args.device)
+    print("Not recorded: --quick" if args.quick else f"Recorded in {records.path_of_user()}")
     return 1 if any(not verdict["right"] for verdict in verdicts.values()) else 0
 
 
@@ -155,7 +161,7 @@ def line(row: dict) -> str:
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
-    """By name: `{"right", "ratio", "on", "cases"}`; on is what is right in all cases, and faster on geometric average."""
+    """By name: `{"right", "ratio", "on", "cases"}`; on is what is right in all cases, and faster on average."""
     verdicts = {}
     for name in dict.fromkeys(row["name"] for row in rows):
         compared = [row for row in rows if row["name"] == name and "skipped" not in row]
@@ -181,4 +187,3 @@ def _print_summary(verdicts: dict[str, dict], left: set[str], device: str) -> No
         print(f"{name:34} {say:6} {ratio}, {verdict['cases']} cases")
     if left:
         print(f"not finished, so not recorded: {', '.join(sorted(left))}")
-    print(f"Recorded in {records.path_of_user()}")

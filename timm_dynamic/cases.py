@@ -264,7 +264,8 @@ def values(function: Callable[[], Any], wanted: Sequence[Tensor]) -> list[Tensor
             return out
         numbers = torch.Generator().manual_seed(1)
         cotangent = torch.randn(out[0].shape, generator=numbers).to(out[0])
-        grads = torch.autograd.grad(out[0], wanted, cotangent, allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):  # what `use` says is not known to autograd's threads
+            grads = torch.autograd.grad(out[0], wanted, cotangent, allow_unused=True)
     return out + [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
 
 

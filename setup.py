@@ -43,10 +43,10 @@ def extension(name: str, sources: list[str], device: str, libraries: list[str], 
     return Extension(
         f"timm_dynamic.{name}",
         sources,
-        include_dirs=["cuda_ops", *cpp_extension.include_paths(device)],
+        include_dirs=[str(Path("cuda_ops").resolve()), *cpp_extension.include_paths(device)],
         library_dirs=cpp_extension.library_paths(device),
         libraries=["torch", "torch_cpu", *libraries],
-        depends=[str(p) for p in Path("cuda_ops").glob("*.h")],
+        depends=[str(p) for p in Path("cuda_ops").rglob("*.h")],
         extra_compile_args=compile_args,
         extra_link_args=[
             "-Wl,--exclude-libs,ALL",
@@ -78,13 +78,13 @@ def extensions() -> list[Extension]:
     if shutil.which(compiler) is None:
         say(f"no C++ compiler ({compiler}): installing without kernels; the slower pure-PyTorch code serves instead")
         return []
-    sources = sorted(str(p) for p in Path("cuda_ops").glob("*.cpp") if "cuda" not in p.name)
+    sources = sorted(str(p) for p in Path("cuda_ops").rglob("*.cpp") if not p.name.startswith("cuda_"))
     found = [extension("_cpu", sources, "cpu", [], cxx=CXX_FLAGS)]
     problem = cuda_problem()
     if problem is None:
         say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
         libraries = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-        sources = sorted(str(p) for p in Path("cuda_ops").glob("*_cuda*.c*"))
+        sources = sorted(str(p) for p in Path("cuda_ops").rglob("cuda_*.c*"))  # no two of one folder and stem
         flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
         found.append(extension("_cuda", sources, "cuda", libraries, **flags))
     elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_dynamic.layers import CountingConv2d
+from timm_dynamic.layers.progress import Progress
 
 # Small networks of every kind of block: model, its arguments, size of its images.
 SMALL = {
@@ -28,8 +28,8 @@ def build(kind="basic", **kwargs):
         for _ in range(3):
             model(image(kind, 4))
     for module in model.modules():
-        if isinstance(module, CountingConv2d):
-            module.step.zero_()
+        if isinstance(module, Progress) and module.counts:
+            module.done.zero_()
     return model.eval()
 
 

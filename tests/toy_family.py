@@ -1,6 +1,7 @@
 """A family in one file: its layer, its models, its record (docs/adding-a-family.md). Importing it registers all."""
 
 import torch
+from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -12,12 +13,9 @@ from timm_dynamic.models._cfg import imagenet_cfg
 from timm_dynamic.models._resnet import TINY
 
 
+@register_notrace_module
 class ToyConv2d(DropInConv2d):
-    """Takes the place of an `nn.Conv2d`: `y = (1 + tanh(G mean(x))) * conv(x) + bias`, G linear.
-
-    Args:
-        *args, device, dtype, **kwargs: As for `nn.Conv2d`.
-    """
+    """Takes the place of an `nn.Conv2d`, with its arguments: `y = (1 + tanh(G mean(x))) * conv(x) + bias`, G linear."""
 
     family = "toy"
     routing_limit = 2.0
@@ -44,14 +42,12 @@ class ToyConv2d(DropInConv2d):
         return 1 + torch.tanh(self.gate(x.mean((2, 3))))
 
     def routing(self, x: Tensor) -> Tensor:
-        """For `timm_dynamic.record`: the gates, `[B, O]`."""
         return self.factors_of(x)
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
-        """A gate of 1 until it is trained."""
         copy_weight(conv, self.conv.weight)
-        self.gate.weight.zero_()
+        self.gate.weight.zero_()  # a gate of 1 until it is trained
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
@@ -68,11 +64,11 @@ class ToyResNet(ResNet):
             block.conv2 = ToyConv2d.from_conv(block.conv2)
 
 
-small = {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (2, 2)}
+about, small = {"paper_name": "On toys"}, {"num_classes": 10, "input_size": (3, 64, 64), "pool_size": (2, 2)}
 default_cfgs = generate_default_cfgs(
     {
-        "toy_resnet18.untrained": imagenet_cfg("conv1", "fc", paper_name="On toys"),
-        "test_toy_resnet.untrained": imagenet_cfg("conv1.0", "fc", paper_name="On toys", **small),
+        "toy_resnet18.untrained": imagenet_cfg("conv1", "fc", **about),
+        "test_toy_resnet.untrained": imagenet_cfg("conv1.0", "fc", **about, **small),
     }
 )
 
@@ -85,7 +81,6 @@ def toy_resnet18(pretrained: bool = False, **kwargs) -> ToyResNet:
 
 @register_model
 def test_toy_resnet(pretrained: bool = False, **kwargs) -> ToyResNet:
-    """A tiny Toy-ResNet for tests."""
     return build_model(ToyResNet, "test_toy_resnet", pretrained, block=BasicBlock, **{**TINY, **kwargs})
 
 
@@ -99,7 +94,6 @@ register(
         layer=ToyConv2d,
         keeps=0.0,
         routing="the gates",
-        timed=("toy_resnet18",),
         twins={"toy_resnet18": "resnet18"},
     )
 )

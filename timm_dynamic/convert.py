@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from timm_dynamic.layers.progress import KEY, check_done, has_progress
 from timm_dynamic.version import __version__
 
 _EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's, and its scripts' older name
@@ -151,7 +152,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
     name = _architecture(model)
     try:
         state = extract_state_dict(checkpoint, use_ema)
-        filter_fn = _filter_fn(name)
+        filter_fn = filter_fn_of(name)
         state = filter_fn(state, model) if filter_fn else state
         _check_fits(state, model)
     except ValueError as error:
@@ -165,28 +166,33 @@ def _architecture(model: nn.Module) -> str:
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
 
 
-def _filter_fn(name: str) -> Callable | None:
+def filter_fn_of(name: str) -> Callable | None:
+    """The `checkpoint_filter_fn` of the file that defines a model, if any."""
     if not timm.is_model(name):
         return None
     return getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
-    own = model.state_dict()
+    own, optional = model.state_dict(), {KEY} if has_progress(model) else ()
     wrong_shape = [
         f"{key} {str(list(state[key].shape))[:60]} instead of {list(value.shape)}"
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
     kinds = {
-        "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "missing": [key for key in own if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in own and key not in optional],
         "of another shape": wrong_shape,
     }
     if any(kinds.values()):
         problems = [f"{len(keys)} keys {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
         raise ValueError("; ".join(problems) + _num_classes_hint(state, own, model))
+    for key in state.keys() & optional:
+        check_done(state[key])
     for key, value in own.items():
+        if key in optional:
+            continue
         if value.is_floating_point() and not state[key].is_floating_point():
             raise ValueError(f"{key} holds {state[key].dtype}: expected floating-point weights")
         check_finite({key: state[key].to(value.dtype)})  # in the model's dtype: a float64 can be too large for it

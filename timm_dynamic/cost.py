@@ -181,23 +181,12 @@ def _ddf_flops(features, channel_filter, spatial_filter, kernel_size, *options, 
     return 2 * kernel_size**2 * out_shape.numel()
 
 
-def _factored_flops(x, weight, *options, out_shape) -> int:
-    return 2 * weight[1:].numel() * out_shape[0].numel()
-
-
-def _mixed_flops(x, attention, kernels, *options, out_shape) -> int:
-    mixing = attention.numel() * kernels[1:].numel()
-    return 2 * (kernels[2:].numel() * out_shape.numel() + mixing)
-
-
 def _product_flops(rows, matrix, *options, out_shape) -> int:
     return 2 * matrix[1] * out_shape.numel()
 
 
 _FORMULAS = {
     torch.ops.timm_dynamic.ddf: _ddf_flops,
-    torch.ops.timm_dynamic.factored_conv2d: _factored_flops,
-    torch.ops.timm_dynamic.mixed_conv2d: _mixed_flops,
 }
 if ONEDNN:  # its product serves 1x1 convolutions
     _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product_flops

@@ -9,6 +9,7 @@ from torch import nn
 from timm_dynamic import families
 from timm_dynamic.layers import MaskUnit
 from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.layers.progress import share_progress
 
 # How timm's models name the modules on a shortcut, and a module that looks at the whole map to weigh it.
 _SHORTCUTS = {"downsample", "shortcut", "skip", "project", "c1x1_w_s1", "c1x1_w_s2"}
@@ -83,6 +84,7 @@ def dynamize(
             parent = model.get_submodule(name.rpartition(".")[0])
             model.set_submodule(name, replacements[convs[name]].train(parent.training))
             _forbid_merging(model, name)
+    share_progress(model)
     return model
 
 

@@ -1,8 +1,7 @@
 """Training: the auxiliary losses that models carry."""
 
-import math
 from collections import defaultdict
-from collections.abc import Sequence
+from os.path import commonprefix
 
 import torch
 from timm.task import ClassificationTask
@@ -10,35 +9,9 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 
 from timm_dynamic.layers.auxiliary import attach_loss
-from timm_dynamic.layers.sparse_branch import Cost
+from timm_dynamic.layers.budget import budget_loss
 
 __all__ = ["DynamicTask", "add_terms", "attach_loss", "auxiliary_loss", "budget_loss", "set_progress"]
-
-BUDGET_WEIGHT = 10.0
-_ANNEALED = 0.33  # share of the training in which the blocks' bounds open
-
-
-def budget_loss(costs: Sequence[Cost], budget: float, progress: float | Tensor) -> tuple[Tensor, Tensor]:
-    """DynConv's loss for executing a given share of the masked computations (arXiv 1912.03203, section 3.3).
-
-    With p the share that a block executes, over the batch, and P that of all blocks together: the network's term is
-    `(P - budget)^2`, that of the blocks the mean of `max(0, p - upper)^2 + max(0, lower - p)^2`. The bounds open from
-    the budget to 0 and 1 in the first third of the training.
-
-    Args:
-        costs: Of every masked block.
-        budget: Between 0 and 1.
-        progress: Share of the training that is done, a number or a tensor `[]`.
-
-    Returns:
-        The term of the network and that of the blocks, without the weight `BUDGET_WEIGHT`.
-    """
-    executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
-    q = torch.cos((torch.as_tensor(progress) / _ANNEALED).clamp(max=1) * (math.pi / 2)) ** 2
-    upper, lower = 1 - q * (1 - budget), q * budget
-    share = executed / total
-    network = (executed.sum() / total.sum() - budget) ** 2
-    return network, ((share - upper).clamp(min=0) ** 2 + (lower - share).clamp(min=0) ** 2).mean()
 
 
 def auxiliary_loss(model: nn.Module) -> dict[str, Tensor]:
@@ -50,17 +23,29 @@ def auxiliary_loss(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: Any model. The terms are 0 before its first training forward.
     """
+    places = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "auxiliary_terms", ()):
+            places[module].append(name.split(".") if name else [])
     return {
-        f"{name}.{term}" if name else term: getattr(module, term).clone()
-        for name, module in model.named_modules()
-        for term in getattr(module, "auxiliary_terms", ())
+        ".".join([*_owner(model, paths), term]): getattr(module, term).clone()
+        for module, paths in places.items()
+        for term in module.auxiliary_terms
     }
+
+
+def _owner(model: nn.Module, paths: list[list[str]]) -> list[str]:
+    """The path of a module: what is shared belongs to the network around all its places."""
+    path = commonprefix(paths)
+    while len(paths) > 1 and path and isinstance(model.get_submodule(".".join(path)), (nn.Sequential, nn.ModuleDict)):
+        path.pop()
+    return path
 
 
 def set_progress(model: nn.Module, epoch: float, epochs: float) -> None:
     """Tell the layers with a schedule of their own how far training is; call it before every epoch, or more often.
 
-    Call it on an averaged copy of the model too, if that is evaluated.
+    A checkpoint of the model holds it. Call it on an averaged copy of the model too, if that is evaluated.
 
     Args:
         model: Any model, wrapped or not.

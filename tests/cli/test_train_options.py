@@ -207,10 +207,6 @@ def test_flags_of_a_run_are_a_config(capsys):
         ),
         (f"{TEACHER} --kd-distill-type other", "argument --kd-distill-type: invalid choice: 'other'"),
         (f"{TEACHER} --kd-distill-type token", "does not have 'set_distilled_training' method"),
-        (
-            f"{TEACHER} --kd-distill-type feature --model dynconv_resnet8",
-            "dynconv_resnet8 has its network_budget and block_budget at its output",
-        ),
     ],
 )
 def test_errors(capsys, monkeypatch, flags, expected):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_dynamic
-from timm_dynamic.layers import CountingConv2d, DynamicConv2d, load_reference
+from timm_dynamic.layers import DynamicConv2d, load_reference
+from timm_dynamic.layers.progress import share_progress
 from timm_dynamic.ops import backend_info
 
 # Positional arguments after in_channels=8, out_channels=12: kernel_size, stride, padding, dilation, groups, bias, mode
@@ -178,30 +179,15 @@ class TestTemperature:
                 layer.train(training)(self.x), formula(layer, self.x, expected), rtol=1e-6, atol=0
             )
 
-    def test_only_when_asked_for(self):
-        layer = DynamicConv2d(8, 12, 3).double()
-        state = layer.state_dict()
-        timm_dynamic.set_progress(layer, 0, 10)
-        assert layer.state_dict().keys() == state.keys()
-        other = DynamicConv2d(8, 12, 3).double()
-        other.load_state_dict(layer.state_dict())
-        torch.testing.assert_close(other(self.x), formula(layer, self.x))
-
     def test_by_steps(self):
-        counter = CountingConv2d(8, 8, 1, dtype=torch.float64)
-        layer = DynamicConv2d(8, 12, 3).double()
-        layer.anneal(counter, 4)
-        model = nn.Sequential(counter, layer)
-        assert "1.step" not in model.state_dict() and "0.step" in model.state_dict()
+        model = nn.Sequential(DynamicConv2d(8, 8, 1), DynamicConv2d(8, 12, 3)).double()
+        share_progress(model).begin(4)
         for done in range(6):
-            inner = counter.eval()(self.x)
             temperature = 30 - 29 * min(done, 4) / 4
-            expected = formula(layer, inner, temperature)
+            expected = formula(model[1], formula(model[0], self.x, temperature), temperature)
             torch.testing.assert_close(model.eval()(self.x), expected, rtol=1e-6, atol=1e-9)
             torch.testing.assert_close(model.train()(self.x), expected, rtol=1e-6, atol=1e-9)
-        twin = copy.deepcopy(model).eval()  # has a counter of its own
-        model[0].step.zero_()
-        torch.testing.assert_close(twin(self.x), formula(layer, inner), rtol=1e-6, atol=1e-9)
+        assert sum(key.endswith("progress.done") for key in model.state_dict()) == 1
 
     @pytest.mark.parametrize(("epoch", "epochs"), [(-1, 10), (0, 0)])
     def test_bad_progress(self, epoch, epochs):

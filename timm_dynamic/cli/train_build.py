@@ -64,11 +64,6 @@ def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module,
         "task_loss_weight": args.task_loss_weight,
     }
     if args.kd_distill_type == "feature":
-        if getattr(model, "auxiliary_terms", ()):
-            raise ValueError(
-                f"{args.model} has its {' and '.join(model.auxiliary_terms)} at its output, which "
-                "--kd-distill-type feature goes without: use logit"
-            )
         dims = {"student_feature_dim": args.kd_student_feature_dim, "teacher_feature_dim": args.kd_teacher_feature_dim}
         task, options = FeatureDistillationTask, options | dims
     elif args.kd_distill_type == "token":

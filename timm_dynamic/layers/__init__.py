@@ -2,7 +2,6 @@
 
 from timm_dynamic.layers.auxiliary import attach_loss
 from timm_dynamic.layers.base import load_reference
-from timm_dynamic.layers.counting_conv import CountingConv2d
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack, FilterNorm
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d, KernelAttention
@@ -11,7 +10,6 @@ from timm_dynamic.layers.ped import PEDConv2d
 from timm_dynamic.layers.sparse_branch import SparseBranch, SparseStage
 
 __all__ = [
-    "CountingConv2d",
     "DCDConv2d",
     "DCDLinear",
     "DDFConv2d",

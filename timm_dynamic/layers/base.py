@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
+from timm_dynamic.layers.stand_in import refuse_weight
 from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
@@ -53,6 +54,10 @@ class DynamicLayer(nn.Module):
     def formula(self, x: Tensor) -> Tensor:
         """What the layer computes."""
         raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_weight(self, name)
+        super().register_parameter(name, param)
 
     def factors_of(self, x: Tensor):
         """`self.factors(x)`, what the layer makes of a sample, without autocast and in the parameters' precision.
@@ -175,6 +180,14 @@ class DropInConv2d(DynamicLayer):
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
         """Take over what can be of the convolution that a new layer replaces, without gradients; its bias is taken."""
+
+
+def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
+    """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
+    others = {
+        name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype
+    }
+    return torch.func.functional_call(part, others, (x,)) if others else part(x)
 
 
 def check_positive(**arguments: int | None) -> None:

@@ -11,6 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, DynamicLayer, check_positive, copy_weight
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.channel_fusion.definition import hsig
 from timm_dynamic.ops.channel_fusion.table import TABLE
 
@@ -54,10 +55,6 @@ class _ChannelFusion(DynamicLayer):
         return self.factors_of(x)[0]
 
     @property
-    def weight(self) -> Tensor:
-        return getattr(self, self.static).weight
-
-    @property
     def bias(self) -> Tensor | None:
         return getattr(self, self.static).bias
 
@@ -91,6 +88,7 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
     """
 
     implementations = TABLE
+    weight = stand_in_weight(conv_weight_shape)
     parts = (
         *((nn.Conv2d, name) for name in ("conv", "q", "p")),
         *((nn.Linear, name) for name in ("fc.0", "fc.1.fc.0", "fc_phi", "fc_scale")),
@@ -188,6 +186,7 @@ class DCDLinear(_ChannelFusion):
     """
 
     static = "linear"
+    weight = stand_in_weight(lambda layer: (layer.out_features, layer.in_features))
     extra_repr = nn.Linear.extra_repr
     reference_names = {"cls": "linear", "cls_q": "q", "cls_p": "p"}  # the authors' names
 

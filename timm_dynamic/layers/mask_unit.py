@@ -80,7 +80,7 @@ class MaskUnit(KeepsFolded):
             self.maskconv = _Squeeze(in_channels, stride, **dd)
         else:
             self.maskconv = nn.Conv2d(in_channels, 1, 1, stride, **dd)
-        self.progress = Progress(device)
+        self.progress, self.number = Progress(False, device=device), 1
 
     def reset_parameters(self) -> None:
         """PyTorch's initialisation of convolutions and linear layers."""
@@ -123,7 +123,7 @@ class MaskUnit(KeepsFolded):
 
     @torch.jit.unused
     def _sample(self, logits: Tensor) -> Tensor:
-        done = self.progress()
+        done = self.progress(self.training)
         # In float32 or wider: a half-precision uniform number is 0 or 1 too often.
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.gumbel_noise:
@@ -140,5 +140,6 @@ class MaskUnit(KeepsFolded):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
         if self.training and not torch.jit.is_scripting():
+            self.progress.count(self.number)
             return self._sample(self.logits(x)).to(x.dtype)
         return self._infer(x)

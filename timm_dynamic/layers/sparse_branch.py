@@ -16,6 +16,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers import capacity
+from timm_dynamic.layers.budget import Budget, Cost
 from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, folded_copy, has_hooks, is_foldable, rows_of
 from timm_dynamic.ops import sparse
 from timm_dynamic.ops._autocast import autocast_dtype
@@ -26,13 +27,6 @@ _MAX_ACTIVE = {True: 1.0, False: 0.25}  # with and without compiled CPU kernels
 # Inverted residuals are bound by memory: so many bytes of their wide maps at once, for the cache, and because freshly
 # mapped pages cost more than the arithmetic. Measured; residual blocks with dense convolutions gain nothing.
 _WIDE_BYTES = 4 * 2**20
-
-
-class Cost(NamedTuple):
-    """Multiply-accumulates of a masked branch for a batch, float64 scalars: what was active, and if all had been."""
-
-    executed: Tensor
-    total: Tensor
 
 
 class SparseBranch(KeepsFolded):
@@ -46,13 +40,22 @@ class SparseBranch(KeepsFolded):
             up to a share of active positions, `max_active`, and dense under `torch.compile`.
         max_active: That share; None: what was measured (`benchmarks/sparse.py`), 1 with the compiled CPU kernels, else
             0.25.
-        on_cost: Called with every training forward's `Cost`, if not None.
     """
 
     # Without annotations, which TorchScript would read.
     execution = "auto"
     max_active = None
-    on_cost = None
+
+    @torch.jit.unused
+    def use_budget(self, budget: Budget, number: int, closes: bool) -> None:
+        """Attach the network's budget loss in training.
+
+        Args:
+            budget: Becomes the submodule `budget`.
+            number, closes: As for `Budget.attach`.
+        """
+        self.budget, self.number, self.closes = budget, number, closes
+        budget.blocks = number
 
     def branch(self, x: Tensor) -> Tensor:
         """The branch at every position."""
@@ -80,8 +83,9 @@ class SparseBranch(KeepsFolded):
         mask = self.masker(x)
         if not torch.jit.is_scripting():
             if isinstance(x, Tensor):  # not a proxy of torch.fx
-                if self.training and self.on_cost is not None:
-                    self.on_cost(self.cost(mask, x))
+                budget = self._modules.get("budget")
+                if self.training and budget is not None:
+                    mask = budget.attach(mask, self.cost(mask, x), self.number, self.closes)
                 plan = self._plan(x)
                 if plan is not None:
                     y = _execute(self, plan, x, mask, overwrite)

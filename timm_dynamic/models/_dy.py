@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from timm_dynamic.layers import CountingConv2d, DynamicConv2d
+from timm_dynamic.layers import DynamicConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
+from timm_dynamic.layers.progress import share_progress
 from timm_dynamic.models._cfg import imagenet_cfg
 
 
@@ -28,30 +29,32 @@ def make_dynamic(
     Raises:
         ValueError: If an argument has an unusable value, or a convolution cannot be replaced.
     """
-    if anneal_steps is not None and anneal_steps < 1:
-        raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
-    first, *names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    check_steps(anneal_steps)
+    _, *names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     names = [name for name in names if "se" not in name.split(".")]
     numbers = [num_kernels] * len(names) if isinstance(num_kernels, int) else list(num_kernels)
     if len(numbers) != len(names):
         raise ValueError(f"num_kernels must have a number for each of {len(names)} convolutions, got {len(numbers)}")
-    counter = CountingConv2d.from_conv(model.get_submodule(first))
-    model.set_submodule(first, counter)
     for name, number in zip(names, numbers, strict=True):
-        layer = DynamicConv2d.from_conv(model.get_submodule(name), num_kernels=number, reduction=reduction)
+        conv = model.get_submodule(name)
+        layer = DynamicConv2d.from_conv(conv, num_kernels=number, reduction=reduction, around_mean=False)
         fan_out = layer.out_channels * layer.kernels_weights[0, 0, 0].numel() // layer.groups
         nn.init.normal_(layer.kernels_weights, std=(2 / fan_out) ** 0.5)
-        if anneal_steps is not None:
-            layer.anneal(counter, anneal_steps)
         model.set_submodule(name, layer)
     fold_stages(model)
+    anneal(model, anneal_steps)
 
 
-def with_step(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` with the model's own step counter if it has none: loading weights does not start the schedule."""
-    own = model.state_dict()
-    missing = {key: own[key] for key in own if key.split(".")[-1] == "step" and key not in state_dict}
-    return {**state_dict, **missing} if missing else state_dict
+def check_steps(anneal_steps: int | None) -> None:
+    if anneal_steps is not None and anneal_steps < 1:
+        raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
+
+
+def anneal(model: nn.Module, anneal_steps: int | None) -> None:
+    """Give the dynamic convolutions of a new model one schedule, which begins if it has a number of steps."""
+    progress = share_progress(model)
+    if progress is not None and anneal_steps is not None:
+        progress.begin(anneal_steps)
 
 
 def dy_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:

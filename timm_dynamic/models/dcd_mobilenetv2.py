@@ -15,8 +15,8 @@ from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
-from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
+from timm_dynamic.models.dcd_resnet import DynamicClassifier, dcd_cfg, load_authors
 
 __all__ = ["DCDMobileNetV2"]
 
@@ -92,7 +92,6 @@ def _create(
         DCDMobileNetV2,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True},
         **mobilenetv2_args(width, {"fc_squeeze": fc_squeeze, **kwargs}),
     )

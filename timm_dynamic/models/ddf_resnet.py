@@ -95,7 +95,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
     kwargs = {"block": DDFBottleneck, **model_args, **kwargs}
     block_args = {name: kwargs.pop(name) for name in _DDF_OPTIONS if name in kwargs}
     kwargs["block_args"] = {**block_args, **(kwargs.get("block_args") or {})}
-    return build_model(ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(ResNet, variant, pretrained, **kwargs)
 
 
 def _cfg(first_conv: str = "conv1", **kwargs) -> dict[str, Any]:

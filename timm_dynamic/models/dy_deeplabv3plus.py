@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.models._dy import dy_cfg, with_step
+from timm_dynamic.layers.progress import join
+from timm_dynamic.models._dy import anneal, check_steps, dy_cfg
 
 __all__ = ["ASPP", "Decoder", "DyDeepLabV3Plus"]
 
@@ -166,17 +167,14 @@ class DyDeepLabV3Plus(nn.Module):
             raise ValueError(f"output_stride must be 16 or 8, got {output_stride!r}")
         if round(48 * width_multiplier) < 1:
             raise ValueError(f"width_multiplier {width_multiplier} leaves no channels: use 0.02 or more")
-        if anneal_steps is not None and anneal_steps < 1:
-            raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
+        check_steps(anneal_steps)
         dd = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
         options = {"pretrained": pretrained_backbone, "in_chans": in_chans, **dd, **(backbone_kwargs or {})}
         if drop_path_rate:
             options["drop_path_rate"] = drop_path_rate
-        self.num_classes, self.in_chans, self.anneal_steps = num_classes, in_chans, anneal_steps
+        self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = round(256 * width_multiplier)
         self.grad_checkpointing = False
-        # Training forwards so far, for `anneal_steps`.
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.backbone, self._low, self._high = _create_backbone(backbone, output_stride, options)
         self._conv = partial(DynamicConv2d, num_kernels=num_kernels, reduction=reduction)
         channels = self.backbone.feature_info.channels()
@@ -186,10 +184,11 @@ class DyDeepLabV3Plus(nn.Module):
         )
         for part in (self.aspp, self.decoder):
             _initialise(part)
-        self.reset_classifier(num_classes)
-        for layer in self.modules() if anneal_steps is not None else ():
+        anneal(self, anneal_steps)
+        for layer in self.backbone.modules() if anneal_steps is not None else ():
             if isinstance(layer, DynamicConv2d):
-                layer.anneal(self, anneal_steps)
+                layer.progress.begin(anneal_steps)
+        self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:
         """The last convolution."""
@@ -207,8 +206,7 @@ class DyDeepLabV3Plus(nn.Module):
         like = self.decoder.conv2.conv.kernels_weights
         self.classifier = self._conv(self.num_features, num_classes, 1, device=like.device, dtype=like.dtype)
         _initialise(self.classifier.train(self.training))
-        if self.anneal_steps is not None:
-            self.classifier.anneal(self, self.anneal_steps)
+        join(self.classifier, self.decoder.conv2.conv.progress)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -223,8 +221,6 @@ class DyDeepLabV3Plus(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[B, in_chans, H, W]` to the decoder's features, `[B, num_features, h, w]`."""
-        if self.training:
-            self.step.add_(1)
         features = self.backbone(x)
         low, high = features[self._low], features[self._high]
         if getattr(self.backbone, "output_fmt", Format.NCHW) == Format.NHWC:
@@ -281,14 +277,9 @@ def _create_backbone(name: str, output_stride: int, options: dict[str, Any]) -> 
     return backbone, low, high
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Native keys; a step counter is added where there is none."""
-    return with_step(state_dict, model)
-
-
 def _pretrained_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Drops a classifier of another number of classes; timm knows no name of a weight but `weight`."""
-    own, state_dict = model.state_dict(), checkpoint_filter_fn(state_dict, model)
+    own = model.state_dict()
     other = any(key in own and state_dict[key].shape != own[key].shape for key in _CLASS_SIZED if key in state_dict)
     return {key: value for key, value in state_dict.items() if not (other and key in _CLASS_SIZED)}
 

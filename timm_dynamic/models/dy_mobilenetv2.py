@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.models._dy import dy_cfg, make_dynamic, with_step
+from timm_dynamic.layers.progress import KEY
+from timm_dynamic.models._dy import dy_cfg, make_dynamic
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 
 __all__ = ["DyMobileNetV2"]
@@ -61,11 +62,10 @@ class DyMobileNetV2(EfficientNet):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s MobileNetV2: the usual names, within sequences called `layers`."""
-    own = model.state_dict()
-    if not all(key in own for key in state_dict):
+    if not state_dict.keys() <= {*model.state_dict(), KEY}:
         state_dict = extract_state_dict(state_dict)
         state_dict = {timm_name(key.replace("layers.", "")): value for key, value in state_dict.items()}
-    return with_step(state_dict, model)
+    return state_dict
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], width: float) -> DyMobileNetV2:

@@ -131,7 +131,7 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
                 block = SparseInvertedResidual.from_block(block, temperature=temperature, gumbel_noise=gumbel_noise)
                 self.set_submodule(name, block)
         stages = [f"blocks.{i}" for i in range(len(self.blocks))]
-        self.setup_masks("conv_stem", stages, budget, total_steps, aux_scale)
+        self.setup_masks(stages, budget, total_steps, aux_scale)
 
 
 default_cfgs = generate_default_cfgs(

@@ -168,9 +168,8 @@ class DynConvResNet(MaskedModel, ResNet):
         super().__init__(block, layers, block_args={**kwargs.pop("block_args", {}), **options}, **kwargs)
         if small_stem:
             self._use_small_stem()
-        first_conv = "conv1.0" if isinstance(self.conv1, nn.Sequential) else "conv1"
         stages = [f"layer{i + 1}" for i in range(len(layers))]
-        self.setup_masks(first_conv, stages, budget, total_steps, aux_scale)
+        self.setup_masks(stages, budget, total_steps, aux_scale)
 
     def _use_small_stem(self) -> None:
         use_small_stem(self)
@@ -189,6 +188,8 @@ class DynConvResNetSmall(DynConvResNet):
         stem = {"stem_type": "deep", "stem_width": channels[0] // 2, "small_stem": True}
         super().__init__(block, layers, channels=channels, **{**kwargs, **stem})
         self.layer4 = nn.Sequential()  # timm's forward has four stages
+        for name in ("global_pool", "fc"):  # behind it, as they run
+            self._modules[name] = self._modules.pop(name)
 
     def _use_small_stem(self) -> None:
         super()._use_small_stem()

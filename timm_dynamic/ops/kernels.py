@@ -89,6 +89,11 @@ def choose_in_context(choices: Mapping[str, str]) -> Iterator[None]:
         _choices.reset(token)
 
 
+def transforms() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation goes on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def unusual(x: Tensor) -> str | None:
     """Why a call is to be made of plain PyTorch operations, as far as the tensor and its surroundings say; or None."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -100,10 +105,10 @@ def unusual(x: Tensor) -> str | None:
     return None
 
 
-def runs_kernel(operator: str, x: Tensor) -> bool:
+def runs_registered(operator: str, x: Tensor) -> bool:
     """Whether a public operator is to be one call of its registered form, else its definition in plain PyTorch.
 
-    The registered form has gradients, a fake for torch.compile and kernels where built; the definition is for what
+    The registered form has gradients and a fake for torch.compile, and saves memory; the definition is for what
     transforms, differentiates forwards or exports.
 
     Args:
@@ -111,10 +116,13 @@ def runs_kernel(operator: str, x: Tensor) -> bool:
         x: One of its inputs.
     """
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting() and has_kernel(x.device.type, operator)
-    if torch.onnx.is_in_onnx_export() or unusual(x) is not None or choice(operator) == FORMULA:
-        return False
-    return has_kernel(x.device.type, operator)
+        return not torch.compiler.is_exporting()
+    return not torch.onnx.is_in_onnx_export() and unusual(x) is None and choice(operator) != FORMULA
+
+
+def runs_kernel(operator: str, x: Tensor) -> bool:
+    """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone."""
+    return runs_registered(operator, x) and has_kernel(x.device.type, operator)
 
 
 def has_kernel(device_type: str, operator: str) -> bool:

@@ -29,6 +29,7 @@ def register(
     definition: Callable,
     fake: Callable,
     *,
+    implementation: Callable | None = None,
     gradient: Gradient | None = None,
     flops: Callable[..., int] | None = None,
     differentiable: bool = True,
@@ -44,6 +45,7 @@ def register(
         schema: `(Tensor x, ...) -> Tensor`. Tensors come before all other arguments.
         definition: Differentiable, in plain PyTorch.
         fake: Shapes, dtypes and strides of the outputs, for torch.compile.
+        implementation: What the operator runs instead of its definition, on every device.
         gradient: `gradient(grad, inputs, outputs, options, needs)` gives the gradients of the tensors among the
             inputs; `grad` is that of the first output, the only one that may be differentiated. Without it the
             definition is differentiated.
@@ -53,7 +55,7 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     OPERATORS[name] = Operator(definition, differentiable)
     torch.library.define(qualified, schema, tags=_TAGS)
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(definition)
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation or definition)
     torch.library.register_fake(qualified)(fake)
     operator = getattr(torch.ops.timm_dynamic, name)
     if flops is not None:

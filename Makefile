@@ -9,7 +9,7 @@ export TIMM_DYNAMIC_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 install: .venv/installed
 
 # Without build isolation the kernels are built against the torch in .venv, not against another copy of it.
-.venv/installed: pyproject.toml setup.py $(wildcard cuda_ops/*)
+.venv/installed: pyproject.toml setup.py $(wildcard cuda_ops/*/*)
 	$(PYTHON) -m venv .venv
 	@echo "Installing torch and what else there is to .venv: some 5 GB, minutes without output"
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy "torch>=2.11"
@@ -36,7 +36,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror cuda_ops/* tests/cuda_on_host/*.cpp tests/cuda_on_host/include/*
+	$(BIN)/clang-format --dry-run --Werror cuda_ops/*/* tests/cuda_on_host/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/include/*
 
 # For every GPU, wherever it is built; `TIMM_DYNAMIC_CUDA=0 make wheel` leaves the CUDA kernels out. Torch brings its own
 # libraries, and the CUDA runtime is linked statically.

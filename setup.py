@@ -4,7 +4,9 @@
 toolkit is found. `TORCH_CUDA_ARCH_LIST` overrides the GPU architectures.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,16 +27,32 @@ def say(message: str) -> None:
     print(f"timm-dynamic: {message}", file=sys.stderr)
 
 
+def build_id(sources: list[str]) -> str:
+    """Of the sources and the headers that they include: measurements of kernels are of one (ops/records.py)."""
+    found, todo = set(), [Path(source) for source in sources]
+    while todo:
+        path = todo.pop()
+        found.add(path)
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        included = [folder / name for name in names for folder in (path.parent, Path("cuda_ops"))]
+        todo += [header for header in included if header.exists() and header not in found]
+    return hashlib.sha1(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
+
+
 def extension(name: str, sources: list[str], device: str, libraries: list[str], **compile_args) -> Extension:
     return Extension(
         f"timm_dynamic.{name}",
         sources,
-        include_dirs=["cuda_ops", *cpp_extension.include_paths(device)],
+        include_dirs=[str(Path("cuda_ops").resolve()), *cpp_extension.include_paths(device)],
         library_dirs=cpp_extension.library_paths(device),
         libraries=["torch", "torch_cpu", *libraries],
-        depends=[str(p) for p in Path("cuda_ops").glob("*.h")],
+        depends=[str(p) for p in Path("cuda_ops").rglob("*.h")],
         extra_compile_args=compile_args,
-        extra_link_args=["-Wl,--exclude-libs,ALL", *([] if SANITIZED else ["-s"])],
+        extra_link_args=[
+            "-Wl,--exclude-libs,ALL",
+            f"-Wl,--build-id=0x{build_id(sources)}",
+            *([] if SANITIZED else ["-s"]),
+        ],
         language="c++",
     )
 
@@ -60,13 +78,13 @@ def extensions() -> list[Extension]:
     if shutil.which(compiler) is None:
         say(f"no C++ compiler ({compiler}): installing without kernels; the slower pure-PyTorch code serves instead")
         return []
-    sources = sorted(str(p) for p in Path("cuda_ops").glob("*.cpp") if "cuda" not in p.name)
+    sources = sorted(str(p) for p in Path("cuda_ops").rglob("*.cpp") if not p.name.startswith("cuda_"))
     found = [extension("_cpu", sources, "cpu", [], cxx=CXX_FLAGS)]
     problem = cuda_problem()
     if problem is None:
         say(f"building the CUDA kernels with {os.environ['CUDA_HOME']} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
         libraries = ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-        sources = sorted(str(p) for p in Path("cuda_ops").glob("*_cuda*.c*"))
+        sources = sorted(str(p) for p in Path("cuda_ops").rglob("cuda_*.c*"))  # no two of one folder and stem
         flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": NVCC_FLAGS}
         found.append(extension("_cuda", sources, "cuda", libraries, **flags))
     elif os.environ.get("TIMM_DYNAMIC_CUDA") == "1":

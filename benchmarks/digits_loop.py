@@ -22,10 +22,11 @@ import yaml
 from tqdm import tqdm
 
 from timm_dynamic.cli.common import replacing
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.timing import environment
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("test_ddf_resnet", "test_dcd_resnet", "test_ped_resnet", "test_dy_resnet", "dynconv_resnet8")
+MODELS = [family.tiny for family in FAMILIES.values()]
 COMMANDS = {
     "train": "timm-dynamic train {data} --config configs/{model}.digits.yaml --seed {seed} --workers 0 "
     "--output {output} --experiment run",

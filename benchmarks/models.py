@@ -28,10 +28,11 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment
 
-MODELS = ("ddf_mul_resnet50", "dcd_resnet50", "dcd_mobilenetv2", "ped_resnet18", "dy_mobilenetv2")
+MODELS = [model for _, family in sorted(FAMILIES.items()) for model in family.timed]
 GPU = "--channels-last --amp --amp-dtype bfloat16 --num-warm-iter 3 --num-bench-iter 20"
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--paths", action="store_true", help="also the reference path, and all under torch.compile")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", help="default: one of each family")
+    parser.add_argument("--models", nargs="+", help="default: those that the families name")
     parser.add_argument("--processes", type=int, help="for every case (default: 3, on a GPU 1)")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no process after so many")
     parser.add_argument("--longest", type=float, default=1e4, help="minutes after which a process is stopped")
@@ -134,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     kind = "paths" if args.paths else "models"
     output = args.output or Path(__file__).parent / "results" / f"{kind}_{args.device}.json"
-    models = args.models or list(MODELS)
+    models = args.models or MODELS
     head = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
     rounds = args.processes or (3 if args.device == "cpu" else 1)
     wanted = [f"{model} {case}" for case in cases(args.device, args.paths) for model in models]

@@ -7,14 +7,10 @@ import torch
 KERNELS = """
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
-#include <cuda_pipeline.h>
-#include <mma.h>
-#include "cuda_kernels.h"
+#include "common/cuda_kernels.h"
 
 namespace timm_dynamic {
 namespace {
-
-using namespace nvcuda;
 
 __global__ void reverse(const float* from, float* to, bool synchronised) {
   extern __shared__ __align__(16) float values[];
@@ -44,35 +40,6 @@ __global__ void warp_sums(const float* from, float* to) {
   const float first = __shfl_sync(0xffffffffu, from[threadIdx.x], 3, 8), up = __shfl_up_sync(0xffffffffu, sum, 1);
   if (threadIdx.x == 0) to[0] = sum, to[1] = even, to[2] = __popc(positive), to[3] = up;
   if (threadIdx.x == 31) to[4] = first;
-}
-
-__global__ void pipeline(const float4* from, float4* to, bool waits) {
-  __shared__ float4 values[2][32];
-  __pipeline_memcpy_async(&values[0][threadIdx.x], from + threadIdx.x, 16);
-  __pipeline_commit();
-  __pipeline_memcpy_async(&values[1][threadIdx.x], from + threadIdx.x, 16, 8);
-  __pipeline_commit();
-  __pipeline_wait_prior(waits ? 1 : 2);
-  to[threadIdx.x] = values[0][threadIdx.x];
-  __pipeline_wait_prior(0);
-  to[32 + threadIdx.x] = values[1][threadIdx.x];
-}
-
-template <typename T, int M, int N, typename LayoutB>
-__global__ void product(const float* from, float* to) {
-  __shared__ __align__(32) T a[M * 16], b[16 * N];
-  for (int i = threadIdx.x; i < M * 16; i += 32) a[i] = T::rounded(from[i]);
-  for (int i = threadIdx.x; i < N * 16; i += 32) b[i] = T::rounded(from[512 + i]);
-  __syncwarp();
-  wmma::fragment<wmma::matrix_a, M, N, 16, T, wmma::row_major> of_a;
-  wmma::fragment<wmma::matrix_b, M, N, 16, T, LayoutB> of_b;
-  wmma::fragment<wmma::accumulator, M, N, 16, float> sum;
-  wmma::fill_fragment(sum, 1.f);
-  wmma::load_matrix_sync(of_a, a, 16);
-  wmma::load_matrix_sync(of_b, b, std::is_same_v<LayoutB, wmma::row_major> ? N : 16);
-  wmma::mma_sync(sum, of_a, of_b, sum);
-  for (int i = 0; i < sum.num_elements; ++i) sum.x[i] *= 2;
-  wmma::store_matrix_sync(to, sum, N, wmma::mem_row_major);
 }
 
 struct alignas(16) Four {
@@ -105,16 +72,9 @@ __global__ void wrong(const float* from, float* to, int what) {
 }  // namespace
 
 void launch(int what, const float* from, float* to, cudaStream_t stream) {
-  const auto from4 = reinterpret_cast<const float4*>(from);
-  const auto to4 = reinterpret_cast<float4*>(to);
   if (what == 0) return run_kernel(reverse, 4, 128, 512, stream, from, to, true);
   if (what == 1) return run_kernel(reverse, 4, 128, 512, stream, from, to, false);
   if (what == 2) return run_kernel(warp_sums, 1, 32, 0, stream, from, to);
-  if (what == 3) return run_kernel(pipeline, 1, 32, 0, stream, from4, to4, true);
-  if (what == 4) return run_kernel(pipeline, 1, 32, 0, stream, from4, to4, false);
-  if (what == 5) return run_kernel(product<half, 16, 16, wmma::row_major>, 1, 32, 0, stream, from, to);
-  if (what == 6) return run_kernel(product<__nv_bfloat16, 32, 8, wmma::col_major>, 1, 32, 0, stream, from, to);
-  if (what == 7) return run_kernel(product<half, 8, 32, wmma::col_major>, 1, 32, 0, stream, from, to);
   if (what == 8) return run_kernel(reverse, 0, 128, 512, stream, from, to, true);
   if (what == 9) return run_kernel(reverse, 1, 2048, 512, stream, from, to, true);
   if (what == 10) return run_kernel(reverse, dim3(1, 65536), 32, 512, stream, from, to, true);
@@ -130,7 +90,7 @@ void launch(int what, const float* from, float* to, cudaStream_t stream) {
 OPERATORS = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include "cuda_device.h"
+#include "common/cuda_device.h"
 
 namespace timm_dynamic {
 
@@ -186,26 +146,6 @@ def test_warp(run, seed):
     x = SOURCE[:32]
     expected = torch.stack([x.sum(), x[::2].sum(), (x > 0).sum(), x.sum(), x[27]])
     torch.testing.assert_close(run(2, seed)[:5], expected)
-
-
-@SEEDS
-def test_asynchronous_copies(run, seed):
-    halves = SOURCE[:128].view(-1, 4) * torch.tensor([1, 1, 0, 0])
-    out = run(3, seed)
-    assert torch.equal(out[:128], SOURCE[:128]) and torch.equal(out[128:256], halves.flatten())
-    assert run(4, seed)[:128].isnan().all()  # nothing waited for
-
-
-@SEEDS
-@pytest.mark.parametrize(
-    ("what", "dtype", "shape"), [(5, torch.half, (16, 16)), (6, torch.bfloat16, (32, 8)), (7, torch.half, (8, 32))]
-)
-def test_matrix_products(run, what, dtype, shape, seed):
-    M, N = shape
-    a, b = SOURCE[: M * 16].view(M, 16), SOURCE[512 : 512 + N * 16]
-    b = b.view(16, N) if what == 5 else b.view(N, 16).T
-    expected = 2 * (1 + a.to(dtype).double() @ b.to(dtype).double())
-    torch.testing.assert_close(run(what, seed)[: M * N].view(M, N).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,21 @@ import torch
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 from torch import nn
 
-import timm_dynamic  # noqa: F401 - registers the models
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.layers.auxiliary import warn_about_float16
 from timm_dynamic.training import DynamicTask, add_terms, auxiliary_loss
 
 ROOT = Path(__file__).parents[1]
-MODELS = {
-    "ped": ("test_ped_resnet", {"zero_init_last": False}, {"reconstruction"}),
-    "dynconv": ("dynconv_resnet8", {"budget": 0.2}, {"network_budget", "block_budget"}),
-}
-NO_NOISE = {"ped": {"noise_std": 0.0}, "dynconv": {"gumbel_noise": False}}
+OPTIONS = {"zero_init_last": False}  # a branch that ends in zeros would hide what is before
+WITH_TERMS = {name: family for name, family in FAMILIES.items() if family.terms}
 BATCHES = torch.randn(4, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(6)
 
 
 def build(kind, dtype=torch.float32, **kwargs):
     torch.manual_seed(0)
-    name, options, _ = MODELS[kind]
-    return timm.create_model(name, num_classes=10, **options, **kwargs).to(dtype).train()
+    options = {"num_classes": 10, **OPTIONS, **kwargs}
+    return timm.create_model(FAMILIES[kind].tiny, **options).to(dtype).train()
 
 
 def plain(model, batches, dtype=None):
@@ -58,7 +55,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-every_kind = pytest.mark.parametrize("kind", MODELS)
+every_kind = pytest.mark.parametrize("kind", WITH_TERMS)
 
 
 @every_kind
@@ -101,7 +98,7 @@ class TestGradients:
     def test_compiling(self, kind):
         """Without compiling again for another factor, which has its value only when the backward pass begins."""
         torch._dynamo.reset()
-        model = build(kind, **NO_NOISE[kind])
+        model = build(kind, **FAMILIES[kind].exact)
         other = copy.deepcopy(model)
         if kind == "ped":  # Dynamo cannot checkpoint DynConv's blocks: they hand out their costs
             other.set_grad_checkpointing()
@@ -117,9 +114,9 @@ class TestGradients:
         def nothing(output, target):
             return 0 * output.float().sum()
 
-        model = build(kind, **NO_NOISE[kind])
+        model = build(kind, **FAMILIES[kind].exact)
         nothing(model(BATCHES[0]), TARGET).backward()
-        task = DynamicTask(build(kind, **NO_NOISE[kind]), nothing, verbose=False)
+        task = DynamicTask(build(kind, **FAMILIES[kind].exact), nothing, verbose=False)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
         optimizer = torch.optim.SGD(task.parameters(), 1.0)
         with_task(task, BATCHES[:1], torch.float16, scaler)
@@ -163,7 +160,7 @@ def test_result(kind):
     model = build(kind)
     task = DynamicTask(model, nn.CrossEntropyLoss(), verbose=False)
     result = task(BATCHES[0], TARGET)
-    names = MODELS[kind][2]
+    names = FAMILIES[kind].terms
     assert result.keys() == {"loss", "base_loss", "output", *names}
     torch.testing.assert_close(result["base_loss"], nn.functional.cross_entropy(result["output"], TARGET))
     torch.testing.assert_close(sum(result[name] for name in names), sum(auxiliary_loss(model).values()))
@@ -281,12 +278,13 @@ torch.distributed.destroy_process_group()
 def test_two_processes(tmp_path):
     """Their mean gradients are those of one process that sees the four batches."""
     cases, expected = {}, {}
-    for kind, (name, options, _) in MODELS.items():
-        model = build(kind, **NO_NOISE[kind], aux_scale=1 / 4)
+    for kind, family in WITH_TERMS.items():
+        name = family.tiny
+        model = build(kind, **FAMILIES[kind].exact, aux_scale=1 / 4)
         torch.save(model.state_dict(), tmp_path / f"{name}.pt")
         for ddp, unused in (({}, False), ({"static_graph": True}, False), ({"find_unused_parameters": True}, True)):
             case = f"{kind} {ddp}"
-            cases[case] = (name, options | NO_NOISE[kind], ddp, unused)
+            cases[case] = (name, {**OPTIONS, **family.exact}, ddp, unused)
             expected[case] = model
         plain(model, BATCHES)
     torch.save(cases, tmp_path / "cases.pt")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_dynamic import cli, hub
 from timm_dynamic.cli.digits import write_digits
+from timm_dynamic.families import FAMILIES
 
 TINY = "test_ddf_resnet"
 
@@ -138,7 +139,7 @@ def test_shipped_weights():
     assert set(SHIPPED.values()) == set(hub.PACKAGE_WEIGHTS.glob("*.safetensors"))
     assert {tag: path.stem for tag, path in SHIPPED.items()} == {tag: tag for tag in SHIPPED}
     assert all(path.stat().st_size < 1.5e6 for path in SHIPPED.values())
-    assert {tag.removeprefix("test_").split("_")[0] for tag in SHIPPED} == {"ddf", "dcd", "ped", "dy", "dynconv"}
+    assert {tag.partition(".")[0] for tag in SHIPPED} == {family.tiny for family in FAMILIES.values()}
     assert all(timm.get_pretrained_cfg(tag.split(".")[0]).tag == "digits" for tag in SHIPPED)
     assert {timm.get_pretrained_cfg(tag).license for tag in SHIPPED} == {"apache-2.0"}
 

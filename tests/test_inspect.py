@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_dynamic
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.inspect import ponder_cost, routing_entropy
 from timm_dynamic.layers import DCDConv2d, DCDLinear, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
 from timm_dynamic.ops import factored_conv2d_reference, mixed_conv2d_reference
@@ -17,6 +18,9 @@ from timm_dynamic.ops import factored_conv2d_reference, mixed_conv2d_reference
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+LAYERS = tuple(family.layer for family in FAMILIES.values() if family.layer and family.routing)
 
 
 def recorded(layer, *batches):
@@ -71,7 +75,7 @@ class TestWhatTheLayersUsed:
         mask, output = recorded(layer, x[:2], x[2:])
         assert torch.equal(mask, output) and 0 < mask.mean() < 1
 
-    @pytest.mark.parametrize("layer", [DynamicConv2d, PEDConv2d, DCDConv2d])
+    @pytest.mark.parametrize("layer", LAYERS)
     def test_under_autocast(self, layer):
         layer, x = layer(8, 6, 3, padding=1).eval(), torch.randn(2, 8, 16, 16)
         expected, _ = recorded(layer, x)
@@ -81,7 +85,7 @@ class TestWhatTheLayersUsed:
         torch.testing.assert_close(routing, expected)
 
 
-@pytest.mark.parametrize("name", ["test_dcd_resnet", "test_dy_resnet", "test_ped_resnet"])
+@pytest.mark.parametrize("name", [family.tiny for family in FAMILIES.values() if family.layer and family.routing])
 def test_models(name):
     """Names, resolutions, all batches; the outputs and the model stay as they were."""
     model, batches = timm.create_model(name).eval(), (torch.randn(2, 3, 64, 64), torch.randn(1, 3, 64, 64))
@@ -94,7 +98,7 @@ def test_models(name):
             assert torch.equal(model(batches[1]), expected[1])
         model(batches[0])
     assert hooks(model) == 0
-    dynamic = {key for key, layer in model.named_modules() if isinstance(layer, (DynamicConv2d, PEDConv2d, DCDConv2d))}
+    dynamic = {key for key, layer in model.named_modules() if isinstance(layer, LAYERS)}
     assert set(record) - {"fc"} == dynamic
     assert all(len(routing) == 3 and routing.device.type == "cpu" for routing in record.values())
     assert record.resolutions["layer2.0.conv1"] == (16, 16) and record.resolutions["layer2.0.conv2"] == (8, 8)

@@ -8,19 +8,10 @@ import yaml
 from torch import nn
 
 from timm_dynamic.cost import count_macs, masked_blocks
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.hub import is_ours
 from timm_dynamic.version import __version__
 
-# Top-1 in percent of the weights that the authors published, as the README of this package has it.
-REPORTED = {
-    "ddf_mul_resnet50.in1k": 79.1,
-    "ddf_mul_resnet101.in1k": 80.5,
-    "ddf_add_resnet50.in1k": 78.8,
-    "ddf_add_resnet101.in1k": 79.9,
-    "ped_resnet18.in1k": 74.1,
-    "dynconv_resnet101.budget30_in1k": 75.71,
-    "dynconv_resnet32.budget70_cifar10": 93.58,
-}
 _DATASETS = {"in1k": "imagenet-1k", "cifar10": "cifar10"}  # the Hub's names, by the end of a tag
 
 
@@ -123,8 +114,9 @@ def _provenance(cfg, name, tag, package, license, source, converted) -> list[str
 def _accuracy(name: str, repo_id: str, dataset: str | None, results: dict[str, Any] | None) -> str:
     on = f" on {dataset}" if dataset else ""
     lines = []
-    if name in REPORTED:
-        lines.append(f"- reported by the authors: top-1 {REPORTED[name]:g} %{on}")
+    for family in FAMILIES.values():
+        if name in family.reported:
+            lines.append(f"- reported by the authors: top-1 {family.reported[name]:g} %{on}")
     if results:
         lines.append(
             f"- measured: top-1 {float(results['top1']):.2f} %, top-5 {float(results['top5']):.2f} %{on}, by "

@@ -152,7 +152,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
     name = _architecture(model)
     try:
         state = extract_state_dict(checkpoint, use_ema)
-        filter_fn = _filter_fn(name)
+        filter_fn = filter_fn_of(name)
         state = filter_fn(state, model) if filter_fn else state
         _check_fits(state, model)
     except ValueError as error:
@@ -166,7 +166,8 @@ def _architecture(model: nn.Module) -> str:
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
 
 
-def _filter_fn(name: str) -> Callable | None:
+def filter_fn_of(name: str) -> Callable | None:
+    """The `checkpoint_filter_fn` of the file that defines a model, if any."""
     if not timm.is_model(name):
         return None
     return getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)

@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from timm_dynamic.convert import check_finite, convert, extract_state_dict, one_line, read_checkpoint
+from timm_dynamic.convert import check_finite, convert, extract_state_dict, filter_fn_of, one_line, read_checkpoint
 from timm_dynamic.layers.progress import Progress, save_once
 from timm_dynamic.version import __version__
 
@@ -58,6 +58,8 @@ def build_model(
 ) -> nn.Module:
     """timm's `build_model_with_cfg` with our places to look for weights. Every model of this package is made by it.
 
+    Other formats of weights are translated by the `checkpoint_filter_fn` of the file that defines the model.
+
     A source that the caller names (a cfg of its own, or a source in the overlay) is left to timm; the download of an
     `hf-hub:` name is checked first.
 
@@ -69,6 +71,7 @@ def build_model(
         ValueError: If weights are wanted and neither the local folder nor the hub has them, or if their file is
             damaged, is another model's, or holds NaN or infinity.
     """
+    kwargs.setdefault("pretrained_filter_fn", filter_fn_of(variant))
     file = None
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay = pretrained_cfg_overlay or {}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dynamic.families import FAMILIES
+
 
 class Record(Mapping[str, Tensor]):
     """What `record` has seen so far: `{layer name: routing}`, all inputs along the first dimension, on the CPU.
@@ -51,13 +53,11 @@ def record(model: nn.Module) -> Iterator[Record]:
 
     These are, with all inputs seen along the first dimension:
 
-    - `DynamicConv2d`: the attention over kernels, `[B, num_kernels]`.
-    - `PEDConv2d`: the gates, `[B, N]`: rank values for each input channel of a group, then each output channel, then
-      each tap. In training, those without the noise.
-    - `DCDConv2d` and `DCDLinear`: the scale of the output channels, `[B, N]`, from 0 to 2.
-    - `MaskUnit`: the mask, `[B, 1, H, W]`, of zeros and ones. In training, that without the noise.
+    - Attention over kernels, `[B, num_kernels]`.
+    - Gates, `[B, N]`, for example of output channels. In training, those without the noise.
+    - Masks, `[B, 1, H, W]`, of zeros and ones. In training, those without the noise.
 
-    Decoupled dynamic filters (DDF) are no gates and are not recorded.
+    Each layer's `routing` says which; layers without it are not recorded.
 
     The outputs of the model stay the same. Within the block, models compiled by `torch.compile` run uncompiled.
 
@@ -89,9 +89,10 @@ def routing_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "routing")}
     if not layers:
+        titles = ", ".join(family.title for family in FAMILIES.values() if family.routing)
         raise ValueError(
-            f"no layer with attention, gates or masks in this {type(model).__name__}: it takes DY, PED, DCD or DynConv "
-            "layers (those with a budget, not -1)"
+            f"no layer with attention, gates or masks in this {type(model).__name__}: it takes those of {titles} "
+            "(masks: with a budget, not -1)"
         )
     return layers
 

@@ -6,11 +6,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from timm_dynamic.layers import DCDConv2d, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
+from timm_dynamic import families
+from timm_dynamic.layers import MaskUnit
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import share_progress
-
-LAYERS = {"dcd": DCDConv2d, "ped": PEDConv2d, "dy": DynamicConv2d, "ddf": DDFConv2d}
 
 # How timm's models name the modules on a shortcut, and a module that looks at the whole map to weigh it.
 _SHORTCUTS = {"downsample", "shortcut", "skip", "project", "c1x1_w_s1", "c1x1_w_s2"}
@@ -27,9 +26,9 @@ def dynamize(
 ) -> nn.Module:
     """Replace convolutions of a model by dynamic ones, each made from what it replaces (`layer.from_conv`).
 
-    DCD and PED leave the output in eval mode as it was, up to rounding, and DY within 0.05 of the logits' standard
-    deviation, so that a pretrained network still classifies. DDF keeps biases only. Parameters that come from a frozen
-    convolution stay frozen.
+    The output in eval mode stays as it was, so that a pretrained network still classifies: how nearly, and which layers
+    take over biases only, `timm_dynamic.families` says (`keeps`). Parameters that come from a frozen convolution stay
+    frozen.
 
     By default all `nn.Conv2d` are replaced but the stem (cfg `first_conv`), 1x1 shortcuts, those inside attention and
     squeeze-and-excitation modules or at or after the global pool, the classifier, and those that the layer cannot stand
@@ -38,7 +37,7 @@ def dynamize(
 
     Args:
         model: Any timm CNN; changed in place. Load static weights before, and dynamic ones after.
-        layer: `"dcd"`, `"ped"`, `"dy"`, `"ddf"`, or a layer class with `from_conv`.
+        layer: Name of a family that has one (`timm_dynamic.families.layers()`), or a layer class with `from_conv`.
         where: Which convolutions to replace, instead of the default: a predicate of name and convolution, or glob
             patterns of names (`"layer3.*.conv2"`; `*` also matches dots). Those inside of dynamic layers never count.
         **layer_kwargs: The layer's own keyword arguments.
@@ -50,10 +49,11 @@ def dynamize(
         ValueError: If the layer is unknown, a pattern matches nothing, a convolution that `where` names cannot be
             replaced, or none can. The model is as it was.
     """
-    cls = LAYERS.get(layer) if isinstance(layer, str) else layer
+    layers = families.layers()
+    cls = layers.get(layer) if isinstance(layer, str) else layer
     if not (isinstance(cls, type) and issubclass(cls, DropInConv2d)):
         raise ValueError(
-            f"layer must be one of {', '.join(map(repr, LAYERS))} or a dynamic layer's class, got {layer!r}"
+            f"layer must be one of {', '.join(map(repr, layers))} or a dynamic layer's class, got {layer!r}"
         )
     convs = _convolutions(model)
     if where is None:
@@ -67,22 +67,22 @@ def dynamize(
         hint = ": name some with `where=` in Python" if where is None else ""
         raise ValueError(f"{choice} of the {len(convs)} convolutions of {_kind(model)} is replaced{hint}")
 
-    layers, reasons = {}, {}
+    replacements, reasons = {}, {}
     for name in names:
         conv = convs[name]
         try:
-            layers[conv] = layers.get(conv) or _replacement(conv, cls, layer_kwargs)
+            replacements[conv] = replacements.get(conv) or _replacement(conv, cls, layer_kwargs)
         except ValueError as error:
             reasons.setdefault(str(error), []).append(name)
-    if reasons and (where is not None or not layers):
+    if reasons and (where is not None or not replacements):
         shown = [f"{_some(refused)}: {reason}" for reason, refused in list(reasons.items())[:_SHOWN]]
         more = f"; and {len(reasons) - _SHOWN} more reasons" if len(reasons) > _SHOWN else ""
         raise ValueError(f"{cls.__name__} cannot replace {'; '.join(shown)}{more}")
     for name in names:
-        if convs[name] in layers:
+        if convs[name] in replacements:
             # In the mode of the module around it: a static convolution's own can be anything.
             parent = model.get_submodule(name.rpartition(".")[0])
-            model.set_submodule(name, layers[convs[name]].train(parent.training))
+            model.set_submodule(name, replacements[convs[name]].train(parent.training))
             _forbid_merging(model, name)
     share_progress(model)
     return model

@@ -104,7 +104,7 @@ def test_candidates_are_built_first_and_run_interleaved(run, monkeypatch):
 
 
 def test_static_baseline_is_the_twin_at_the_same_size(run, monkeypatch):
-    monkeypatch.setattr(benchmark.models, "static_twin", lambda name: {"test_ddf_resnet": "test_resnet"}[name])
+    monkeypatch.setattr(benchmark.families, "static_twin", lambda name: {"test_ddf_resnet": "test_resnet"}[name])
     flags = ["--models", "test_ddf_resnet", "--baseline", "static"]
     rows = run(*flags)["rows"]
     assert [(row["model"], row["baseline"]) for row in rows] == [

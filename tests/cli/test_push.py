@@ -11,8 +11,8 @@ import yaml
 from commands import run
 
 import timm_dynamic
-from timm_dynamic.card import REPORTED
 from timm_dynamic.cli.validate import write_results
+from timm_dynamic.families import FAMILIES
 
 TINY = "test_ddf_resnet"
 README = Path(__file__).parents[2] / "README.md"
@@ -200,13 +200,9 @@ def test_card_of_a_model_of_timm(tmp_path, capsys):
     assert status == 0 and "timm_dynamic" not in card and "timm-dynamic" not in front_matter(card)[0]["tags"]
 
 
-@pytest.mark.parametrize("name", REPORTED)
-def test_reported_accuracies_are_those_of_the_readme(name):
-    assert timm.get_pretrained_cfg(name).origin_url
-    architecture = name.partition(".")[0]
-    shared = {"ped_resnet18": "`ped_resnet18`, `50`", "dynconv_resnet101": "`dynconv_resnet101`, `152`"}
-    row = README.read_text().split(f"\n| {shared.get(architecture, f'`{architecture}`')} |")[1].split("\n")[0]
-    assert re.search(rf"\| {REPORTED[name]}\b", row)
+def test_reported_accuracies_are_of_published_weights():
+    tags = {tag for family in FAMILIES.values() for tag in family.reported if "." in tag}
+    assert tags and all(timm.get_pretrained_cfg(tag).hf_hub_id for tag in tags)
 
 
 def test_code_in_a_card_runs(tmp_path, capsys, checkpoint):

@@ -10,6 +10,7 @@ from timm.data import create_dataset, create_transform
 
 import timm_dynamic
 from timm_dynamic import cli
+from timm_dynamic.families import FAMILIES, layers
 
 MODEL = "test_ddf_resnet"
 FLAGS = ["--model", MODEL, "--img-size", "32", "--workers", "0", "--device", "cpu"]
@@ -59,7 +60,7 @@ def test_accuracy_is_that_of_a_plain_loop(tmp_path, capsys, small_digits, batch_
     assert results["param_count"] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
 
 
-@pytest.mark.parametrize("layer", ["dcd", "ped", "dy"])
+@pytest.mark.parametrize("layer", [name for name in layers() if FAMILIES[name].keeps is not None])
 def test_a_pretrained_model_made_dynamic_classifies_as_before(capsys, small_digits, layer):
     flags = [small_digits, "--model", "test_ddf_resnet.digits", "--workers", "0", "--device", "cpu"]
     _, static, _ = run(capsys, *flags)

@@ -217,9 +217,9 @@ class TestInPlaceOfAConvolution:
 
     def test_default_sizes(self):
         layer = DCDConv2d(64, 32, 3, padding=1, pool_size=2)
-        assert (layer.latent_dim, layer.fc["0"].out_features) == (16, 16)
+        assert (layer.latent_dim, layer.fc[0].out_features) == (16, 16)
         layer = DCDConv2d(3, 5, 1)
-        assert (layer.latent_dim, layer.fc["0"].out_features) == (1, 4)
+        assert (layer.latent_dim, layer.fc[0].out_features) == (1, 4)
 
     @pytest.mark.parametrize(
         ("args", "kwargs", "message"),

@@ -8,8 +8,8 @@ import timm
 import torch
 from timm.layers import BlurPool2d
 
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import DDFPack
-from timm_dynamic.models import static_twin
 from timm_dynamic.models.ddf_resnet import checkpoint_filter_fn
 
 TINY = "test_ddf_resnet"

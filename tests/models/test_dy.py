@@ -5,19 +5,15 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import timm_dynamic
-from timm_dynamic.convert import load_checkpoint
-from timm_dynamic.layers import DynamicConv2d, load_reference
-from timm_dynamic.models import dy_mobilenetv2, dy_mobilenetv3, dy_resnet, static_twin
+from timm_dynamic.families import FAMILIES, static_twin
+from timm_dynamic.layers import DynamicConv2d
+from timm_dynamic.models import dy_mobilenetv2, dy_mobilenetv3, dy_resnet
 
 TINY = "test_dy_resnet"
-MODELS = {
-    "dy_mobilenetv2_w050": ("dy_mobilenetv2_050", {"num_classes": 200}),
-    "dy_resnet18_w100": ("dy_resnet18", {"num_classes": 200, "small_stem": True}),
-}
+FILES = {"dy_resnet18": dy_resnet, "dy_mobilenetv2": dy_mobilenetv2, "dy_mobilenetv3": dy_mobilenetv3}
 LIST = [2, 2, 2, 3, 2, 3, 6, 3, 6, 9, 6]
 
 
@@ -35,93 +31,8 @@ def parameters(name, **kwargs):
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-class SimpleConvNet(nn.Module):
-    """The authors' network for MNIST, without its dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), DynamicConv2d(32, 64, 3)
-        self.fc1, self.fc2 = nn.Linear(9216, 128), nn.Linear(128, 10)
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
-
-
-@pytest.fixture(scope="module", params=["dy_simple_conv", *MODELS])
-def case(request, golden):
-    return golden(request.param)
-
-
-@pytest.fixture(scope="module")
-def loaded(case, tmp_path_factory):
-    """The case's network, its weights from a file as the authors' script writes it."""
-    name = case.case["case"]
-    if name == "dy_simple_conv":
-        model = SimpleConvNet()
-        load_reference(model, case.state())
-    else:
-        path = tmp_path_factory.mktemp(name) / "experiment_3.pth"
-        torch.save({"model": case.state(), "optimizer": {}, "scheduler": {}, "epoch": 3}, path)
-        name, kwargs = MODELS[name]
-        model = timm.create_model(name, **kwargs)
-        load_checkpoint(model, path)
-        path.unlink()
-    return model
-
-
-class TestGolden:
-    """Parameters, outputs, loss and every gradient of the authors' code, at two temperatures."""
-
-    @pytest.fixture(params=[1, 30])
-    def temperature(self, request):
-        return request.param
-
-    @pytest.fixture
-    def model(self, loaded, temperature):
-        model = copy.deepcopy(loaded)
-        if temperature == 30:
-            timm_dynamic.set_progress(model, 0, 100)
-        return model
-
-    def output(self, case, model, x):
-        """Their other two networks return log-probabilities."""
-        return model(x) if case.case["case"] == "dy_mobilenetv2_w050" else model(x).log_softmax(1)
-
-    def test_number_of_parameters(self, case, loaded):
-        assert sum(p.numel() for p in loaded.parameters()) == case.case["num_params"]
-
-    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-4)], ids=str)
-    @torch.no_grad()
-    def test_evaluation(self, case, model, temperature, dtype, tolerance, memory_format):
-        model = model.to(dtype).eval()
-        x = case.input().to(dtype, memory_format=memory_format)
-        expected = case.case["eval"][f"temperature_{temperature}"]
-        for output in (self.output(case, model, x), torch.cat([self.output(case, model, one) for one in x.split(1)])):
-            for sample, numbers in zip(output.double(), expected["logits"], strict=True):
-                numbers = torch.tensor(numbers, dtype=torch.float64)
-                atol = tolerance * expected["std"]
-                torch.testing.assert_close(sample[: len(numbers)], numbers, rtol=0, atol=atol)
-
-    def test_training(self, case, model, temperature):
-        train = case.case["train"][f"temperature_{temperature}"]
-        model = model.double().train()
-        output = self.output(case, model, case.input().double())
-        loss = F.cross_entropy(output, torch.tensor(train["targets"]))
-        assert loss.item() == pytest.approx(train["loss"], rel=1e-6)
-        loss.backward()
-        ours = dict(zip(train["grad_norms"], model.named_parameters(), strict=True))  # in the same order
-        zero = 1e-9 * max(train["grad_norms"].values())
-        for name, expected in train["grad_norms"].items():
-            norm = ours[name][1].grad.norm().item()
-            assert norm == pytest.approx(expected, rel=1e-6, abs=zero if expected == 0 else 0), (name, ours[name][0])
-
-
 class TestArchitecture:
-    @pytest.mark.parametrize(
-        "name", [*dy_resnet.STATIC_TWINS, *dy_mobilenetv2.STATIC_TWINS, *dy_mobilenetv3.STATIC_TWINS]
-    )
+    @pytest.mark.parametrize("name", FAMILIES["dy"].twins)
     def test_every_convolution_but_the_first_and_squeeze_excitation(self, name):
         model = timm.create_model(name, device="meta")
         twin = timm.create_model(static_twin(name), device="meta")
@@ -274,17 +185,17 @@ class TestAnnealing:
 
 
 class TestCheckpointFilter:
-    @pytest.mark.parametrize("family", [dy_resnet, dy_mobilenetv2, dy_mobilenetv3])
-    def test_native_keys_return_at_once(self, family):
-        model = timm.create_model(next(iter(family.STATIC_TWINS)), device="meta")
+    @pytest.mark.parametrize(("name", "file"), FILES.items())
+    def test_native_keys_return_at_once(self, name, file):
+        model = timm.create_model(name, device="meta")
         state = model.state_dict()
-        assert family.checkpoint_filter_fn(state, model) is state
+        assert file.checkpoint_filter_fn(state, model) is state
 
     def test_foreign_keys_are_left_to_strict_loading(self):
-        for family in (dy_resnet, dy_mobilenetv2, dy_mobilenetv3):
-            model = timm.create_model(next(iter(family.STATIC_TWINS)), device="meta")
+        for name, file in FILES.items():
+            model = timm.create_model(name, device="meta")
             foreign = {"features.99.conv.0.weight": torch.ones(1), "features.2.conv.5.weight": torch.ones(1)}
-            assert foreign.keys() <= family.checkpoint_filter_fn(foreign, model).keys()
+            assert foreign.keys() <= file.checkpoint_filter_fn(foreign, model).keys()
 
 
 class TestTheTinyModel:

@@ -179,7 +179,7 @@ class TestContract:
         assert f"{cfg['first_conv']}.weight" in state
         assert state[f"{cfg['classifier']}.kernels_weights"].shape[1] == cfg["num_classes"] == model.num_classes == 21
         with pytest.raises(ValueError, match=f"{name} has no static twin"):
-            timm_dynamic.models.static_twin(name)
+            timm_dynamic.families.static_twin(name)
 
     @torch.no_grad()
     @pytest.mark.parametrize("size", [(97, 65), (64, 64), (1, 1), (5, 130)])

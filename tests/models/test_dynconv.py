@@ -14,9 +14,9 @@ from dynconv_networks import build, every_kind, image, run
 from torch import nn
 
 from timm_dynamic import auxiliary_loss
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import MaskUnit, SparseStage
 from timm_dynamic.layers.progress import KEY
-from timm_dynamic.models import static_twin
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBottleneck, checkpoint_filter_fn
 

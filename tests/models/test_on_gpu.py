@@ -9,26 +9,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from golden import CASES, NO_MODELS
 from on_gpu import DEVICE, needs_gpu
 
-from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import FAMILIES, family_of
 
 pytestmark = needs_gpu()
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-EXACT = {"ped": {"noise_std": 0.0}, "dynconv": {"gumbel_noise": False}}  # no noise in training
-TINY = ["test_ddf_resnet", "test_dcd_resnet", "test_ped_resnet", "test_dy_resnet", "dynconv_resnet8"]
-GOLDEN = {  # case to model and its arguments
-    "ddf_mul_resnet50": ("ddf_mul_resnet50", {}),
-    "ddf_add_resnet50": ("ddf_add_resnet50", {}),
-    "dcd_resnet50": ("dcd_resnet50", {}),
-    "dcd_mobilenetv2_w100": ("dcd_mobilenetv2", {}),
-    "ped_resnet18": ("ped_resnet18", {}),
-    "dy_mobilenetv2_w050": ("dy_mobilenetv2_050", {"num_classes": 200}),
-    "dy_resnet18_w100": ("dy_resnet18", {"num_classes": 200, "small_stem": True}),
-    "dynconv_resnet32": ("dynconv_resnet32", {}),
-    "dynconv_resnet101": ("dynconv_resnet101", {}),
-}
+TINY = [family.tiny for family in FAMILIES.values()]
+GOLDEN = [name for name in CASES if name not in NO_MODELS]
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +29,7 @@ def _setup():
 
 
 def create(name, **kwargs):
-    more = next((more for family, more in EXACT.items() if family in name), {})
-    return timm.create_model(name, **kwargs, **more).eval()
+    return timm.create_model(name, **kwargs, **family_of(name).exact).eval()
 
 
 def tiny(name):
@@ -54,13 +43,8 @@ def case(request, golden, tmp_path_factory):
     """A model with weights that mean something, and images."""
     if request.param in TINY:
         return tiny(request.param)
-    name, kwargs = GOLDEN[request.param]
-    model, case = create(name, **kwargs), golden(request.param)
-    path = tmp_path_factory.mktemp(name) / "authors.pth"
-    torch.save({"model" if name.startswith("dy_") else "state_dict": case.state()}, path)
-    load_checkpoint(model, path)
-    path.unlink()
-    return model, case.input()
+    case = golden(request.param)
+    return case.network(tmp_path_factory.mktemp("authors")).eval(), case.input()
 
 
 @pytest.fixture(params=TINY)

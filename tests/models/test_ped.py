@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from timm_dynamic import auxiliary_loss
-from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import static_twin
 from timm_dynamic.layers import PEDConv2d
-from timm_dynamic.models import static_twin
 from timm_dynamic.models.ped_resnet import checkpoint_filter_fn
 
 TINY = "test_ped_resnet"
@@ -26,61 +25,19 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, PEDConv2d)}
 
 
-class TestGolden:
-    """Parameters, outputs, loss terms and every gradient of the authors' code."""
-
-    @pytest.fixture
-    def case(self, golden):
-        return golden("ped_resnet18")
-
-    @pytest.fixture
-    def model(self, case, tmp_path):
-        """With the case's weights, from a file as the authors' script writes it."""
-        state = {f"module.{key}": value for key, value in case.state().items()}
-        arch = ("resnet18", "fanin", 1000, 1.0)
-        saved = {"epoch": 1, "arch": arch, "state_dict": state, "best_prec1": 70.0, "optimizer": {}}
-        torch.save(saved, tmp_path / "checkpoint.pth.tar")
-        model = timm.create_model("ped_resnet18", noise_std=0.0)
-        load_checkpoint(model, tmp_path / "checkpoint.pth.tar")
-        return model
-
-    def test_parameters_and_their_names(self, case, model):
-        assert sum(p.numel() for p in model.parameters()) == case.case["num_params"]
-        assert {key: list(value.shape) for key, value in model.state_dict().items()} == {
-            key: shape for key, (shape, _) in case.rows.items()
-        }
-
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-4)], ids=str)
-    @torch.no_grad()
-    def test_evaluation(self, case, model, dtype, tolerance, layout):
-        model = model.to(dtype, memory_format=layout).eval()
-        x = case.input().to(dtype, memory_format=layout)
-        expected = case.case["eval"]
-        for output in (model(x), torch.cat([model(x[:1]), model(x[1:])])):
-            assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
-            for sample, numbers in zip(output.double(), expected["logits"], strict=True):
-                numbers = torch.tensor(numbers, dtype=torch.float64)
-                close = {"rtol": 0, "atol": tolerance * expected["std"]}
-                torch.testing.assert_close(sample[: len(numbers)], numbers, **close)
-
-    @pytest.mark.parametrize("explicit", [False, True])
-    def test_training(self, case, model, explicit):
-        """The terms' gradients are attached inside the model; adding the terms to the loss changes none."""
-        train = case.case["train"]
-        output = model.double().train()(case.input("train").double())
-        task_loss = F.cross_entropy(output, torch.tensor(train["targets"]))
-        terms = auxiliary_loss(model)
-        per_layer = train["loss_terms"]["im_loss_per_layer"]
-        assert terms.keys() == {name.replace(".attn", ".reconstruction") for name in per_layer}
-        for name, value in per_layer.items():
-            assert terms[name.replace(".attn", ".reconstruction")].item() == pytest.approx(0.001 * value, rel=1e-6)
-        assert task_loss.item() == pytest.approx(train["loss_terms"]["task"], rel=1e-6)
-        loss = task_loss + sum(terms.values())
-        assert loss.item() == pytest.approx(train["loss"], rel=1e-6)
-        (loss if explicit else task_loss).backward()
-        norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-        assert norms == pytest.approx(train["grad_norms"], rel=1e-6)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_terms_of_the_authors(golden, tmp_path, explicit):
+    """That of every layer; adding them to the loss changes no gradient."""
+    case = golden("ped_resnet18")
+    train, model = case.case["train"], case.network(tmp_path).double().train()
+    task_loss = F.cross_entropy(model(case.input("train").double()), torch.tensor(train["targets"]))
+    terms, per_layer = auxiliary_loss(model), train["loss_terms"]["im_loss_per_layer"]
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
+        {name.replace(".attn", ".reconstruction"): 0.001 * value for name, value in per_layer.items()}, rel=1e-6
+    )
+    (task_loss + sum(terms.values()) if explicit else task_loss).backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    assert norms == pytest.approx(train["grad_norms"], rel=1e-6)
 
 
 def test_which_convolutions_are_dynamic():

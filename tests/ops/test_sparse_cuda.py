@@ -1,14 +1,12 @@
 """The CUDA kernels of sparse execution against the references on the CPU. `benchmarks/gpu.sh tests` runs these."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 from on_gpu import DEVICE, DTYPES, TOLERANCE, needs_gpu
 
-from timm_dynamic.layers import MaskUnit
-from timm_dynamic.ops import mask_logits_reference, pack_mask_weights, reference_only, sparse
+from timm_dynamic.ops import sparse
 
 pytestmark = needs_gpu()
 
@@ -145,10 +143,10 @@ def test_tables(case, density):
         for one, other in zip(actual, expected, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
     outputs, inputs = mask.numel(), B * math.prod(size)
-    for room in ((outputs, inputs), (outputs // 2, inputs // 2), (outputs // 3, inputs), tuple(map(len, expected[:2]))):
-        fixed = sparse.fixed_neighbour_table_reference(mask, size, *window, padding, room)
+    for room in ((outputs, inputs), (outputs // 2, inputs // 2), (outputs // 3, inputs), tuple(expected[3].tolist())):
+        fixed = sparse.neighbour_table_reference(mask, size, *window, padding, room)
         for own in (mask, signed, signed.bfloat16()):
-            actual = OPS.fixed_neighbour_table(own.to(DEVICE), size, *window, padding, room)
+            actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding, room)
             for one, other in zip(actual, fixed, strict=True):
                 assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
     positions = torch.cat([expected[0], expected[0].new_full((3,), -1)])
@@ -156,63 +154,6 @@ def test_tables(case, density):
     actual = OPS.window_table(positions.to(DEVICE), *geometry)
     assert actual.dtype == torch.int32
     assert torch.equal(actual.cpu(), sparse.window_table_reference(positions, *geometry))
-
-
-# B, C, H, W, stride.
-MASK_UNITS = [
-    (1, 16, 32, 32, 1),
-    (3, 24, 7, 57, 2),
-    (2, 130, 5, 9, 1),
-    (1, 5, 1, 1, 2),
-    (2, 304, 8, 6, 2),
-    (1, 1, 3, 2, 1),
-    (2, 2048, 7, 7, 1),
-    (70, 8, 20, 13, 3),
-]
-
-
-def mask_arguments(B, C, H, W, stride, dtype=torch.float32):
-    x = randn(B, C, H, W, dtype=dtype).to(memory_format=torch.channels_last)
-    shapes = ((1, C, 3, 3), (1,), (1, C), (1,))
-    return [x, *(randn(*shape, dtype=dtype) for shape in shapes), stride]
-
-
-def check_mask(mask, logits, dtype):
-    """Right wherever rounding does not decide."""
-    assert mask.dtype == dtype and mask.shape == logits.shape and ((mask == 0) | (mask == 1)).all()
-    decided = logits.abs() > 1e-4 * logits.abs().max()
-    assert torch.equal(mask.cpu()[decided] == 1, logits[decided] >= 0)
-
-
-@DTYPES
-@pytest.mark.parametrize("case", MASK_UNITS, ids=str)
-def test_learned_mask(case, dtype):
-    *own, stride = mask_arguments(*case, dtype)
-    logits, weights = mask_logits_reference(*own, stride), pack_mask_weights(*(t.float() for t in own[1:]))
-    x = own[0].permute(0, 2, 3, 1).contiguous().to(DEVICE, dtype)
-    for place in (torch.clone, misaligned):
-        check_mask(OPS.learned_mask(place(x).permute(0, 3, 1, 2), weights.to(DEVICE), stride), logits, dtype)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-@torch.no_grad()
-def test_mask_units_take_the_kernel(dtype):
-    unit, x = MaskUnit(16, 2).to(DEVICE).eval(), torch.randn(2, 16, 7, 6, device=DEVICE)
-    x = x.to(dtype or torch.float32).to(memory_format=torch.channels_last)
-    calls = mock.Mock(wraps=OPS.learned_mask)
-    with mock.patch.object(OPS, "learned_mask", calls), torch.autocast(DEVICE, dtype, dtype is not None):
-        assert unit(x).dtype == x.dtype
-        unit.maskconv.fc.bias.fill_(1e4)
-        assert (unit(x) == 1).all() and (unit.routing(x) == 1).all()
-        unit.maskconv.fc.bias.fill_(-1e4)
-        assert (unit(x) == 0).all()
-        assert calls.call_count == 4
-        unit(x.contiguous())
-        with reference_only():
-            unit(x)
-        with torch.enable_grad():
-            unit(x)
-    assert calls.call_count == 4
 
 
 def arguments(dtype=torch.float32):
@@ -225,20 +166,19 @@ def arguments(dtype=torch.float32):
         "gather_depthwise": (source, rows, randn(9, 5), bias, *RELU6),
         "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
         "neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window),
-        "fixed_neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window, [9, 40]),
-        "learned_mask": (mask_arguments(2, 24, 7, 9, 2)[0], randn(241), 2),
+        "neighbour_table with a capacity": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window, [9, 40]),
     }
     return {name: on_gpu(args, dtype) for name, args in every.items()}
 
 
 OPERATORS = ["gather_rows", "scatter_rows_", "gather_depthwise", "window_table", "neighbour_table"]
-OPERATORS += ["fixed_neighbour_table", "learned_mask"]
+OPERATORS += ["neighbour_table with a capacity"]
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
 @every_operator
 def test_opcheck(name):
-    torch.library.opcheck(getattr(OPS, name).default, tuple(arguments()[name]))
+    torch.library.opcheck(getattr(OPS, name.split()[0]).default, tuple(arguments()[name]))
 
 
 @every_operator
@@ -248,7 +188,7 @@ def test_another_stream(name):
     late = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in args]
 
     def call(args):
-        result = getattr(OPS, name)(*args)
+        result = getattr(OPS, name.split()[0])(*args)
         return args[0] if name == "scatter_rows_" else result
 
     expected = call([a.clone() if isinstance(a, torch.Tensor) else a for a in args])
@@ -270,7 +210,7 @@ def test_another_stream(name):
 def test_another_device(name):
     args = [a.to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments()[name]]
     with torch.cuda.device(0):
-        getattr(OPS, name)(*args)
+        getattr(OPS, name.split()[0])(*args)
     torch.cuda.synchronize(1)
 
 
@@ -291,15 +231,11 @@ def test_another_device(name):
         ("neighbour_table", 0, torch.Tensor.double, "mask must be"),
         ("neighbour_table", 0, lambda t: t.transpose(2, 3), "mask must be"),
         ("neighbour_table", 1, lambda size: size + [1], "must be pairs, got 3"),
-        ("fixed_neighbour_table", 6, lambda room: [25, 40], "capacity must be two numbers up to 24 and 70"),
-        ("learned_mask", 0, lambda t: t.contiguous(), "x must be .* channels_last and not empty"),
-        ("learned_mask", 1, torch.Tensor.half, "weights must be 241 contiguous float32"),
-        ("learned_mask", 1, lambda t: t[1:], "weights must be 241 contiguous float32"),
-        ("learned_mask", 2, lambda stride: 0, "stride must be positive, got 0"),
+        ("neighbour_table with a capacity", 6, lambda room: [25, 40], "capacity must be two numbers up to 24 and 70"),
     ],
 )
 def test_bad_arguments_are_refused(name, index, change, message):
     args = arguments()[name]
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
-        getattr(OPS, name)(*args)
+        getattr(OPS, name.split()[0])(*args)

@@ -11,21 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_gpu import DTYPES, TOLERANCE
+from on_gpu import DTYPES
 from ops.test_sparse_cuda import (
     CONVOLUTIONS,
-    MASK_UNITS,
     NO_LIMITS,
     RELU6,
     check,
-    check_mask,
-    mask_arguments,
     misaligned,
     randn,
     table,
 )
 
-from timm_dynamic.ops import mask_logits_reference, pack_mask_weights, sparse
+from timm_dynamic.ops import sparse
 
 pytestmark = cuda_on_host.needs_compiler
 operators = cuda_on_host.operators("sparse")
@@ -95,9 +92,9 @@ def check_tables(operators, mask, size, window, padding):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
     outputs, inputs = mask.numel(), len(mask) * math.prod(size)
     rooms = [(0, 0), (outputs, inputs), (outputs // 2, inputs // 2), (outputs, inputs // 3), (outputs // 3, inputs)]
-    for room, own in zip((*rooms, tuple(map(len, expected[:2]))), itertools.cycle((mask, signed, signed.half()))):
-        fixed = sparse.fixed_neighbour_table_reference(mask, size, *window, padding, room)
-        actual = operators.fixed_neighbour_table(own, size, *window, padding, room, seed=next(SEEDS))
+    for room, own in zip((*rooms, tuple(expected[3].tolist())), itertools.cycle((mask, signed, signed.half()))):
+        fixed = sparse.neighbour_table_reference(mask, size, *window, padding, room)
+        actual = operators.neighbour_table(own, size, *window, padding, room, seed=next(SEEDS))
         for one, other in zip(actual, fixed, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
     geometry = (size, mask.shape[2:], *window, padding)
@@ -140,26 +137,4 @@ def test_random_tables(operators, B, size, kernel, stride, dilation, density):
 @pytest.mark.parametrize("room", [(13, 5), (-1, 5), (12, 36), (12, 5, 5)], ids=str)
 def test_capacities_that_cannot_be(operators, room):
     with pytest.raises(RuntimeError, match="capacity must be two numbers up to 12 and 35"):
-        operators.fixed_neighbour_table(torch.ones(1, 1, 3, 4), (5, 7), (3, 3), (2, 2), (1, 1), (1, 1), room)
-
-
-def check_masks(operators, case, dtype):
-    *own, stride = mask_arguments(*case, dtype)
-    logits, weights = mask_logits_reference(*own, stride), pack_mask_weights(*(t.float() for t in own[1:]))
-    x = own[0].permute(0, 2, 3, 1).contiguous().to(dtype)
-    for place in (torch.clone, misaligned):
-        check_mask(
-            operators.learned_mask(place(x).permute(0, 3, 1, 2), weights, stride, seed=next(SEEDS)), logits, dtype
-        )
-
-
-@DTYPES
-@pytest.mark.parametrize("case", MASK_UNITS, ids=str)
-def test_learned_mask(operators, case, dtype):
-    check_masks(operators, (min(case[0], 3), *case[1:]), dtype)
-
-
-@given(*(st.integers(1, n) for n in (3, 70, 20, 20, 3)), st.sampled_from(list(TOLERANCE)))
-@settings(max_examples=40, deadline=None)
-def test_random_mask_units(operators, B, C, H, W, stride, dtype):
-    check_masks(operators, (B, C, H, W, stride), dtype)
+        operators.neighbour_table(torch.ones(1, 1, 3, 4), (5, 7), (3, 3), (2, 2), (1, 1), (1, 1), room)

@@ -16,7 +16,6 @@ from torch import nn
 
 import timm_dynamic  # also registers our models
 from timm_dynamic.convert import check_finite, load_checkpoint, one_line
-from timm_dynamic.replace import LAYERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,7 +178,7 @@ def add_model_arguments(
     group.add_argument("--in-chans", type=int, metavar="N", help="image channels (default: the model's)")
     group.add_argument(
         "--dynamize",
-        choices=tuple(LAYERS),
+        choices=tuple(timm_dynamic.families.layers()),
         help="put this dynamic layer into the model, after its pretrained weights are loaded and before any checkpoint",
     )
     group.add_argument(
@@ -209,6 +208,10 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BACKEND",
         help="torch.compile the model (BACKEND if not given: inductor)",
     )
+
+
+def add_optimize_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--optimize", action="store_true", help=text + " (see timm_dynamic.optimize)")
 
 
 def create_model(

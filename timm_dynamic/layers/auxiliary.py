@@ -7,16 +7,23 @@ import torch
 from torch import Tensor
 
 from timm_dynamic.ops import attached_gradient  # noqa: F401 - defines the operator
+from timm_dynamic.ops.kernels import transforms
 
 
 class _AttachLoss(torch.autograd.Function):
     """The identity on an activation; its backward pass also starts that of a loss."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | Tensor) -> Tensor:
-        # Not saved for backward, where a hook may keep a copy: the value of the scale is yet to come.
-        ctx.weight, ctx.scale, ctx.dtype = weight, scale, loss.dtype
+    def forward(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        # Not saved for backward, where a hook may keep a copy: the value of the scale is yet to come.
+        _, loss, ctx.weight, ctx.scale = inputs
+        ctx.dtype = loss.dtype
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -26,6 +33,10 @@ class _AttachLoss(torch.autograd.Function):
         else:
             attached = torch.full((), number * ctx.scale, dtype=ctx.dtype, device=grad.device)
         return grad, attached * ctx.weight if isinstance(ctx.weight, Tensor) else attached, None, None
+
+    @staticmethod
+    def jvp(ctx, x_tangent: Tensor, *others) -> Tensor:
+        return x_tangent.view_as(x_tangent)
 
 
 def attach_loss(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -43,6 +54,12 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | 
         scale: Factor of the gradient. The value of a tensor is that which it has in the backward pass.
     """
     return _AttachLoss.apply(x, loss, weight, scale)
+
+
+def store(buffer: Tensor, value: Tensor) -> None:
+    """Write what a buffer shows of the last forward, but within `torch.func`, which forbids it."""
+    if torch.compiler.is_compiling() or not transforms():
+        buffer.copy_(value.detach())
 
 
 @functools.cache

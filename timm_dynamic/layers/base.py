@@ -1,15 +1,107 @@
-"""What every drop-in layer shares: a convolution's arguments and attributes, `from_conv`, loading an author's layer."""
+"""What every dynamic layer shares: its one `forward`, a convolution's arguments, `from_conv`, an author's weights."""
 
+import copy
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = TypeVar("Layer", bound="DropInConv2d")
+from timm_dynamic.dispatch import changed_part, choose
+from timm_dynamic.layers.stand_in import refuse_weight
+from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
+
+Layer = TypeVar("Layer", bound="DynamicLayer")
 
 
-class DropInConv2d(nn.Module):
+class DynamicLayer(nn.Module):
+    """A layer whose `formula` says what it computes, and which may have faster ways to compute it.
+
+    A subclass defines `formula`, which calls the submodules of the layer and nothing but plain PyTorch and the public
+    functions of `timm_dynamic.ops`; it is right in every situation. `forward` runs it, unless a row of
+    `implementations` gives the same faster (`timm_dynamic.dispatch.choose`).
+
+    Attributes:
+        family: Name of the family, for `timm_dynamic.use`.
+        implementations: The faster ways, first the preferred one.
+        parts: Type and name of every submodule that these read instead of calling it.
+        limits: Of the output, lower and upper, where `timm_dynamic.optimize` has put an activation into the layer.
+    """
+
+    # Without annotations, which TorchScript would read.
+    family = ""
+    implementations = ()
+    parts = ()
+    limits = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        if torch.jit.is_scripting():
+            return self.formula(x)
+        else:
+            return self._dispatch(x)
+
+    @torch.jit.unused
+    def _dispatch(self, x: Tensor) -> Tensor:
+        implementation = choose(self, x)
+        if implementation is not None:
+            return implementation.run(self, x)
+        y = self.formula(x)
+        if is_autocast(x):
+            y = y.to(autocast_dtype(x))  # as the convolution of the same input
+        return y if self.limits is None else y.clamp(*self.limits)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """What the layer computes."""
+        raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        refuse_weight(self, name)
+        super().register_parameter(name, param)
+
+    def factors_of(self, x: Tensor):
+        """`self.factors(x)`, what the layer makes of a sample, without autocast and in the parameters' precision.
+
+        What pools activations, or multiplies them by each other, exceeds what float16 holds.
+        """
+        if torch.jit.is_scripting():
+            return self.factors(x)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32)) if is_autocast(x) else x
+            with no_autocast(x):
+                return self.factors(wide)
+
+    @torch.jit.unused
+    def absorb(self: Layer, scale: Tensor, shift: Tensor) -> Layer:
+        """A copy of the layer that gives `scale * y + shift` for the output y in eval mode: a norm behind it.
+
+        The parameters of the copy take the map over, so that the formula needs nothing behind it.
+
+        Args:
+            scale, shift: One number for each output channel.
+
+        Raises:
+            ValueError: If a part of the layer is not what the layer made it: hooked, wrapped, replaced, parametrized.
+        """
+        reason = changed_part(self)
+        if reason is not None:
+            raise ValueError(f"the layer cannot absorb a norm: {reason}")
+        layer = copy.deepcopy(self)
+        with torch.no_grad():
+            layer._absorb(scale, shift)
+        return layer
+
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """`absorb`, in place."""
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+
+
+class DropInConv2d(DynamicLayer):
     """Base of the layers that stand in for an `nn.Conv2d`: its constructor arguments, checked, and its attributes.
 
     A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own.
@@ -28,9 +120,7 @@ class DropInConv2d(nn.Module):
         padding_mode: str = "zeros",
     ):
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(in_channels=in_channels, out_channels=out_channels)
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
             if min(value if isinstance(value, (tuple, list)) else (value,)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -43,16 +133,16 @@ class DropInConv2d(nn.Module):
         self.padding_mode = padding_mode
         self.output_padding = conv.output_padding
         self.transposed = False
-        # What a convolution operator pads by itself, and what `_pad` has to do before.
+        # What a convolution operator pads by itself, and what `pad` has to do before.
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         explicit = padding_mode != "zeros" or left != right or top != bottom
-        self._padding = (0, 0) if explicit else (top, left)
-        self._explicit_padding = [left, right, top, bottom] if explicit else None
+        self.zero_padding = (0, 0) if explicit else (top, left)
+        self.explicit_padding = [left, right, top, bottom] if explicit else None
 
-    def _pad(self, x: Tensor) -> Tensor:
-        if self._explicit_padding is None:
+    def pad(self, x: Tensor) -> Tensor:
+        if self.explicit_padding is None:
             return x
-        return F.pad(x, self._explicit_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return F.pad(x, self.explicit_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     extra_repr = nn.Conv2d.extra_repr
 
@@ -81,10 +171,35 @@ class DropInConv2d(nn.Module):
             dtype=conv.weight.dtype,
             **kwargs,
         )
-        if conv.bias is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if conv.bias is not None:
                 layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
+            layer.start_from(conv)
         return layer.train(conv.training)
+
+    @torch.jit.unused
+    def start_from(self, conv: nn.Conv2d) -> None:
+        """Take over what can be of the convolution that a new layer replaces, without gradients; its bias is taken."""
+
+
+def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
+    """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
+    others = {
+        name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype
+    }
+    return torch.func.functional_call(part, others, (x,)) if others else part(x)
+
+
+def check_positive(**arguments: int | None) -> None:
+    """Raise a ValueError that names an argument below 1, None apart."""
+    for name, value in arguments.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def copy_weight(conv: nn.Conv2d, weight: Tensor) -> None:
+    """Copy a convolution's weight, and freeze the copy if the convolution is frozen."""
+    weight.copy_(conv.weight).requires_grad_(conv.weight.requires_grad)
 
 
 def load_reference(layer: nn.Module, state: dict[str, Tensor]) -> None:

@@ -9,26 +9,11 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d
-from timm_dynamic.ops import ddf, filter_norm
-from timm_dynamic.ops._library import shortcut_serves
-
-
-class MatrixConv2d(nn.Conv2d):
-    """A 1x1 convolution run as the matrix product it is, where that is faster.
-
-    With few outputs or few positions, as in the branches, torch's convolution is busy rearranging its input.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, _, H, W = x.shape
-        if H == 1 and W == 1:
-            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias).reshape(B, self.out_channels, 1, 1)
-        bias = self.bias
-        if bias is not None and self.stride == (1, 1) and x.is_contiguous():
-            weight = self.weight.flatten(1).expand(B, -1, -1)
-            return torch.baddbmm(bias[:, None], weight, x.flatten(2)).reshape(B, self.out_channels, H, W)
-        return self._conv_forward(x, self.weight, self.bias)
+from timm_dynamic.layers.base import DropInConv2d, check_positive
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.ops.dynamic_filter.definition import ddf_with_heads
+from timm_dynamic.ops.dynamic_filter.filter_norm import filter_norm
+from timm_dynamic.ops.dynamic_filter.table import TABLE
 
 
 @register_notrace_module
@@ -82,10 +67,7 @@ class FilterNorm(nn.Module):
         dtype = x.dtype
         if (self.std is not None or self.mean is not None) and dtype != torch.float64:
             x = x.float()  # round once, at the end
-        if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
-            out = torch.ops.timm_dynamic.filter_norm(x, self.taps, self.scale)
-        else:
-            out = filter_norm(x, self.taps, self.scale)
+        out = filter_norm(x, self.taps, self.scale)
         if self.std is not None:
             out = out * self.std.reshape(-1, 1, 1)
         if self.mean is not None:
@@ -115,6 +97,17 @@ class DDFPack(DropInConv2d):
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
     """
 
+    family = "ddf"
+    implementations = TABLE
+    weight = stand_in_weight(conv_weight_shape)
+    __jit_unused_properties__ = ["weight"]
+    parts = (
+        *((nn.Sequential, "spatial_branch"), (nn.Conv2d, "spatial_branch.0"), (FilterNorm, "spatial_branch.1")),
+        *((nn.Sequential, "channel_branch"), (nn.AdaptiveAvgPool2d, "channel_branch.0")),
+        *((nn.Conv2d, "channel_branch.1"), (nn.ReLU, "channel_branch.2"), (nn.Conv2d, "channel_branch.3")),
+        (FilterNorm, "channel_branch.4"),
+    )
+
     def __init__(
         self,
         in_channels: int,
@@ -138,23 +131,21 @@ class DDFPack(DropInConv2d):
         self.channel_branch = _channel_branch(in_channels, kernel_size, se_ratio, nonlinearity, **dd)
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input("x", x, self.in_channels)
-        K, d, s = self.kernel_size[0], self.dilation[0], self.stride[0]
-        channel_filter, spatial_filter = self._filters(x)
-        x = _filter(x, channel_filter, spatial_filter, self.head, K, d, s, self.kernel_combine)
-        return x if self.bias is None else x + self.bias[:, None, None].to(x.dtype)
+    def formula(self, x: Tensor) -> Tensor:
+        channel_filter, spatial_filter = self.channel_branch(x), self.spatial_branch(x)
+        size, dilation, stride = self.kernel_size[0], self.dilation[0], self.stride[0]
+        y = ddf_with_heads(x, channel_filter, spatial_filter, self.head, size, dilation, stride, self.kernel_combine)
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
-    def _filters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.jit.is_scripting():
-            (spatial, norm), (_, hidden, _, channel, channel_norm) = self.spatial_branch, self.channel_branch
-            parameters = (
-                *(spatial.weight, spatial.bias, hidden.weight, hidden.bias, channel.weight, channel.bias),
-                channel_norm.std,
-            )
-            if shortcut_serves(x, *parameters):
-                return torch.ops.timm_dynamic.ddf_filters(x, *parameters, norm.taps, self.stride[0], norm.scale)
-        return self.channel_branch(x), self.spatial_branch(x)
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        if self.kernel_combine != "mul":
+            raise ValueError('DDF absorbs a norm where filters are multiplied: kernel_combine is "add"')
+        norm = self.channel_branch[4]
+        for filters in (norm.std, norm.mean):
+            if filters is not None:
+                filters.mul_(scale.repeat_interleave(norm.taps))
+        self.bias = nn.Parameter(shift.clone() if self.bias is None else self.bias * scale + shift)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DDFConv2d":
@@ -272,9 +263,7 @@ class DDFUpPack(nn.Module):
     ):
         super().__init__()
         _check(in_channels, kernel_size, head, se_ratio, kernel_combine)
-        for name, value in (("scale_factor", scale_factor), ("dilation", dilation)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(scale_factor=scale_factor, dilation=dilation)
         if dw_kernel_size < 1 or dw_kernel_size % 2 == 0:
             raise ValueError(f"dw_kernel_size must be odd and positive, got {dw_kernel_size}")
         self.in_channels, self.joint_channels = in_channels, joint_channels
@@ -313,10 +302,9 @@ class DDFUpPack(nn.Module):
             raise ValueError("joint_x was given to a layer without a guidance map; construct it with joint_channels")
         outputs = []
         for channel, spatial in zip(self.channel_branch, self.spatial_branch, strict=True):
+            filters = channel(x), spatial(guide)
             outputs.append(
-                _filter(
-                    x, channel(x), spatial(guide), self.head, self.kernel_size, self.dilation, 1, self.kernel_combine
-                )
+                ddf_with_heads(x, *filters, self.head, self.kernel_size, self.dilation, 1, self.kernel_combine)
             )
         return F.pixel_shuffle(torch.stack(outputs, 2).flatten(1, 2), self.scale_factor)
 
@@ -326,7 +314,7 @@ def _spatial_branch(
 ) -> nn.Sequential:
     """`[B, C, H, W]` -> `[B, head*K*K, Ho, Wo]`: the filters of every position."""
     return nn.Sequential(
-        MatrixConv2d(in_channels, head * kernel_size**2, 1, stride, **dd),
+        nn.Conv2d(in_channels, head * kernel_size**2, 1, stride, **dd),
         FilterNorm(head, kernel_size, "spatial", nonlinearity, **dd),
     )
 
@@ -336,34 +324,11 @@ def _channel_branch(in_channels: int, kernel_size: int, se_ratio: float, nonline
     hidden = max(1, int(in_channels * se_ratio))
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
-        MatrixConv2d(in_channels, hidden, 1, **dd),
+        nn.Conv2d(in_channels, hidden, 1, **dd),
         nn.ReLU(inplace=True),
-        MatrixConv2d(hidden, in_channels * kernel_size**2, 1, **dd),
+        nn.Conv2d(hidden, in_channels * kernel_size**2, 1, **dd),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True, **dd),
     )
-
-
-def _filter(
-    x: Tensor,
-    channel_filter: Tensor,
-    spatial_filter: Tensor,
-    head: int,
-    kernel_size: int,
-    dilation: int,
-    stride: int,
-    kernel_combine: str,
-) -> Tensor:
-    """Apply the branches' outputs to `x`; heads are taken into the batch."""
-    B, C, H, W = x.shape
-    Ho, Wo = spatial_filter.shape[2], spatial_filter.shape[3]
-    n, c, K = B * head, C // head, kernel_size
-    x = x.reshape(n, c, H, W)
-    channel_filter, spatial_filter = channel_filter.reshape(n, c, K, K), spatial_filter.reshape(n, K * K, Ho, Wo)
-    if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
-        x = torch.ops.timm_dynamic.ddf(x, channel_filter, spatial_filter, K, dilation, stride, kernel_combine)
-    else:
-        x = ddf(x, channel_filter, spatial_filter, K, dilation, stride, kernel_combine)
-    return x.reshape(B, C, Ho, Wo)
 
 
 def _check(in_channels: int, kernel_size: int, head: int, se_ratio: float, kernel_combine: str) -> None:

@@ -1,7 +1,7 @@
 """Dynamic convolution: attention over convolution kernels.
 
-Chen et al., "Dynamic Convolution: Attention over Convolution Kernels", CVPR 2020 (arXiv 1912.03458). The operator is
-`timm_dynamic.ops.mixed_conv2d`. Parameters are named as in T. Ardelean et al.'s implementation.
+Chen et al., "Dynamic Convolution: Attention over Convolution Kernels", CVPR 2020 (arXiv 1912.03458). Parameters are
+named as in T. Ardelean et al.'s implementation.
 """
 
 import math
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.layers.base import DropInConv2d, check_positive, in_dtype_of
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.ops import mixed_conv2d
-from timm_dynamic.ops._autocast import no_autocast
-from timm_dynamic.ops._library import cuda_shortcut_serves, shortcut_serves
-from timm_dynamic.ops.mixed_conv import mixed_pointwise_serves
+from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.precision import no_autocast
+from timm_dynamic.ops.sample_conv.table import MIXED
 
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
 _HOTTEST = 30.0
@@ -50,20 +50,12 @@ class KernelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
-        if not torch.jit.is_scripting():
-            squeeze, _, expand = self.to_scores
-            parameters = (squeeze.weight, squeeze.bias, expand.weight, expand.bias)
-            # Not to wait for a GPU that knows the temperature.
-            on_gpu = temperature is None and cuda_shortcut_serves(x, *parameters)
-            if on_gpu or shortcut_serves(x, *parameters):
-                number = 1.0 if temperature is None else float(temperature)
-                return torch.ops.timm_dynamic.kernel_attention(x, *parameters, number)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        squeeze, expand = self.to_scores[0], self.to_scores[2]
-        # The gradient of a sum, unlike that of a mean, is an expanded view: no tensor of the size of x.
-        scores = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
-        scores = F.relu(F.linear(scores, squeeze.weight.to(dtype), squeeze.bias.to(dtype)))
-        scores = F.linear(scores, expand.weight.to(dtype), expand.bias.to(dtype))
+        pooled = average(x)
+        if torch.jit.is_scripting():
+            scores = self.to_scores(pooled.to(x.dtype))
+        else:
+            with no_autocast(x):
+                scores = in_dtype_of(pooled, self.to_scores)
         return F.softmax(scores if temperature is None else scores / temperature, 1)
 
 
@@ -81,6 +73,9 @@ class DynamicConv2d(DropInConv2d):
             `nn.Conv2d`.
         num_kernels: N.
         reduction: Of the attention's hidden layer, `in_channels // reduction` wide and at least 1.
+        around_mean: `kernels_weights` and `kernels_bias` hold the mean of the kernels, and how far all but the first
+            one are from it: where the attention is even, the layer learns as a convolution with the mean kernel does,
+            not at the pace of a kernel that takes part in 1/N. `from_conv` sets it; the authors' networks do without.
 
     Shape:
         As for `nn.Conv2d`; the input must be batched.
@@ -89,7 +84,15 @@ class DynamicConv2d(DropInConv2d):
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
     """
 
+    family = "dy"
+    implementations = MIXED
+    parts = (
+        *((KernelAttention, "attention"), (nn.Sequential, "attention.to_scores")),
+        *((nn.Linear, "attention.to_scores.0"), (nn.ReLU, "attention.to_scores.1")),
+        (nn.Linear, "attention.to_scores.2"),
+    )
     routing_limit = None  # it sums to 1
+    __jit_unused_properties__ = ["weight", "bias"]
 
     def __init__(
         self,
@@ -107,18 +110,11 @@ class DynamicConv2d(DropInConv2d):
         *,
         num_kernels: int = 4,
         reduction: int = 4,
+        around_mean: bool = False,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        for name, value in (("num_kernels", num_kernels), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.num_kernels = num_kernels
-        # What the convolution pads by itself, and what F.pad has to do before: [left, right, top, bottom].
-        pads = _paddings(self.padding, self.kernel_size, self.dilation)
-        explicit = padding_mode != "zeros" or any(before != after for before, after in pads)
-        self._padding = (0, 0) if explicit else (pads[0][0], pads[1][0])
-        self._explicit_padding = [*pads[1], *pads[0]] if explicit else None
-
+        check_positive(num_kernels=num_kernels, reduction=reduction)
+        self.num_kernels, self.around_mean = num_kernels, around_mean
         dd = {"device": device, "dtype": dtype}
         kernel_shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.kernels_weights = nn.Parameter(torch.empty(num_kernels, *kernel_shape, **dd))
@@ -136,32 +132,41 @@ class DynamicConv2d(DropInConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":
-        """Build the layer that replaces `conv`; its kernels are that of `conv`, a little noise apart, its biases equal.
+        """`DropInConv2d.from_conv`, with kernels around their mean."""
+        return super().from_conv(conv, **{"around_mean": True, **kwargs})
 
-        Without the noise (1e-4 of the weight's standard deviation) the kernels would stay equal in training.
+    @torch.jit.unused
+    def start_from(self, conv: nn.Conv2d) -> None:
+        """All kernels are that of `conv`, and differ by a little noise, without which they would stay equal.
 
-        Args:
-            conv: A convolution with `nn.Conv2d`'s own forward.
-            **kwargs: `num_kernels`, `reduction`.
-
-        Raises:
-            ValueError: If `conv` has another forward than `nn.Conv2d`.
+        The noise is 1e-4 of the weight's standard deviation. Kernels around their mean have `conv`'s as the mean, and
+        an attention that is nearly even, as it is in the authors' training at first: else what the deviations learn,
+        with Adam at the full pace, would come on top.
         """
-        layer = super().from_conv(conv, **kwargs)
-        with torch.no_grad():
-            noise = torch.randn_like(layer.kernels_weights) * conv.weight.std(correction=0)
-            layer.kernels_weights.copy_(conv.weight + 1e-4 * noise).requires_grad_(conv.weight.requires_grad)
-        return layer
+        noise = 1e-4 * torch.randn_like(self.kernels_weights) * conv.weight.std(correction=0)
+        if self.around_mean:
+            noise[0] = 0
+            self.kernels_weights.copy_(noise)
+            self.kernels_weights[0].add_(conv.weight)
+            if self.kernels_bias is not None:
+                self.kernels_bias[1:] = 0
+            for parameter in self.attention.to_scores[2].parameters():
+                parameter.div_(_HOTTEST)
+        else:
+            self.kernels_weights.copy_(conv.weight + noise)
+        self.kernels_weights.requires_grad_(conv.weight.requires_grad)
 
     @property
     def weight(self) -> Tensor:
-        """The kernels, `[num_kernels, out_channels, in_channels / groups, *kernel_size]`."""
-        return self.kernels_weights  # some of timm's modules ask a convolution's weight for its dtype and device
+        """That of an even mixture, `[out_channels, in_channels / groups, *kernel_size]`."""
+        return self.kernels_weights[0] if self.around_mean else self.kernels_weights.mean(0)
 
     @property
     def bias(self) -> Tensor | None:
-        """The biases, `[num_kernels, out_channels]`."""
-        return self.kernels_bias
+        """That of an even mixture, `[out_channels]`."""
+        if self.kernels_bias is None or self.around_mean:
+            return None if self.kernels_bias is None else self.kernels_bias[0]
+        return self.kernels_bias.mean(0)
 
     def _apply(self, fn, recurse: bool = True):
         # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.
@@ -171,61 +176,32 @@ class DynamicConv2d(DropInConv2d):
         """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
         return _HOTTEST + (1 - _HOTTEST) * self.progress(self.training) if self.progress.known else None
 
-    def routing(self, x: Tensor) -> Tensor:
-        """For `timm_dynamic.record`: the attention, `[B, num_kernels]`, with which `forward` mixes the kernels."""
-        with no_autocast(x):
-            return self.attention(x, self.temperature())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+    def formula(self, x: Tensor) -> Tensor:
         if self.training:
             self.progress.count(self.number)
-        if torch.jit.is_scripting():
-            attention = self.attention(x, self.temperature())
-            bias = torch.jit.annotate(Tensor | None, None)
-            if self.kernels_bias is not None:
-                bias = torch.matmul(attention, self.kernels_bias.to(attention.dtype))
-        else:
-            with no_autocast(x):
-                attention = self.attention(x, self.temperature())
-                bias = None
-                if self.kernels_bias is not None:
-                    bias = torch.matmul(attention, self.kernels_bias.to(attention.dtype))
-        if self._explicit_padding is not None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._explicit_padding, mode)
-        options = (self.stride, self._padding, self.dilation, self.groups)
-        if torch.jit.is_scripting():
-            y = torch.ops.timm_dynamic.mixed_conv2d(x, attention, self.kernels_weights, *options)
-        else:
-            y = mixed_conv2d(x, attention, self.kernels_weights, *options)
-        return y if bias is None else y + bias[:, :, None, None].to(y.dtype)
+        coefficients = self.coefficients(self.attention(x, self.temperature()))
+        options = (self.stride, self.zero_padding, self.dilation, self.groups)
+        y = mixed_conv2d(self.pad(x), coefficients, self.kernels_weights, *options)
+        if self.kernels_bias is None:
+            return y
+        bias = torch.sum(coefficients[:, :, None] * self.kernels_bias, 1)  # not a product: autocast would cast it
+        return y + bias[:, :, None, None].to(y.dtype)
+
+    def coefficients(self, attention: Tensor) -> Tensor:
+        """What the entries of `kernels_weights` are multiplied by, `[B, num_kernels]`."""
+        if not self.around_mean:
+            return attention
+        # The deviation of the first kernel is minus the sum of the others'.
+        return torch.cat([attention.new_ones(attention.shape[0], 1), attention[:, 1:] - attention[:, :1]], 1)
+
+    def routing(self, x: Tensor) -> Tensor:
+        """For `timm_dynamic.record`: the attention, `[B, num_kernels]`, with which `forward` mixes the kernels."""
+        return self.attention(x, self.temperature())
 
     @torch.jit.unused
-    def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
-        """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
-
-        Args:
-            x: Such that `inference_kernel_serves`.
-            norm: Scale, shift and limits.
-        """
-        kernels = self.kernels_weights
-        plain = self.kernels_bias is None and self._explicit_padding is None
-        pointwise = (*self.kernel_size, *self.stride, *self._padding, self.groups) == (1, 1, 1, 1, 0, 0, 1)
-        if not (plain and pointwise and mixed_pointwise_serves(x, kernels)):
-            return None
-        attention = self.attention(x, self.temperature())
-        return torch.ops.timm_dynamic.mixed_pointwise(x.contiguous(), attention, kernels, *norm)
-
-
-def _paddings(
-    padding: str | tuple[int, int], kernel_size: tuple[int, int], dilation: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """Padding before and after, vertically and horizontally."""
-    if padding == "valid":
-        return [(0, 0), (0, 0)]
-    if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(p, p) for p in padding]
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        self.kernels_weights.mul_(scale[:, None, None, None])
+        if self.kernels_bias is None:
+            self.kernels_bias = nn.Parameter(torch.zeros_like(self.kernels_weights[:, :, 0, 0, 0]))
+        self.kernels_bias.mul_(scale)
+        (self.kernels_bias[0] if self.around_mean else self.kernels_bias).add_(shift)

@@ -1,7 +1,7 @@
 """Parameter-efficient dynamic convolution: a weight that every sample scales by output, by input and by tap.
 
-Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021. The convolution itself is
-`timm_dynamic.ops.factored_conv2d`. Parameters are named as the authors' are, so that their weights load as they are.
+Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021. Parameters are named as the
+authors' are, so that their weights load as they are.
 """
 
 import math
@@ -11,51 +11,32 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
-from timm_dynamic.layers.base import DropInConv2d
-from timm_dynamic.ops import factored_conv2d
-from timm_dynamic.ops._autocast import no_autocast
-from timm_dynamic.ops._library import cuda_shortcut_serves, fuses_few, shortcut_serves
+from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
+from timm_dynamic.layers.base import DropInConv2d, check_positive, copy_weight, in_dtype_of
+from timm_dynamic.ops import mixed_conv2d
+from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.precision import autocast_dtype, no_autocast
+from timm_dynamic.ops.sample_conv.table import GATED
 
 RECONSTRUCTION_WEIGHT = 0.001
 
 
-class _Linear(nn.Linear):
-    """In the precision of its input."""
+class Heads(nn.Module):
+    """The average-pooled input to the values of the gates of inputs, outputs and taps; in training, also back."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class _Gates(nn.Module):
-    """The average-pooled input to the gates of inputs, outputs and taps, before the sigmoid; in training, also back."""
-
-    def __init__(self, pooled: int, inputs: int, outputs: int, taps: int, rank: int, reduction: int, **dd):
+    def __init__(self, pooled: int, inputs: int, outputs: int, taps: int, hidden: int, **dd):
         super().__init__()
-        hidden = max(1, pooled // reduction)
-        self.fc_share = _Linear(pooled, hidden, **dd)
-        self.fc_inp = _Linear(hidden, inputs * rank, **dd)
-        self.fc_oup = _Linear(hidden, outputs * rank, **dd)
-        self.fc_k = _Linear(hidden, taps * rank, **dd)
+        self.fc_share = nn.Linear(pooled, hidden, **dd)
+        self.fc_inp = nn.Linear(hidden, inputs, **dd)
+        self.fc_oup = nn.Linear(hidden, outputs, **dd)
+        self.fc_k = nn.Linear(hidden, taps, **dd)
         self.decoder = nn.Sequential(
-            _Linear((inputs + outputs + taps) * rank, hidden, **dd), nn.ReLU(), _Linear(hidden, pooled, **dd)
+            nn.Linear(inputs + outputs + taps, hidden, **dd), nn.ReLU(), nn.Linear(hidden, pooled, **dd)
         )
 
     def forward(self, pooled: Tensor) -> list[Tensor]:
         hidden = F.relu(self.fc_share(pooled))
         return [self.fc_inp(hidden), self.fc_oup(hidden), self.fc_k(hidden)]
-
-    def gates(self, logits: list[Tensor]) -> list[Tensor]:
-        return [torch.sigmoid(z) for z in logits]
-
-    @torch.jit.unused
-    def parameters_of_heads(self) -> list[Tensor]:
-        """As `torch.ops.timm_dynamic.factored_gates` takes them."""
-        layers = (self.fc_share, self.fc_inp, self.fc_oup, self.fc_k)
-        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-
-    def reconstruct(self, logits: list[Tensor]) -> Tensor:
-        return self.decoder(torch.cat(logits, 1))
 
 
 @register_notrace_module
@@ -80,7 +61,9 @@ class PEDConv2d(DropInConv2d):
         reduction: The hidden vector has 1/reduction of the input's channels, at least 1.
         noise_std: Standard deviation of the noise in training; 0 draws no random numbers.
         aux_scale: Factor of the reconstruction loss's gradient: 1 over the number of forwards per optimizer step. A
-            `timm_dynamic.training.DynamicTask` puts a tensor of its own here.
+            `timm_dynamic.training.DynamicTask` puts a tensor here.
+        neutral_gates: Gates are `2 * sigmoid`, and the terms averaged, not summed: `weight` is the weight of a sample
+            whose gates' linear layers give 0. `from_conv` sets it; the authors' networks do without.
 
     Shape:
         As for `nn.Conv2d`; the input must be batched.
@@ -89,8 +72,10 @@ class PEDConv2d(DropInConv2d):
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
     """
 
+    family = "ped"
+    implementations = GATED
+    parts = ((Heads, "attn"), *((nn.Linear, f"attn.{name}") for name in ("fc_share", "fc_inp", "fc_oup", "fc_k")))
     auxiliary_terms = ("reconstruction",)  # buffers, for `timm_dynamic.auxiliary_loss`
-    routing_limit = 1.0
 
     def __init__(
         self,
@@ -110,20 +95,21 @@ class PEDConv2d(DropInConv2d):
         reduction: int = 16,
         noise_std: float = 0.1,
         aux_scale: float = 1.0,
+        neutral_gates: bool = False,
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        for name, value in (("rank", rank), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(rank=rank, reduction=reduction)
         for name, value in (("noise_std", noise_std), ("aux_scale", aux_scale)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         self.rank, self.reduction, self.noise_std, self.aux_scale = rank, reduction, noise_std, aux_scale
+        self.neutral_gates, self.routing_limit = neutral_gates, 2.0 if neutral_gates else 1.0
         dd = {"device": device, "dtype": dtype}
         inputs, taps = in_channels // groups, math.prod(self.kernel_size)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size, **dd))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **dd)) if bias else None)
-        self.attn = _Gates(in_channels, inputs, out_channels, taps, rank, reduction, **dd)
+        hidden = max(1, in_channels // reduction)
+        self.attn = Heads(in_channels, inputs * rank, out_channels * rank, taps * rank, hidden, **dd)
         # Of the last training forward, weighted; written in place, as torch.compile and checkpointing like it best.
         self.register_buffer("reconstruction", torch.zeros((), **dd), persistent=False)
         self.reset_parameters()
@@ -132,96 +118,70 @@ class PEDConv2d(DropInConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "PEDConv2d":
-        """Build the layer that replaces `conv`, with its bias and its weight times 8/rank.
+        """`DropInConv2d.from_conv`, with neutral gates."""
+        return super().from_conv(conv, **{"neutral_gates": True, **kwargs})
 
-        The gates' linear layers are zero: until they are trained, every gate is 1/2 and the output, noise aside, that
-        of `conv`.
+    @torch.jit.unused
+    def start_from(self, conv: nn.Conv2d) -> None:
+        """The gates' linear layers are zero: until they are trained, the output, noise aside, is that of `conv`."""
+        copy_weight(conv, self.weight)
+        if not self.neutral_gates:
+            self.weight.mul_(8 / self.rank)
+        for head in (self.attn.fc_inp, self.attn.fc_oup, self.attn.fc_k):
+            head.weight.zero_()
+            head.bias.zero_()
 
-        Args:
-            conv: A convolution with `nn.Conv2d`'s own forward.
-            **kwargs: `rank`, `reduction`, `noise_std`, `aux_scale`.
+    def formula(self, x: Tensor) -> Tensor:
+        a_in, a_out, a_tap = self.factors_of(average(x))
+        if not torch.jit.is_scripting():
+            self._warn(x)
+        weight, padded, rank = self.weight[None], self.pad(x), self.rank
+        options = (self.stride, self.zero_padding, self.dilation, self.groups)
+        y = mixed_conv2d(padded, None, weight, *options, a_in=a_in[0], a_tap=a_tap[0], a_out=a_out[0])
+        for r in range(1, rank):
+            y = y + mixed_conv2d(padded, None, weight, *options, a_in=a_in[r], a_tap=a_tap[r], a_out=a_out[r])
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
 
-        Raises:
-            ValueError: If `conv` has another forward.
-        """
-        layer = super().from_conv(conv, **kwargs)
-        with torch.no_grad():
-            layer.weight.copy_(conv.weight * (8 / layer.rank)).requires_grad_(conv.weight.requires_grad)
-            for head in (layer.attn.fc_inp, layer.attn.fc_oup, layer.attn.fc_k):
-                head.weight.zero_()
-                head.bias.zero_()
-        return layer
+    def factors(self, pooled: Tensor) -> list[Tensor]:
+        """Gates of inputs, outputs and taps, `[rank, B, n]` each; of their products, those of all ranks are added."""
+        if torch.jit.is_scripting():
+            values = self.attn(pooled.to(self.weight.dtype))
+        else:
+            values = in_dtype_of(pooled, self.attn)
+            if self.training:
+                values = self._vary(values, pooled)
+        gates = [self.gate(z).unflatten(1, (-1, self.rank)).permute(2, 0, 1) for z in values]
+        if self.neutral_gates and self.rank > 1:
+            gates[1] = gates[1] / self.rank
+        return gates
+
+    def gate(self, z: Tensor) -> Tensor:
+        gate = torch.sigmoid(z)
+        return 2 * gate if self.neutral_gates else gate
+
+    @torch.jit.unused
+    def _vary(self, values: list[Tensor], pooled: Tensor) -> list[Tensor]:
+        """Noise, and what the reconstruction loss adds to the gradient."""
+        if self.noise_std > 0:
+            values = [z + self.noise_std * torch.randn_like(z) for z in values]
+        decoded = in_dtype_of(torch.cat(values, 1), self.attn.decoder)
+        loss = F.mse_loss(decoded, pooled.detach(), reduction="sum") / max(pooled.numel(), 1)  # empty: has no mean
+        store(self.reconstruction, RECONSTRUCTION_WEIGHT * loss)
+        # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
+        return [attach_loss(values[0], loss, RECONSTRUCTION_WEIGHT, self.aux_scale), *values[1:]]
+
+    @torch.jit.unused
+    def _warn(self, x: Tensor) -> None:
+        if self.training and not torch.compiler.is_compiling() and not isinstance(self.aux_scale, Tensor):
+            if autocast_dtype(x) == torch.float16:
+                warn_about_float16("PED's reconstruction loss")
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the gates of inputs, outputs and taps one after the other, without noise."""
         with no_autocast(x):
-            return torch.sigmoid(torch.cat(self.attn(_pool(x)), 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
-        if torch.jit.is_scripting():
-            return self._convolve(x, self.attn.gates(self.attn(_pool(x))))
-        else:
-            return self._dynamic(x)
-
-    def _dynamic(self, x: Tensor) -> Tensor:
-        if not self.training:
-            heads = self.attn.parameters_of_heads()
-            if shortcut_serves(x, self.weight, *heads) or cuda_shortcut_serves(x, *heads):
-                return self._convolve(x, torch.ops.timm_dynamic.factored_gates(x, *heads))
-        with no_autocast(x):
-            pooled = _pool(x)
-            logits = self.attn(pooled)
-            if self.training:
-                if self.noise_std > 0:
-                    logits = [z + self.noise_std * torch.randn_like(z) for z in logits]
-                loss = F.mse_loss(self.attn.reconstruct(logits), pooled.detach(), reduction="sum")
-                loss = loss / max(pooled.numel(), 1)  # an empty batch has no mean
-                self.reconstruction.copy_(RECONSTRUCTION_WEIGHT * loss.detach())
-                # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
-                logits[0] = attach_loss(logits[0], loss, RECONSTRUCTION_WEIGHT, self.aux_scale)
-            gates = self.attn.gates(logits)
-        y = self._convolve(x, gates)
-        if self.training and y.dtype == torch.float16 and not torch.compiler.is_compiling():
-            if not isinstance(self.aux_scale, Tensor):
-                warn_about_float16("PED's reconstruction loss")
-        return y
+            return self.gate(torch.cat(in_dtype_of(average(x), self.attn), 1))
 
     @torch.jit.unused
-    def forward_normed(self, x: Tensor, norm: tuple[Tensor, Tensor, float, float]) -> Tensor | None:
-        """What `timm_dynamic.ops.affine_` makes of the output, or None: where this is no faster than both in turn.
-
-        Args:
-            x: Such that `inference_kernel_serves`.
-            norm: Scale, shift and limits.
-        """
-        few = 4 * x.shape[2] * x.shape[3] <= self.out_channels  # columns are scaled then
-        if len(x) != 1 or self.rank != 1 or few or x.device.type != "cpu":
-            return None
-        weight, heads = self.weight, self.attn.parameters_of_heads()
-        if not fuses_few(x, weight, *heads):
-            return None
-        a_in, a_out, a_tap = torch.ops.timm_dynamic.factored_gates(x, *heads)
-        own = weight * torch.outer(a_in[0], a_tap[0]).view(weight.shape[1:])
-        y = F.conv2d(self._pad(x), own, None, self.stride, self._padding, self.dilation, self.groups)
-        y = y.contiguous()  # it is not where a 1x1 weight has been put into channels_last
-        y.mul_(a_out[0, :, None, None])  # not with the norm's scale, which would give other bits
-        if self.bias is not None:
-            y.add_(self.bias[:, None, None])
-        torch.ops.timm_dynamic.affine_(y, *norm)
-        return y
-
-    def _convolve(self, x: Tensor, gates: list[Tensor]) -> Tensor:
-        a_in, a_out, a_tap = [gate.unflatten(1, (-1, self.rank)) for gate in gates]
-        arguments = (self._pad(x), self.weight, a_in, a_tap, a_out, self.stride, self._padding, self.dilation)
-        if torch.jit.is_scripting():  # TorchScript knows the registered operator, not the function around it
-            y = torch.ops.timm_dynamic.factored_conv2d(*arguments, self.groups)[0]
-        else:
-            y = factored_conv2d(*arguments, self.groups)
-        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
-
-
-def _pool(x: Tensor) -> Tensor:
-    """`[B, C]`, in float32 or wider: large activations do not fit into float16, nor do the heads' sums of them."""
-    return x.mean((2, 3), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        self.weight.mul_(scale[:, None, None, None])
+        self.bias = nn.Parameter(shift.to(self.weight) if self.bias is None else self.bias * scale + shift)

@@ -3,6 +3,15 @@
 from timm.models.resnet import ResNet
 from torch import nn
 
+# Arguments of a network for tests, of the size of timm's `test_resnet`.
+TINY = {
+    "layers": (1, 1, 1, 1),
+    "channels": (16, 24, 32, 48),
+    "stem_width": 16,
+    "stem_type": "deep",
+    "avg_down": True,
+}
+
 
 def use_small_stem(model: ResNet) -> None:
     """Give a new ResNet the stem for images of 32 to 64 pixels: 3x3 with stride 1, no max-pool.

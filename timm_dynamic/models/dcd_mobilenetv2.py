@@ -11,20 +11,29 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
-from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
+from timm_dynamic.models.dcd_resnet import DynamicClassifier, dcd_cfg, load_authors
 
 __all__ = ["DCDMobileNetV2"]
 
-STATIC_TWINS = {
-    "dcd_mobilenetv2": "mobilenetv2_100",
-    "dcd_mobilenetv2_075": "mobilenetv2_075",
-    "dcd_mobilenetv2_050": "mobilenetv2_050",
-    "dcd_mobilenetv2_035": "mobilenetv2_035",
-}
+register(
+    Family(
+        name="dcd",
+        timed=("dcd_mobilenetv2",),
+        twins={
+            "dcd_mobilenetv2": "mobilenetv2_100",
+            "dcd_mobilenetv2_075": "mobilenetv2_075",
+            "dcd_mobilenetv2_050": "mobilenetv2_050",
+            "dcd_mobilenetv2_035": "mobilenetv2_035",
+        },
+        reported={"dcd_mobilenetv2_050": 70.2},
+        golden={"dcd_mobilenetv2_w100": ("dcd_mobilenetv2", {})},
+    )
+)
 
 
 class DCDMobileNetV2(DynamicClassifier, EfficientNet):
@@ -83,7 +92,6 @@ def _create(
         DCDMobileNetV2,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"flatten_sequential": True},
         **mobilenetv2_args(width, {"fc_squeeze": fc_squeeze, **kwargs}),
     )

@@ -4,22 +4,91 @@ timm's ResNet, with every convolution of the residual branches a `DCDConv2d` and
 shortcuts are static.
 """
 
+import re
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers import DCDConv2d
+from timm_dynamic.layers import DCDConv2d, DCDLinear
+from timm_dynamic.layers.base import rename
 from timm_dynamic.layers.folded_stage import fold_stages
-from timm_dynamic.models._cfg import digits_cfg
-from timm_dynamic.models._dcd import DynamicClassifier, dcd_cfg, load_authors
-from timm_dynamic.models._resnet import use_small_stem
+from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["DCDBasicBlock", "DCDBottleneck", "DCDResNet"]
 
-STATIC_TWINS = {f"dcd_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)}
+register(
+    Family(
+        name="dcd",
+        title="DCD",
+        about="dynamic channel fusion",
+        paper="Li et al., ICLR 2021, arXiv 2103.08756",
+        tiny="test_dcd_resnet",
+        layer=DCDConv2d,
+        keeps=0.0,
+        routing="the scale of the output channels",
+        timed=("dcd_resnet50",),
+        twins={f"dcd_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)},
+    )
+)
+
+
+class DynamicClassifier:
+    """To inherit from before a class of timm's: its classifier is a `DCDLinear`, also after `reset_classifier`."""
+
+    classifier_name: str
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_classifier_dynamic()
+
+    def reset_classifier(self, num_classes: int, *args, **kwargs) -> None:
+        """As timm's, with a dynamic classifier."""
+        super().reset_classifier(num_classes, *args, **kwargs)
+        self._make_classifier_dynamic()
+
+    def _make_classifier_dynamic(self) -> None:
+        static = getattr(self, self.classifier_name)
+        if isinstance(static, nn.Linear):
+            dd = {"device": static.weight.device, "dtype": static.weight.dtype}
+            dynamic = DCDLinear(static.in_features, static.out_features, **dd)
+            setattr(self, self.classifier_name, dynamic.train(static.training))
+
+
+def load_authors(state_dict: dict[str, Any], model: DynamicClassifier) -> dict[str, Tensor]:
+    """The weights in an author's checkpoint: those of dynamic layers with our names, the others as they are.
+
+    Args:
+        state_dict: Wrapped or not, with or without `module.` (see `extract_state_dict`).
+        model: The one to load it into.
+    """
+    state = {}
+    for key, value in extract_state_dict(state_dict).items():
+        # After the dropout, or first where there was none.
+        classifier = re.fullmatch(r"classifier\.[01]\.(.+)", key)
+        if classifier:
+            key = f"{model.classifier_name}.{rename(classifier[1], DCDLinear.reference_names)}"
+        else:
+            layer, dot, leaf = key.rpartition(".conv_")
+            key = layer + "." + rename(f"conv_{leaf}", DCDConv2d.reference_names) if dot else key
+        state[key] = value
+    return state
+
+
+def dcd_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+    """A model's cfg, for `generate_default_cfgs`."""
+    about = {
+        "interpolation": "bilinear",
+        "origin_url": "https://github.com/liyunsheng13/dcd",
+        "paper_ids": "arXiv:2103.08756",
+    }
+    classifiers = tuple(f"{classifier}.{name}" for name in ("linear", "p", "fc_scale"))
+    return imagenet_cfg(first_conv, classifiers, **{**about, **kwargs})
 
 
 class DCDBasicBlock(BasicBlock):
@@ -80,7 +149,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> DCDResNet:
     kwargs = {**model_args, **kwargs}
-    return build_model(DCDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(DCDResNet, variant, pretrained, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -128,5 +197,4 @@ def dcd_resnet152(pretrained: bool = False, **kwargs) -> DCDResNet:
 @register_model
 def test_dcd_resnet(pretrained: bool = False, **kwargs) -> DCDResNet:
     """A tiny DCD-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
-    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
-    return _create("test_dcd_resnet", pretrained, kwargs, block=DCDBasicBlock, avg_down=True, **model_args)
+    return _create("test_dcd_resnet", pretrained, kwargs, block=DCDBasicBlock, **TINY)

@@ -10,13 +10,32 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers import DDFPack
+from timm_dynamic.layers import DDFConv2d, DDFPack
 from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
 
 __all__ = ["DDFBottleneck"]
 
-STATIC_TWINS = {f"ddf_{combine}_resnet{n}": f"resnet{n}" for combine in ("mul", "add") for n in (50, 101, 152)}
+register(
+    Family(
+        name="ddf",
+        title="DDF",
+        about="decoupled dynamic filters",
+        paper="Zhou et al., CVPR 2021, arXiv 2104.14107",
+        tiny="test_ddf_resnet",
+        layer=DDFConv2d,
+        timed=("ddf_mul_resnet50",),
+        twins={f"ddf_{combine}_resnet{n}": f"resnet{n}" for combine in ("mul", "add") for n in (50, 101, 152)},
+        reported={
+            "ddf_mul_resnet50.in1k": 79.1,
+            "ddf_mul_resnet101.in1k": 80.5,
+            "ddf_mul_resnet101": 80.2,
+            "ddf_add_resnet50.in1k": 78.8,
+            "ddf_add_resnet101.in1k": 79.9,
+        },
+    )
+)
 
 _DDF_OPTIONS = ("kernel_size", "head", "se_ratio", "nonlinearity", "kernel_combine")
 
@@ -76,7 +95,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
     kwargs = {"block": DDFBottleneck, **model_args, **kwargs}
     block_args = {name: kwargs.pop(name) for name in _DDF_OPTIONS if name in kwargs}
     kwargs["block_args"] = {**block_args, **(kwargs.get("block_args") or {})}
-    return build_model(ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(ResNet, variant, pretrained, **kwargs)
 
 
 def _cfg(first_conv: str = "conv1", **kwargs) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
@@ -18,11 +19,20 @@ from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 
 __all__ = ["DyMobileNetV2"]
 
-STATIC_TWINS = {
+_TWINS = {
     "dy_mobilenetv2": "mobilenetv2_100",
     "dy_mobilenetv2_050": "mobilenetv2_050",
     "dy_mobilenetv2_035": "mobilenetv2_035",
 }
+register(
+    Family(
+        name="dy",
+        timed=("dy_mobilenetv2",),
+        twins=_TWINS,
+        reported={"dy_mobilenetv2": 75.2, "dy_mobilenetv2_050": 69.9},
+        golden={"dy_mobilenetv2_w050": ("dy_mobilenetv2_050", {})},
+    )
+)
 
 
 class DyMobileNetV2(EfficientNet):
@@ -69,7 +79,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], width: float
     )
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": dy_cfg("conv_stem", "classifier") for name in STATIC_TWINS})
+default_cfgs = generate_default_cfgs({f"{name}.untrained": dy_cfg("conv_stem", "classifier") for name in _TWINS})
 
 
 @register_model

@@ -14,17 +14,19 @@ from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 
 __all__ = ["DyMobileNetV3"]
 
-STATIC_TWINS = {
+_TWINS = {
     "dy_mobilenetv3": "mobilenetv3_large_100",
     "dy_mobilenetv3_small": "mobilenetv3_small_100",
     "dy_mobilenetv3_small_050": "mobilenetv3_small_050",
 }
+register(Family(name="dy", twins=_TWINS, reported={"dy_mobilenetv3_small": 70.3}))
 
 # Howard et al., "Searching for MobileNetV3" (arXiv 1905.02244), tables 1 and 2, with the expansion as a ratio.
 _LARGE = (
@@ -106,7 +108,7 @@ def _create(
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": dy_cfg("conv_stem", "classifier") for name in (*STATIC_TWINS, "dy_mobilenetv3_small_025")}
+    {f"{name}.untrained": dy_cfg("conv_stem", "classifier") for name in (*_TWINS, "dy_mobilenetv3_small_025")}
 )
 
 

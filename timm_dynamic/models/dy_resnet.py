@@ -12,7 +12,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers import DynamicConv2d
 from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
@@ -20,7 +22,21 @@ from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
 __all__ = ["DyResNet"]
 
-STATIC_TWINS = {"dy_resnet18": "resnet18", "dy_resnet50": "resnet50"}
+register(
+    Family(
+        name="dy",
+        title="DY",
+        about="attention over convolution kernels",
+        paper="Chen et al., CVPR 2020, arXiv 1912.03458, as T. Ardelean implemented it",
+        tiny="test_dy_resnet",
+        layer=DynamicConv2d,
+        keeps=0.05,
+        routing="the attention over kernels",
+        twins={"dy_resnet18": "resnet18", "dy_resnet50": "resnet50"},
+        reported={"dy_resnet10": 67.7, "dy_resnet18": 72.7},
+        golden={"dy_resnet18_w100": ("dy_resnet18", {"small_stem": True})},
+    )
+)
 
 
 class DyResNet(ResNet):

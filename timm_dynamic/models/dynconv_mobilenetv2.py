@@ -13,6 +13,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
@@ -20,7 +21,8 @@ from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 
 __all__ = ["DynConvMobileNetV2", "SparseInvertedResidual"]
 
-STATIC_TWINS = {"dynconv_mobilenetv2": "mobilenetv2_100", "dynconv_mobilenetv2_050": "mobilenetv2_050"}
+_TWINS = {"dynconv_mobilenetv2": "mobilenetv2_100", "dynconv_mobilenetv2_050": "mobilenetv2_050"}
+register(Family(name="dynconv", twins=_TWINS))
 
 
 class SparseInvertedResidual(SparseBranch, InvertedResidual):
@@ -133,7 +135,7 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": dynconv_cfg("conv_stem", "classifier", interpolation="bicubic") for name in STATIC_TWINS}
+    {f"{name}.untrained": dynconv_cfg("conv_stem", "classifier", interpolation="bicubic") for name in _TWINS}
 )
 
 

@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._cfg import digits_cfg
@@ -21,7 +22,20 @@ from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
 __all__ = ["DynConvResNet", "DynConvResNetSmall", "SparseBasicBlock", "SparseBottleneck"]
 
-STATIC_TWINS = {f"dynconv_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)}
+register(
+    Family(
+        name="dynconv",
+        title="DynConv",
+        about="residual branches computed only where a learned mask says so",
+        paper="Verelst and Tuytelaars, CVPR 2020, arXiv 1912.03203; its MobileNetV2 is ours",
+        tiny="dynconv_resnet8",
+        routing="the mask",
+        terms=("network_budget", "block_budget"),
+        exact={"gumbel_noise": False},
+        twins={f"dynconv_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)},
+        reported={"dynconv_resnet101.budget30_in1k": 75.71, "dynconv_resnet32.budget70_cifar10": 93.58},
+    )
+)
 
 
 def _masker(block: BasicBlock | Bottleneck, kwargs: dict[str, Any], **options) -> MaskUnit:

@@ -7,14 +7,15 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.efficientnet import EfficientNet
 
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
-from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
+from timm_dynamic.models.ped_resnet import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 
 __all__ = ["PEDMobileNetV2"]
 
-STATIC_TWINS = {"ped_mobilenetv2": "mobilenetv2_100"}
+register(Family(name="ped", twins={"ped_mobilenetv2": "mobilenetv2_100"}))
 
 
 class PEDMobileNetV2(EfficientNet):

@@ -7,16 +7,80 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
 
+from timm_dynamic.convert import extract_state_dict
+from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers import PEDConv2d
 from timm_dynamic.layers.folded_stage import fold_stages
-from timm_dynamic.models._cfg import digits_cfg
-from timm_dynamic.models._ped import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
-from timm_dynamic.models._resnet import use_small_stem
+from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["PEDBasicBlock", "PEDBottleneck", "PEDResNet"]
 
-STATIC_TWINS = {"ped_resnet18": "resnet18", "ped_resnet50": "resnet50"}
+register(
+    Family(
+        name="ped",
+        title="PEDConv",
+        about="parameter-efficient dynamic convolution",
+        paper="Hou and Kung, BMVC 2021",
+        tiny="test_ped_resnet",
+        layer=PEDConv2d,
+        keeps=0.0,
+        routing="the gates",
+        terms=("reconstruction",),
+        exact={"noise_std": 0.0},
+        timed=("ped_resnet18",),
+        twins={"ped_resnet18": "resnet18", "ped_resnet50": "resnet50"},
+        reported={"ped_resnet18.in1k": 74.1, "ped_resnet50": 80.5},
+    )
+)
+
+
+def split_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take those of `PEDConv2d` out of a model's arguments."""
+    return {name: kwargs.pop(name) for name in ("rank", "reduction", "noise_std", "aux_scale") if name in kwargs}
+
+
+def make_dynamic(block: nn.Module, names: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Put PED convolutions in the place of a new block's own, initialised as the authors do: normal, by the fan-out."""
+    for name in names:
+        conv = block.get_submodule(name)
+        layer = PEDConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=False,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        fan_out = layer.weight[:, 0].numel() // layer.groups
+        nn.init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
+        block.set_submodule(name, layer)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoints: their keys are ours, within a wrapper and with `module.` somewhere in them."""
+    own = model.state_dict()
+    if all(key in own for key in state_dict):
+        return state_dict
+    return {key.replace("module.", ""): value for key, value in extract_state_dict(state_dict).items()}
+
+
+def ped_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+    """A model's cfg, for `generate_default_cfgs`."""
+    about = {
+        "interpolation": "bilinear",
+        "origin_url": "https://github.com/zejiangh/PEDConv",
+        "paper_name": "Parameter-Efficient Dynamic Convolution via Tensor Decomposition",  # not on arXiv
+    }
+    return imagenet_cfg(first_conv, classifier, **{**about, **kwargs})
 
 
 class PEDBasicBlock(BasicBlock):
@@ -75,7 +139,7 @@ class PEDResNet(ResNet):
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> PEDResNet:
     kwargs = {**model_args, **kwargs}
-    return build_model(PEDResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(PEDResNet, variant, pretrained, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -102,5 +166,4 @@ def ped_resnet50(pretrained: bool = False, **kwargs) -> PEDResNet:
 @register_model
 def test_ped_resnet(pretrained: bool = False, **kwargs) -> PEDResNet:
     """A tiny PED-ResNet for tests and small images, as timm's `test_resnet` is one of ResNet."""
-    model_args = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48), "stem_width": 16, "stem_type": "deep"}
-    return _create("test_ped_resnet", pretrained, kwargs, block=PEDBasicBlock, avg_down=True, **model_args)
+    return _create("test_ped_resnet", pretrained, kwargs, block=PEDBasicBlock, **TINY)

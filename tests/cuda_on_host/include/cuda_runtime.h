@@ -1,6 +1,6 @@
 // What CUDA's header of this name declares, as far as the kernels here use it, for g++: kernels run
 // on the CPU, see
-// ../runtime.cpp. A thread is a fiber, __shared__ memory a static variable, for one block runs at a
+// ../runtime.h. A thread is a fiber, __shared__ memory a static variable, for one block runs at a
 // time.
 #pragma once
 
@@ -92,8 +92,6 @@ using Complete = void (*)(void* const* lanes);
 void converge(const Site& site, unsigned mask, void* own, Complete complete);
 
 int lane();
-bool coin();
-void fail(const Site& site, const char* what);  // does not return
 
 // What `from` of this warp gave as `value`.
 template <typename T>

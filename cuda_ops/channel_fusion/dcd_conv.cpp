@@ -1,0 +1,325 @@
+// The CPU kernel of timm_dynamic::dcd_conv, which timm_dynamic/ops/channel_fusion defines.
+//
+// The layer is affine in x but for its factors, which are of the pooled input:
+//   out = clamp(scale (conv(x, weight) + bias) + P (S2 (Phi u) + t2 + u) + shift), u = S1 Q x + t1
+// Where maps are large beside the weight every sample gets one of its own, with the product of P,
+// (S2 Phi + I) and S1 Q at the central tap; elsewhere the branch is computed.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "channel_fusion/products.h"
+#include "common/arguments.h"
+#include "common/parallel.h"
+
+namespace timm_dynamic {
+
+// A batch norm in eval mode: slope * z + offset.
+struct AffineNorm {
+  const float *weight, *bias, *mean, *variance;
+  double eps;
+
+  float slope(int64_t l) const {
+    return weight[l] / std::sqrt(variance[l] + static_cast<float>(eps));
+  }
+  float offset(int64_t l) const { return bias[l] - mean[l] * slope(l); }
+};
+
+// Of the samples that are computed together.
+struct DcdConv {
+  int64_t B, C, H, W, O, Ho, Wo, L, hidden, pool_size, Ky, Kx;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  const float *x, *fc, *gate, *phi_head, *scale_head, *q, *p, *weight, *bias, *shift;
+  AffineNorm norm1, norm2;
+  float low, high;
+  float *pooled, *z, *gated, *phi, *scale, *slopes, *offsets;
+  float* shifts;   // [B, O]: what is added to the products
+  float* maps;     // [B, C, Ho, Wo]: x at the stride
+  float* columns;  // [C * taps, Ho * Wo]: what the taps of one sample read
+  float *u, *v;    // [B, L, Ho * Wo]: the branch before Phi and before P
+  float *base, *folded, *sample_weights;
+
+  int64_t taps() const { return Ky * Kx; }
+  int64_t inputs() const { return H * W; }
+  int64_t outputs() const { return Ho * Wo; }
+  int64_t pooled_size() const { return C * pool_size * pool_size; }
+  bool has_limits() const { return low > -INFINITY || high < INFINITY; }
+};
+
+struct DcdConvKernels {
+  using Kernel = void (*)(const DcdConv&, int64_t begin, int64_t end);
+  Kernel pool, squeeze, gate, factors, subsample, gather_columns, fuse_channels, fold_base, fold,
+      sample_weights;
+  // To `to` the clamped numbers of `from`, which may be the same.
+  void (*clamp)(const DcdConv&, const float* from, float* to, int64_t begin, int64_t end);
+};
+
+}  // namespace timm_dynamic
+
+#define KERNELS_HEADER "channel_fusion/dcd_kernels.h"
+#include "common/dispatch.h"
+
+namespace timm_dynamic {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+constexpr int64_t kSamples = 32;       // that are computed together, at most
+constexpr int64_t kClamped = 1 << 14;  // numbers, the unit of clamping
+
+void run(const DcdConv& op, int64_t units, int64_t work, DcdConvKernels::Kernel kernel) {
+  parallel(units, work, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+AffineNorm make_norm(const Tensors& t, double eps, int64_t L, const Tensor& x) {
+  STD_TORCH_CHECK(t.size() == 4, "a norm has weight, bias, mean and variance, got ", t.size());
+  return {parameter("norm weight", t[0], L, x), parameter("norm bias", t[1], L, x),
+          parameter("norm mean", t[2], L, x), parameter("norm variance", t[3], L, x), eps};
+}
+
+// A tensor of this memory that autograd knows nothing of.
+Tensor view_of(const float* at, const Sizes& sizes, const Tensor& like) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  return torch::stable::from_blob(const_cast<float*>(at), sizes, strides, like.device(),
+                                  ScalarType::Float);
+}
+
+// Torch's, of B samples from `x` on.
+class Convolution {
+ public:
+  Convolution(const DcdConv& op, int64_t groups, const Tensor& like)
+      : op_(op), groups_(groups), like_(like) {}
+
+  Tensor operator()(int64_t B, const float* x, const float* weight, const float* bias) const {
+    using torch::stable::detail::from;
+    const Sizes stride = {op_.stride_y, op_.stride_x}, padding = {op_.padding_y, op_.padding_x},
+                dilation = {op_.dilation_y, op_.dilation_x}, no_padding = {0, 0};
+    std::optional<Tensor> optional_bias;
+    if (bias) optional_bias = view_of(bias, {op_.O}, like_);
+    StableIValue stack[] = {from(view_of(x, {B, op_.C, op_.H, op_.W}, like_)),
+                            from(view_of(weight, {op_.O, op_.C / groups_, op_.Ky, op_.Kx}, like_)),
+                            from(optional_bias),
+                            from(stride),
+                            from(padding),
+                            from(dilation),
+                            from(false),
+                            from(no_padding),
+                            from(groups_)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
+    const Tensor y = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+    STD_TORCH_CHECK(y.scalar_type() == ScalarType::Float && y.numel() == B * op_.O * op_.outputs(),
+                    "the convolution gave ", shape_text(y), " or no float32 (autocast?)");
+    return y;
+  }
+
+ private:
+  const DcdConv& op_;
+  int64_t groups_;
+  const Tensor& like_;
+};
+
+// The parameters, checked.
+DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const Tensors& norm1,
+                   const Tensors& norm2, double eps1, double eps2, int64_t pool_size,
+                   const Tensor& p, const std::optional<Tensor>& shift, const Tensor& weight,
+                   const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
+                   const Sizes& dilation, int64_t groups) {
+  check_maps("x", x);
+  STD_TORCH_CHECK(heads.size() == 4 && heads[0].dim() == 2 && heads[3].dim() == 2 && q.dim() >= 2,
+                  "heads must be the weights of fc, gate, fc_phi and fc_scale, and q [L, C, 1, 1]");
+  for (const auto* sizes : {&stride, &padding, &dilation})
+    STD_TORCH_CHECK(sizes->size() == 2, "stride, padding and dilation must be pairs");
+  STD_TORCH_CHECK(pool_size >= 1 && stride[0] >= 1 && stride[1] >= 1 && dilation[0] >= 1 &&
+                      dilation[1] >= 1 && groups >= 1,
+                  "pool_size, stride, dilation and groups must be positive");
+  DcdConv op = {};
+  op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
+  op.O = heads[3].size(0), op.hidden = heads[0].size(0), op.L = q.size(0);
+  op.pool_size = pool_size;
+  op.stride_y = stride[0], op.stride_x = stride[1];
+  op.padding_y = padding[0], op.padding_x = padding[1];
+  op.dilation_y = dilation[0], op.dilation_x = dilation[1];
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == op.O && weight.size(1) * groups == op.C &&
+                      op.O % groups == 0,
+                  "weight must be [", op.O, ", ", op.C / groups, ", Kh, Kw], got ",
+                  shape_text(weight));
+  op.Ky = weight.size(2), op.Kx = weight.size(3);
+  STD_TORCH_CHECK(op.Ky % 2 == 1 && op.Kx % 2 == 1 &&
+                      2 * op.padding_y == op.dilation_y * (op.Ky - 1) &&
+                      2 * op.padding_x == op.dilation_x * (op.Kx - 1),
+                  "the kernel must have a central tap, and padding that puts it on Q's position");
+  op.Ho = (op.H - 1) / op.stride_y + 1, op.Wo = (op.W - 1) / op.stride_x + 1;
+  op.fc = parameter("fc", heads[0], op.hidden * op.pooled_size(), x);
+  op.gate = parameter("gate", heads[1], op.hidden * op.hidden, x);
+  op.phi_head = parameter("fc_phi", heads[2], op.L * op.L * op.hidden, x);
+  op.scale_head = parameter("fc_scale", heads[3], op.O * op.hidden, x);
+  op.q = parameter("q", q, op.L * op.C, x), op.p = parameter("p", p, op.O * op.L, x);
+  op.norm1 = make_norm(norm1, eps1, op.L, x), op.norm2 = make_norm(norm2, eps2, op.L, x);
+  op.weight = parameter("weight", weight, weight.numel(), x);
+  op.bias = optional_parameter("bias", bias, op.O, x);
+  op.shift = optional_parameter("shift", shift, op.O, x);
+  return op;
+}
+
+enum class Way {
+  kSampleWeights,  // and products, or a convolution a sample
+  kProducts,       // of x, or of its columns
+  kConvolution     // of all samples, to which the branch is added
+};
+
+// Takes the memory of B samples' buffers.
+Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tensor& x) {
+  const bool weighted = way == Way::kSampleWeights;
+  const int64_t depth = op.C * op.taps(), latent = weighted ? 0 : B * op.L * op.outputs();
+  const int64_t folded = weighted ? op.L * (op.C + 1) : 0;
+  const std::pair<float**, int64_t> buffers[] = {
+      {&op.pooled, B * op.pooled_size()},
+      {&op.z, B * op.hidden},
+      {&op.gated, B * op.hidden},
+      {&op.phi, B * op.L * op.L},
+      {&op.scale, B * op.O},
+      {&op.slopes, op.L},
+      {&op.offsets, op.L},
+      {&op.shifts, B * op.O},
+      {&op.maps, subsamples ? B * op.C * op.outputs() : 0},
+      {&op.columns, way == Way::kProducts && op.taps() > 1 ? depth * op.outputs() : 0},
+      {&op.u, latent},
+      {&op.v, latent},
+      {&op.base, folded},
+      {&op.folded, B * folded},
+      {&op.sample_weights, weighted ? B * op.O * depth : 0}};
+  int64_t total = 0;
+  for (const auto& buffer : buffers) total += buffer.second;
+  const Tensor scratch = empty(x, {total});
+  float* at = mutable_floats(scratch);
+  for (const auto& [buffer, size] : buffers) *buffer = size ? at : nullptr, at += size;
+  return scratch;
+}
+
+void run_factors(const DcdConv& op, const DcdConvKernels& kernels) {
+  run(op, op.B * op.C, op.inputs(), kernels.pool);
+  run(op, op.hidden, op.B * op.pooled_size(), kernels.squeeze);
+  run(op, op.hidden, op.B * op.hidden, kernels.gate);
+  run(op, op.L * op.L + op.O, op.B * op.hidden, kernels.factors);
+}
+
+void run_clamp(const DcdConv& op, const DcdConvKernels& kernels, const float* from, float* to,
+               int64_t count) {
+  parallel((count + kClamped - 1) / kClamped, kClamped / 4, [&](int64_t begin, int64_t end) {
+    kernels.clamp(op, from, to, begin * kClamped, std::min(end * kClamped, count));
+  });
+}
+
+// v, the branch before P; `maps` are what Q reads.
+void run_latent(const DcdConv& op, const DcdConvKernels& kernels, const float* maps) {
+  for (int64_t l = 0; l < op.L; ++l)
+    op.slopes[l] = op.norm1.slope(l), op.offsets[l] = op.norm1.offset(l);
+  Products project = plain_products(op.B, op.C, op.L, op.outputs(), maps, op.q, op.u);
+  project.out_scale = op.slopes, project.shift = op.offsets;
+  run_products(project);
+  run(op, op.B * op.L, op.L * op.outputs(), kernels.fuse_channels);
+}
+
+void run_sample_weights(const DcdConv& op, const DcdConvKernels& kernels) {
+  run(op, op.L, op.C, kernels.fold_base);
+  run(op, op.B * op.L, op.L * op.C, kernels.fold);
+  run(op, op.B * op.O, (op.L + op.taps()) * op.C, kernels.sample_weights);
+}
+
+// The products of the samples with their weights, or of one weight and the branch.
+void run_limited(const DcdConv& op, int64_t depth, const float* maps, const float* weight,
+                 const float* base, float* out) {
+  Products product = plain_products(op.B, depth, op.O, op.outputs(), maps, weight, out);
+  product.low = op.low, product.high = op.high;
+  product.shift = op.shifts, product.shift_stride = op.O;
+  if (weight == op.sample_weights) product.weight_stride = op.O * depth;
+  if (weight == op.weight) {
+    product.out_scale = op.scale, product.out_scale_stride = op.O;
+    product.L = op.L, product.p = op.p, product.v = op.v;
+  }
+  product.base = base, product.base_scale = op.scale;
+  run_products(product);
+}
+
+Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Tensors& norm1,
+                const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
+                const std::optional<Tensor>& shift, const Tensor& weight,
+                const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
+                const Sizes& dilation, int64_t groups, double low, double high) {
+  DcdConv op = make_layer(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, weight, bias,
+                          stride, padding, dilation, groups);
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  const DcdConvKernels kernels = CHOOSE_KERNELS(dcd_conv_kernels());
+  const Convolution convolve(op, groups, x);
+  const int64_t B = x.size(0), samples = std::min(B, kSamples), depth = op.C * op.taps();
+  const bool one_tap = groups == 1 && op.taps() == 1, strided = op.stride_y * op.stride_x > 1;
+  const bool large_maps = groups == 1 && 2 * op.O * depth <= op.outputs() * (op.C + op.O);
+  // For one sample and far more outputs than positions a convolution would spend its time on
+  // another layout of its weight.
+  const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
+  const Way way = large_maps                 ? Way::kSampleWeights
+                  : one_tap || makes_columns ? Way::kProducts
+                                             : Way::kConvolution;
+  const bool subsamples = strided && (one_tap || !large_maps);
+  const Tensor scratch = make_buffers(op, samples, way, subsamples, x);
+  // Without it the result of the only convolution is the output.
+  std::optional<Tensor> out;
+  if (B > samples || (way == Way::kSampleWeights && B > 1) || one_tap || way == Way::kProducts)
+    out = empty(x, {B, op.O, op.Ho, op.Wo});
+  for (int64_t first = 0; first < B; first += samples) {
+    op.B = std::min(samples, B - first);
+    op.x = floats(x) + first * op.C * op.inputs();
+    float* to = out ? mutable_floats(*out) + first * op.O * op.outputs() : nullptr;
+    run_factors(op, kernels);
+    const float* const maps = subsamples ? op.maps : op.x;
+    if (subsamples) run(op, op.B * op.C, op.outputs(), kernels.subsample);
+    if (way == Way::kSampleWeights) {
+      run_sample_weights(op, kernels);
+      if (one_tap) {
+        run_limited(op, op.C, maps, op.sample_weights, nullptr, to);
+        continue;
+      }
+      for (int64_t b = 0; b < op.B; ++b) {
+        const Tensor y = convolve(1, op.x + b * op.C * op.inputs(),
+                                  op.sample_weights + b * op.O * depth, op.shifts + b * op.O);
+        float* const result = mutable_floats(y);
+        float* const place = out ? to + b * y.numel() : result;
+        if (out || op.has_limits()) run_clamp(op, kernels, result, place, y.numel());
+        if (!out) return y;
+      }
+      continue;
+    }
+    run_latent(op, kernels, maps);
+    const bool adds_bias = way == Way::kProducts && op.bias;  // a convolution adds it
+    for (int64_t i = 0; i < op.B * op.O; ++i)
+      op.shifts[i] = (adds_bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
+                     (op.shift ? op.shift[i % op.O] : 0.0f);
+    if (way == Way::kProducts) {
+      if (!one_tap) run(op, depth, op.outputs(), kernels.gather_columns);
+      run_limited(op, depth, one_tap ? maps : op.columns, op.weight, nullptr, to);
+      continue;
+    }
+    const Tensor y = convolve(op.B, op.x, op.weight, op.bias);
+    run_limited(op, op.L, op.v, op.p, floats(y), out ? to : mutable_floats(y));
+    if (!out) return y;
+  }
+  return *out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CPU, m) { m.impl("dcd_conv", TORCH_BOX(&dcd_conv)); }
+
+}  // namespace timm_dynamic

@@ -1,0 +1,76 @@
+// What the kernels for both layouts share: bands of rows in scratch. Included once per instruction
+// set, after common/vectors.h.
+
+namespace timm_dynamic::ISA {
+
+// The layout of a band in scratch. Position (y, x), relative to the band, is at
+// `origin + y*pitch + x`.
+struct Band {
+  int64_t pad, pitch, halo, origin, plane, vectors;
+
+  Band(int64_t halo, int64_t pad, int64_t columns, int64_t band_rows, int64_t lanes)
+      : pad(pad), pitch(columns + pad), halo(halo) {
+    origin = ceil_div(halo * pitch + pad, lanes) * lanes;  // aligned
+    // With slack for the last row's padding and whole vectors. An odd number of vectors, so that
+    // one position of consecutive planes falls into different cache sets.
+    const int64_t elements = origin + (band_rows + halo) * pitch + pad + 2 * lanes;
+    plane = (ceil_div(elements, lanes) | 1) * lanes;
+    vectors = ceil_div(band_rows * pitch - pad, lanes);
+  }
+  // The positions from the first to the last of some rows.
+  int64_t span(Range rows) const { return (rows.end - rows.begin) * pitch - pad; }
+};
+
+template <typename A>
+struct Scratch {
+  std::unique_ptr<char[]> memory;  // zeroed: padding is never written
+  A* next;
+
+  explicit Scratch(int64_t elements) : memory(new char[elements * sizeof(A) + 64]()) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    next = reinterpret_cast<A*>((address + 63) / 64 * 64);
+  }
+  A* take(int64_t elements) {
+    next += elements;
+    return next - elements;
+  }
+};
+
+// The rows of a map as large as the output, with their halo; zeros outside the map.
+template <typename A, typename T>
+void load_map(A* to, const Band& band, const T* from, int64_t stride_y, int64_t stride_x,
+              Range rows, int64_t map_rows, int64_t columns) {
+  const int64_t first = rows.begin - band.halo, last = rows.end + band.halo;
+  const int64_t inner = std::clamp<int64_t>(0, first, last);
+  const int64_t end = std::clamp(map_rows, inner, last);
+  to += band.origin - band.halo * band.pitch;
+  for (int64_t y = first; y < inner; ++y, to += band.pitch) zero_row(to, columns);
+  load_rows(to, band.pitch, from + inner * stride_y, stride_y, stride_x, end - inner, columns);
+  to += (end - inner) * band.pitch;
+  for (int64_t y = end; y < last; ++y, to += band.pitch) zero_row(to, columns);
+}
+
+template <bool MULTIPLY, typename V>
+INLINE V combine(V channel, V spatial) {
+  if constexpr (MULTIPLY) return channel * spatial;
+  return channel + spatial;
+}
+
+// The gradient of tap k of the spatial filter in a band, `from` rows `pitch` apart, to the partial
+// sums: copied, or summed over what is broadcast.
+template <typename A, typename T>
+void flush_tap(const A* from, int64_t pitch, const DdfBackward<T>& op, int64_t b, int64_t band,
+               int64_t block, int64_t k) {
+  const Range rows = op.bands.of(band, op.shape.Ho);
+  const int64_t columns = op.partial_columns(), plane = op.partial_rows() * columns;
+  A* const to =
+      op.partial_spatial + ((b * op.channel_blocks + block) * op.shape.taps() + k) * plane;
+  if (op.broadcast_rows) std::fill_n(to + band * columns, columns, A(0));
+  for (int64_t y = rows.begin; y < rows.end; ++y, from += pitch) {
+    A* const row = to + (op.broadcast_rows ? band : y) * columns;
+    if (!op.broadcast_rows) std::fill_n(row, columns, A(0));
+    for (int64_t x = 0; x < op.shape.Wo; ++x) row[op.broadcast_columns ? 0 : x] += from[x];
+  }
+}
+
+}  // namespace timm_dynamic::ISA

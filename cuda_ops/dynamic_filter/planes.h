@@ -1,0 +1,200 @@
+// DDF on NCHW tensors. Included once per instruction set, after bands.h.
+//
+// Rows of a band are copied to scratch with zeros around them, one plane per stride phase. A tap is
+// then a constant distance within the plane, a row's padding is also that of the row before it, and
+// the whole band is one loop over consecutive elements, without branches and in full vectors even
+// for 7 x 7 maps. Values computed for the padding columns are dropped when rows are copied out.
+// The spatial filter, which all channels share, is rearranged once per band to
+// [vector of positions][tap][lane], so that it is read in order and aligned.
+
+namespace timm_dynamic::ISA {
+
+// A row of a strided operator's input, split into its column phases, which are `plane` apart.
+template <typename A, typename T>
+void load_phases(A* to, int64_t plane, const T* from, int64_t stride_x, const Axis& columns) {
+  if (columns.stride == 2 && columns.phases.size() == 2 && stride_x == 1) {
+    for (int64_t x = 0; x < columns.size; x += 2 * kLanes<A>) {
+      Vec<A> a = load<A>(from + x, columns.size - x);
+      Vec<A> b = load<A>(from + x + kLanes<A>, columns.size - x - kLanes<A>);
+      deinterleave<A>(a, b, AllLanes<A>());
+      store<A>(to + x / 2, a);
+      store<A>(to + plane + x / 2, b);
+    }
+    return;
+  }
+  for (size_t i = 0; i < columns.phases.size(); ++i) {
+    const int64_t phase = columns.phases[i];
+    load_rows(to + i * plane, 0, from + phase * stride_x, 0, stride_x * columns.stride, 1,
+              columns.phase_size(phase));
+  }
+}
+
+// The rows of one channel's input that the outputs of a band read, as rows.phases.size() times
+// columns.phases.size() planes.
+template <typename A, typename T>
+void load_input(A* to, const Band& band, const T* from, int64_t stride_y, int64_t stride_x,
+                Range out_rows, const Axis& rows, const Axis& columns) {
+  if (rows.stride == 1)
+    return load_map(to, band, from, stride_y, stride_x, out_rows, rows.size, columns.size);
+  for (const int64_t phase : rows.phases) {
+    for (int64_t y = out_rows.begin - band.halo; y < out_rows.end + band.halo; ++y) {
+      A* row = to + band.origin + (y - out_rows.begin) * band.pitch;
+      const int64_t input = y * rows.stride + phase;
+      if (input >= 0 && input < rows.size) {
+        load_phases(row, band.plane, from + input * stride_y, stride_x, columns);
+      } else {
+        for (size_t i = 0; i < columns.phases.size(); ++i)
+          zero_row(row + i * band.plane, columns.outputs);
+      }
+    }
+    to += columns.phases.size() * band.plane;
+  }
+}
+
+// A live tap: where it is in the filters, and what it adds to a position in the scratch plane of
+// the map that it reads.
+struct FlatTap {
+  int64_t k, distance;
+};
+
+// The taps of the output, which reads the input's phase planes, and of each phase plane of the
+// input's gradient, which reads the output's gradient.
+struct FlatTaps {
+  std::vector<FlatTap> output;
+  std::vector<std::vector<FlatTap>> input;
+
+  FlatTaps(const Axis& rows, const Axis& columns, const Band& band, int64_t K)
+      : input(rows.phases.size() * columns.phases.size()) {
+    for (const Shift& row : rows.shifts) {
+      for (const Shift& column : columns.shifts) {
+        const int64_t slot =
+            rows.phase_slot(row.phase) * columns.phases.size() + columns.phase_slot(column.phase);
+        const int64_t distance = row.offset * band.pitch + column.offset;
+        const int64_t k = row.tap * K + column.tap;
+        output.push_back({k, slot * band.plane + distance});
+        input[slot].push_back({k, -distance});
+      }
+    }
+  }
+};
+
+// The band's spatial filters for `taps`, rearranged. For the input's gradient (`shifted`) a
+// position's filter value is the one at the output that the tap leads to.
+template <typename A, typename T>
+void load_spatial(A* to, const Band& band, const DdfOperands<T>& op, int64_t b, Range rows,
+                  const std::vector<FlatTap>& taps, bool shifted, A* plane) {
+  const SpatialFilterStrides& stride = op.spatial_strides;
+  const int64_t n = band.span(rows), count = taps.size();
+  for (const FlatTap& tap : taps) {
+    load_map(plane, band, op.spatial_filter + b * stride.b + tap.k * stride.k, stride.y, stride.x,
+             rows, op.shape.Ho, op.shape.Wo);
+    const A* from = plane + band.origin + (shifted ? tap.distance : 0);
+    for (int64_t p = 0; p < n; p += kLanes<A>) store<A>(to + p * count, load<A>(from + p, n - p));
+    to += kLanes<A>;
+  }
+}
+
+// The filter of channel c, all K*K taps of it.
+template <typename A, typename T>
+INLINE void load_channel(A* to, const DdfOperands<T>& op, int64_t b, int64_t c) {
+  const ChannelFilterStrides& stride = op.channel_strides;
+  const T* const from = op.channel_filter + b * stride.b + c * stride.c;
+  const int64_t K = op.shape.K;
+  if (stride.ky == K * stride.kx)
+    load_rows(to, 0, from, 0, stride.kx, 1, K * K);
+  else
+    load_rows(to, K, from, stride.ky, stride.kx, K, K);
+}
+
+// out[p] = sum_j (channel[k_j] o spatial_j[p]) * map[p + distance_j] for p in [0, n), rounded up
+// to whole vectors. With nine taps these addresses and filter values stay in registers.
+template <typename A, bool MULTIPLY>
+void sum_nine_taps(A* out, const A* map, const A* spatial, const FlatTap* taps, const A* channel,
+                   int64_t n) {
+  Vec<A> c[9];
+  const A* maps[9];
+  for (int j = 0; j < 9; ++j) {
+    c[j] = broadcast(channel[taps[j].k]);
+    maps[j] = map + taps[j].distance;
+  }
+  for (int64_t p = 0; p < n; p += kLanes<A>, spatial += 9 * kLanes<A>) {
+    Vec<A> sum = {};
+#pragma GCC unroll 9
+    for (int j = 0; j < 9; ++j)
+      sum += combine<MULTIPLY>(c[j], load<A>(spatial + j * kLanes<A>)) * load<A>(maps[j] + p);
+    store<A>(out + p, sum);
+  }
+}
+
+template <typename A, bool MULTIPLY, int VECTORS>
+INLINE void sum_any_taps_block(A* out, const A* map, const A* spatial,
+                               const std::vector<FlatTap>& taps, const A* channel) {
+  const int64_t count = taps.size();
+  Vec<A> sums[VECTORS] = {};
+  for (int64_t j = 0; j < count; ++j, spatial += kLanes<A>) {
+    const Vec<A> c = broadcast(channel[taps[j].k]);
+    const A* const at = map + taps[j].distance;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v)
+      sums[v] += combine<MULTIPLY>(c, load<A>(spatial + v * count * kLanes<A>)) *
+                 load<A>(at + v * kLanes<A>);
+  }
+  for (int v = 0; v < VECTORS; ++v) store<A>(out + v * kLanes<A>, sums[v]);
+}
+
+template <typename A, bool MULTIPLY>
+void sum_taps(A* out, const A* map, const A* spatial, const std::vector<FlatTap>& taps,
+              const A* channel, int64_t n) {
+  if (taps.size() == 9)
+    return sum_nine_taps<A, MULTIPLY>(out, map, spatial, taps.data(), channel, n);
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  const int64_t count = taps.size();
+  int64_t p = 0;
+  for (; p + kStep <= n; p += kStep)
+    sum_any_taps_block<A, MULTIPLY, 4>(out + p, map + p, spatial + p * count, taps, channel);
+  for (; p < n; p += kLanes<A>)
+    sum_any_taps_block<A, MULTIPLY, 1>(out + p, map + p, spatial + p * count, taps, channel);
+}
+
+// Channels whose scratch planes are filled before any is worked on: loads from just written
+// scratch, at other boundaries than the stores', would wait for these.
+inline int64_t channel_group(const Band& layout) {
+  return std::clamp<int64_t>(4096 / layout.plane, 1, 16);
+}
+
+template <typename T, bool MULTIPLY>
+void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const DdfShape& s = op.shape;
+  const MapStrides &from = op.features_strides, &to = op.out_strides;
+  const Band layout(op.rows.reach, op.columns.reach, s.Wo, op.bands.rows, kLanes<A>);
+  const Band filters(0, op.columns.reach, s.Wo, op.bands.rows, kLanes<A>);
+  const FlatTaps taps(op.rows, op.columns, layout, s.K);
+  const int64_t input_size = taps.input.size() * layout.plane, group = channel_group(layout);
+  const int64_t spatial_size = taps.output.size() * filters.vectors * kLanes<A>;
+  const int64_t channel_size = s.taps() + kLanes<A>;
+  Scratch<A> scratch(spatial_size + group * (input_size + layout.plane) + channel_size);
+  A *spatial = scratch.take(spatial_size), *input = scratch.take(group * input_size);
+  A *out = scratch.take(group * layout.plane), *channel = scratch.take(channel_size);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t c = unit % s.C, band = unit / s.C % op.bands.count;
+    const int64_t b = unit / s.C / op.bands.count, n = std::min({group, s.C - c, end - unit});
+    const Range rows = op.bands.of(band, s.Ho);
+    if (unit == begin || c == 0)
+      load_spatial(spatial, filters, op, b, rows, taps.output, false, out);
+    for (int64_t i = 0; i < n; ++i)
+      load_input(input + i * input_size, layout, op.features + b * from.b + (c + i) * from.c,
+                 from.y, from.x, rows, op.rows, op.columns);
+    for (int64_t i = 0; i < n; ++i) {
+      load_channel(channel, op, b, c + i);
+      sum_taps<A, MULTIPLY>(out + i * layout.plane, input + i * input_size + layout.origin, spatial,
+                            taps.output, channel, layout.span(rows));
+    }
+    for (int64_t i = 0; i < n; ++i)
+      store_rows(op.out + b * to.b + (c + i) * to.c + rows.begin * to.y, to.y,
+                 out + i * layout.plane, layout.pitch, rows.end - rows.begin, s.Wo);
+    unit += n;
+  }
+}
+
+}  // namespace timm_dynamic::ISA

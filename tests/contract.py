@@ -1,0 +1,229 @@
+"""What every timm model can do, every model of ours can; what a family promises by its record, it does.
+
+A test file derives a class from one of these and gives it the fixture `name`, or `family`.
+"""
+
+import copy
+import importlib.util
+
+import pytest
+import timm
+import torch
+from timm.models import FeatureInfo, model_entrypoint
+from timm.models._features_fx import create_feature_extractor
+from torch import nn
+
+import timm_dynamic
+from timm_dynamic import cli
+from timm_dynamic.card import model_card
+from timm_dynamic.layers.base import DropInConv2d
+
+
+def image(*size, batch=1, channels=3):
+    return torch.randn(batch, channels, *size)
+
+
+class ModelContract:
+    """Needs a fixture `name`: of a classifier that is registered in timm."""
+
+    @pytest.fixture(autouse=True)
+    def _seed(self):
+        torch.manual_seed(0)
+
+    def test_registration(self, name):
+        module = model_entrypoint(name).__module__
+        assert importlib.util.find_spec(f"timm.models.{module.split('.')[-1]}") is None, (
+            "timm has a module of this name"
+        )
+        assert name in importlib.import_module(module).__all__
+        tags = timm.list_models(name, include_tags=True)
+        assert tags and all(tag.startswith(f"{name}.") for tag in tags)
+        for tag in tags:
+            cfg = timm.get_pretrained_cfg(tag)
+            assert cfg.hf_hub_id in (None, f"timm-dynamic/{tag}")
+            assert cfg.paper_ids or cfg.paper_name
+
+    def test_default_cfg_describes_the_model(self, name):
+        model = timm.create_model(name, device="meta")
+        cfg, state = model.default_cfg, model.state_dict()
+        assert f"{cfg['first_conv']}.weight" in state
+        classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
+        assert all(state[f"{classifier}.weight"].shape[0] == cfg["num_classes"] for classifier in classifiers)
+        features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+        assert features.shape == (1, model.num_features, *cfg["pool_size"])
+
+    def test_a_training_step_reaches_every_parameter(self, name):
+        model = timm.create_model(name, num_classes=7, drop_path_rate=0.05, drop_rate=0.1).train()
+        output = model(image(64, 64, batch=2))
+        assert output.shape == (2, 7)
+        output.square().mean().backward()
+        bad = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not bad
+
+    @torch.no_grad()
+    def test_odd_sizes_features_and_intermediates(self, name):
+        model = timm.create_model(name).eval()
+        x = image(97, 65)
+        output, intermediates = model.forward_intermediates(x)
+        info = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info))))
+        for feature, channels, reduction in zip(intermediates, info.channels(), info.reduction(), strict=True):
+            assert feature.shape == (1, channels, -(-97 // reduction), -(-65 // reduction))
+        torch.testing.assert_close(output, model.forward_features(x))
+        if isinstance(model, timm.models.ResNet):  # the other networks have a convolution between the two
+            torch.testing.assert_close(intermediates[-1], output)
+
+        state = model.state_dict()
+        for feature_cls in ("list", "getter"):
+            options = {"features_only": True, "feature_cls": feature_cls, "out_indices": (1, 3)}
+            extractor = timm.create_model(name, device="meta", **options).eval()
+            inner = extractor.model if feature_cls == "getter" else extractor
+            names = {
+                key: key.replace("blocks_", "blocks.") for key in inner.state_dict()
+            }  # stages taken out of a sequence
+            inner.load_state_dict({key: state[name] for key, name in names.items()}, assign=True)
+            assert extractor.feature_info.channels() == [info.channels()[i] for i in (1, 3)]
+            for feature, expected in zip(extractor(x), (intermediates[1], intermediates[3]), strict=True):
+                torch.testing.assert_close(feature, expected)
+
+    @torch.no_grad()
+    def test_head(self, name):
+        model, x = timm.create_model(name).eval(), image(64, 64)
+        if hasattr(model, "execution"):
+            model.execution = (
+                "dense"  # sparse execution folds more norms in `forward` than in its parts, and rounds otherwise
+            )
+        features, output = model.forward_features(x), model(x)
+        torch.testing.assert_close(model.forward_head(features), output)
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (1, model.head_hidden_size)
+        model.reset_classifier(5)
+        assert model(x).shape == (1, 5)
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(x), pooled)
+        if not isinstance(model, timm.models.MobileNetV3):  # its head has a convolution after the pool
+            model.reset_classifier(0, "")
+            torch.testing.assert_close(model(x), features)
+        assert timm.create_model(name, num_classes=0).eval()(x).shape == pooled.shape
+
+    @torch.no_grad()
+    def test_one_input_channel(self, name):
+        model = timm.create_model(name, in_chans=1).eval()
+        assert model(image(64, 64, channels=1)).isfinite().all()
+
+    def test_gradient_checkpointing(self, name):
+        model, x = timm.create_model(name).eval(), image(64, 64)
+        expected = model(x)
+        expected.sum().backward()
+        reached = [p.grad is not None for p in model.parameters()]  # not PED's decoder, which serves in training only
+        model.zero_grad()
+        model.set_grad_checkpointing()
+        output = model(x)
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        assert [p.grad is not None for p in model.parameters()] == reached
+
+    @torch.no_grad()
+    def test_fx_feature_extraction(self, name):
+        model, x = timm.create_model(name).eval(), image(64, 64)
+        extractor = create_feature_extractor(model, {model.feature_info[2]["module"]: "feature"})
+        torch.testing.assert_close(extractor(x)["feature"], model.forward_intermediates(x)[1][2])
+
+
+class FamilyContract:
+    """Needs a fixture `family`: a `timm_dynamic.families.Family`."""
+
+    @pytest.fixture(autouse=True)
+    def _seed(self):
+        torch.manual_seed(0)
+
+    def test_the_record_is_complete(self, family):
+        assert family.title and family.about and family.paper and family.tiny in family.models
+        assert set(family.timed) <= set(family.twins) <= set(family.models)
+        for tag in family.reported:
+            assert timm.get_pretrained_cfg(tag) is not None and tag.partition(".")[0] in family.models
+        assert sum(p.numel() for p in timm.create_model(family.tiny, device="meta").parameters()) < 500_000
+        assert family.layer is None or (family.layer.family, family.layer.__mro__.count(DropInConv2d)) == (
+            family.name,
+            1,
+        )
+
+    def test_static_twins(self, family):
+        """timm's own, with the same features."""
+        for name, twin in family.twins.items():
+            assert timm_dynamic.families.static_twin(f"{name}.some_tag") == twin
+            assert model_entrypoint(twin).__module__.startswith("timm.models.")
+            ours, static = (timm.create_model(model, device="meta") for model in (name, twin))
+            assert ours.feature_info == static.feature_info
+        with pytest.raises(ValueError, match="test_resnet has no static twin"):
+            timm_dynamic.families.static_twin("test_resnet")
+
+    def test_training_without_noise_repeats_itself(self, family):
+        model, x = timm.create_model(family.tiny, **family.exact), image(64, 64, batch=2)
+        model.train()
+        assert torch.equal(model(x), model(x))
+        terms = timm_dynamic.auxiliary_loss(model)
+        assert {name.rpartition(".")[2] for name in terms} == set(family.terms)
+
+    @torch.no_grad()
+    def test_what_is_recorded(self, family):
+        model = timm.create_model(family.tiny).eval()
+        if not family.routing:
+            with pytest.raises(ValueError, match="no layer with"), timm_dynamic.record(model):
+                pass
+            return
+        with timm_dynamic.record(model) as routing:
+            model(image(64, 64, batch=2))
+        assert routing and all(len(value) == 2 for value in routing.values())
+
+    def test_macs_are_counted(self, family):
+        model = timm.create_model(family.tiny, device="meta")
+        macs = timm_dynamic.count_macs(model, torch.empty(2, *model.default_cfg["input_size"], device="meta"))
+        assert macs.static == macs.executed > 0
+
+    def test_model_card(self, family):
+        card = model_card(timm.create_model(family.tiny), f"someone/{family.tiny}", tag="untrained")
+        assert f"`{family.tiny}`" in card and card.startswith("---\nlicense:")
+
+    def test_command_line(self, family, tmp_path):
+        flags = ["--models", "test_resnet", "--baseline", "static", "--num-warm-iter", "1", "--num-bench-iter", "1"]
+        if family.layer is not None and family.keeps is not None:
+            assert cli.main(["benchmark", *flags, "--dynamize", family.name, "--img-size", "32"]) == 0
+
+    @torch.no_grad()
+    def test_layer_is_its_formula(self, family):
+        """Whatever runs; and it stands in for a convolution."""
+        if family.layer is None:
+            return
+        conv = nn.Conv2d(8, 8, 3, padding=1).double()
+        layer, x = family.layer.from_conv(conv), image(9, 7, batch=3, channels=8).double()
+        for value in layer.parameters():
+            if value.ndim > 1 and value.std() == 0:  # parts that dynamize makes neutral
+                nn.init.normal_(value, std=0.1)
+        for mode in (True, False):
+            layer.train(mode)
+            state = copy.deepcopy(layer)
+            torch.manual_seed(0)
+            expected = state.formula(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(layer(x), expected)
+        assert layer(x).shape == conv(x).shape and layer.extra_repr() == conv.extra_repr()
+        scale, shift = torch.rand(8).double() + 0.5, torch.randn(8).double()
+        expected = scale[:, None, None] * layer(x) + shift[:, None, None]
+        torch.testing.assert_close(layer.absorb(scale, shift)(x), expected)
+
+    def test_dynamize(self, family):
+        if family.layer is None:
+            assert family.name not in timm_dynamic.families.layers()
+            return
+        static, x = timm.create_model("test_resnet", num_classes=10).double(), image(64, 64, batch=2).double()
+        for _ in range(3):
+            static(x + 0.3)
+        model = timm_dynamic.dynamize(copy.deepcopy(static), family.name)
+        layers = [layer for layer in model.modules() if isinstance(layer, family.layer)]
+        assert layers
+        if family.keeps is not None:
+            with torch.no_grad():
+                expected = static.eval()(x)
+                assert (model.eval()(x) - expected).abs().max() <= max(family.keeps, 1e-9) * expected.std()
+        model.train()(x).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,151 @@
+"""The golden cases: numbers that the authors' code gave, and the networks of ours that must give them, too.
+
+A case is a file in tests/data. Its network is the model of the same name, or what a family's record says (`golden`).
+"""
+
+import json
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import timm_dynamic
+from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.families import FAMILIES, family_of
+from timm_dynamic.layers import DynamicConv2d, load_reference
+
+DATA = Path(__file__).parent / "data"
+CASES = sorted(path.stem for path in DATA.glob("*.json"))
+
+
+class SimpleConvNet(nn.Module):
+    """Network for MNIST of DY's authors, without its dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), DynamicConv2d(32, 64, 3)
+        self.fc1, self.fc2 = nn.Linear(9216, 128), nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+NO_MODELS = {"dy_simple_conv": SimpleConvNet}  # networks that are not among this package's models
+
+
+class Golden:
+    """A case computed with the authors' code (tests/data/<name>.json), and its weights and inputs, rebuilt.
+
+    No weights are stored: a tensor is a function of its name, shape and kind. A kind is `base[*gain][+offset]`, or
+    `=name` for the tensor of another name. Random numbers come from numpy's frozen legacy generator.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.case = name, json.loads((DATA / f"{name}.json").read_text())
+        self.rows = {key: (shape, kind) for key, shape, _, kind in self.case["keys"]}
+        found = [family.golden[name] for family in FAMILIES.values() if name in family.golden]
+        self.model, self.kwargs = found[0] if found else (name, {})
+
+    def state(self) -> dict[str, Tensor]:
+        return {key: self._tensor(key) for key in self.rows}
+
+    def input(self, part: str = "eval") -> Tensor:
+        """float32 input of the `eval` or `train` part: coarse blocks plus noise where it is an image."""
+        spec = self.case["input"] if part == "eval" else self.case["train"].get("input", self.case["input"])
+        random = np.random.RandomState(spec["seed"])
+        if len(spec["shape"]) != 4:
+            return torch.from_numpy(random.standard_normal(spec["shape"]).astype(np.float32))
+        n, c, h, w = spec["shape"]
+        block = 8 if min(h, w) >= 16 else 2
+        coarse = random.standard_normal((n, c, -(-h // block), -(-w // block)))
+        coarse = coarse.repeat(block, 2).repeat(block, 3)[:, :, :h, :w]
+        return torch.from_numpy((coarse + 0.5 * random.standard_normal((n, c, h, w))).astype(np.float32))
+
+    def parts(self, mode: str) -> dict[str, dict]:
+        """The expected numbers of `eval` or `train`, by the setting that they are of; "" if there is one only."""
+        numbers = self.case[mode]
+        return {"": numbers} if "logits" in numbers or "loss" in numbers else numbers
+
+    def save(self, path: Path) -> None:
+        """Write the weights as the authors' script does."""
+        wrapper = self.case["checkpoint_wrapper"]
+        prefix = "module." if "keys carry a 'module.' prefix" in wrapper else ""
+        state = {prefix + key: value for key, value in self.state().items()}
+        torch.save({"model" if "'model'" in wrapper else "state_dict": state, "optimizer": {}, "epoch": 1}, path)
+
+    def network(self, folder: Path, **kwargs) -> nn.Module:
+        """Our network, with the weights from such a file; without noise in training.
+
+        Args:
+            folder: To write the file to, for a moment.
+            **kwargs: More arguments of the model.
+        """
+        if self.name in NO_MODELS:
+            model = NO_MODELS[self.name]()
+            load_reference(model, self.state())
+            return model
+        constructor = self.case.get("constructor", {})
+        options = {key: constructor[key] for key in ("num_classes",) if key in constructor}
+        model = timm.create_model(self.model, **{**options, **family_of(self.model).exact, **self.kwargs, **kwargs})
+        path = folder / "checkpoint.pth.tar"
+        self.save(path)
+        load_checkpoint(model, path)
+        path.unlink()
+        return model
+
+    def output(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the authors' network returns: some of them end in the logarithm of the softmax."""
+        return model(x).log_softmax(1) if "log-probabilities" in str(self.case["constructor"]) else model(x)
+
+    def grad_norms(self, model: nn.Module, part: dict) -> dict[str, float]:
+        """The expected norms of all gradients, by our names of the parameters."""
+        norms = part["grad_norms"]
+        if self.name in NO_MODELS:
+            return norms
+        module = sys.modules[timm.model_entrypoint(self.model).__module__]
+        state = {key: torch.tensor(norm, dtype=torch.float64) for key, norm in norms.items()}
+        ours = module.checkpoint_filter_fn(state, model)
+        return {name: ours[name].item() for name, _ in model.named_parameters() if name in ours}
+
+    def _tensor(self, key: str) -> Tensor:
+        shape, kind = self.rows[key]
+        if kind.startswith("="):
+            return self._tensor(kind[1:])
+        base, gain, offset = re.fullmatch(r"([a-z_]+)(?:\*([-+0-9.e]+?))?(?:\+([-+0-9.e]+))?", kind).groups()
+        if base == "num_batches_tracked":
+            return torch.zeros(shape, dtype=torch.int64)
+        r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+        fan_in = float(np.prod(shape[2:] if base == "kernel_bank" else shape[1:]))
+        value = {
+            "weight": r / np.sqrt(fan_in) if len(shape) > 1 else 1 + 0.1 * r,
+            "kernel_bank": r / np.sqrt(fan_in),
+            "bias": 0.05 * r,
+            "filter_std": np.sqrt(2) / 3 * r,
+            "running_mean": 0.1 * r,
+            "running_var": 1 + 0.2 * np.abs(r),
+        }[base]
+        value = value * float(gain or 1) + float(offset or 0)
+        return torch.from_numpy(np.asarray(value).astype(np.float32))
+
+
+def set_schedule(model: nn.Module, setting: str, part: dict) -> None:
+    """Bring a model to the point of training that expected numbers are of."""
+    if setting == "temperature_30":
+        timm_dynamic.set_progress(model, 0, 100)
+    if "dynconv" in part:
+        timm_dynamic.set_progress(model, part["dynconv"]["epoch"], part["dynconv"]["num_epochs"])
+
+
+def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
+    """Compare with the logits that are stored, the first of each sample, in units of their standard deviation."""
+    for sample, numbers in zip(output.double(), expected["logits"], strict=True):
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        close = {"rtol": 0, "atol": tolerance * expected["std"]}
+        torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

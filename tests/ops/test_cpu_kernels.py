@@ -1,0 +1,220 @@
+"""The CPU kernels of channel_fusion, dcd_conv and pooled_heads, against their formulas in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_dynamic.ops import backend_info
+
+pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+
+OPS = torch.ops.timm_dynamic
+INF = math.inf
+SCHEMAS = {
+    "channel_fusion": "(Tensor x, Tensor weight, Tensor? attention, Tensor? in_scale, Tensor? out_scale, Tensor? p, "
+    "Tensor? v, Tensor? shift, float low, float high) -> Tensor",
+    "channel_fusion_backward": "(Tensor grad, Tensor dz, Tensor x, Tensor v, Tensor scale, Tensor weight) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "dcd_conv": "(Tensor x, Tensor[] heads, Tensor q, Tensor[] norm1, Tensor[] norm2, float eps1, float eps2, "
+    "int pool_size, Tensor p, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups, float low, float high) -> Tensor",
+    "pooled_heads": "(Tensor x, Tensor hidden_weight, Tensor? hidden_bias, Tensor[] weights, Tensor[] biases, "
+    "str activation, float temperature) -> Tensor[]",
+}
+for _name, _schema in SCHEMAS.items():
+    if not hasattr(OPS, _name):
+        torch.library.define(f"timm_dynamic::{_name}", _schema)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def check(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape and actual.is_contiguous()
+    scale = expected.abs().max().clamp(min=1).item() if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+def double(arguments):
+    """The same, in float64."""
+    if isinstance(arguments, Tensor):
+        return arguments.double()
+    return type(arguments)(map(double, arguments)) if isinstance(arguments, (list, tuple)) else arguments
+
+
+def channel_fusion(x, weight, attention, in_scale, out_scale, p, v, shift, low, high):
+    if attention is not None:
+        weight = torch.einsum("bn,noc->boc", attention, weight)
+    columns = x.flatten(2)
+    out = torch.matmul(weight, columns if in_scale is None else columns * in_scale[:, :, None])
+    if out_scale is not None:
+        out = out * out_scale[:, :, None]
+    if p is not None:
+        out = out + torch.matmul(p, v)
+    if shift is not None:
+        out = out + shift[:, :, None]
+    return out.clamp(low, high).view(len(x), -1, *x.shape[2:])
+
+
+SHAPES = [(1, 3, 5, 1, 1), (2, 17, 9, 5, 7), (9, 8, 33, 3, 4), (1, 130, 66, 14, 14), (5, 40, 24, 28, 28)]
+
+
+@pytest.mark.parametrize("kind", ["one weight", "mixture", "a weight each"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channel_fusion(shape, kind):
+    B, C, Co, H, W = shape
+    L, N = 6, 4
+    weight = torch.randn(*{"one weight": (), "mixture": (N,), "a weight each": (B,)}[kind], Co, C)
+    attention = torch.rand(B, N) if kind == "mixture" else None
+    extras = (torch.randn(B, C), torch.randn(B, Co), torch.randn(Co, L), torch.randn(B, L, H * W))
+    for used, shift, limits in itertools.product([0, 1], [None, 1, B], [(-INF, INF), (0.0, 6.0)]):
+        options = extras if used else (None,) * 4
+        args = (torch.randn(B, C, H, W), weight, attention, *options)
+        args += (None if shift is None else torch.randn(shift, Co), *limits)
+        check(OPS.channel_fusion(*args), channel_fusion(*double(args)))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channel_fusion_backward(shape):
+    B, C, Co, H, W = shape
+    grad, dz, x, v = (
+        torch.randn(B, Co, H, W),
+        torch.randn(B, 6, H * W),
+        torch.randn(B, C, H, W),
+        torch.randn(B, 6, H * W),
+    )
+    args = grad, dz, x, v, torch.randn(B, Co), torch.randn(Co, C)
+    grad, dz, x, v, scale, weight = double(args)
+    each = torch.bmm(grad.flatten(2), x.flatten(2).mT)
+    expected = (each * scale[:, :, None]).sum(0), (each * weight).sum(2)
+    expected += torch.bmm(grad.flatten(2), v.mT).sum(0), torch.bmm(dz, x.flatten(2).mT).sum(0)
+    for ours, wanted in zip(OPS.channel_fusion_backward(*args), expected, strict=True):
+        check(ours, wanted)
+
+
+def hsig(t):
+    return (t + 3).clamp(0, 6) / 3
+
+
+def dcd_conv(
+    x, heads, q, norm1, norm2, eps1, eps2, pool, p, shift, weight, bias, stride, padding, dilation, groups, low, high
+):
+    z = F.linear(F.adaptive_avg_pool2d(x, pool).flatten(1), heads[0])
+    z = z * hsig(F.linear(z, heads[1]))
+    L = len(q)
+    phi, scale = F.linear(z, heads[2]).view(-1, L, L), hsig(F.linear(z, heads[3]))
+    u = F.conv2d(x, q.flatten(1)[:, :, None, None], None, stride)
+    size = u.shape
+    u = F.batch_norm(u, *norm1[2:], *norm1[:2], eps=eps1).flatten(2)
+    v = F.batch_norm(torch.bmm(phi, u), *norm2[2:], *norm2[:2], eps=eps2) + u
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups) * scale[:, :, None, None]
+    return (y + F.conv2d(v.view(size), p[:, :, None, None], shift)).clamp(low, high)
+
+
+def dcd_arguments(B, C, Co, H, W, kernel, stride, dilation=(1, 1), groups=1, pool=1, extras=True, limits=(0.0, 6.0)):
+    L, hidden = max(int((C * pool**2) ** 0.5), 2), 7
+    heads = [(hidden, C * pool**2), (hidden, hidden), (L * L, hidden), (Co, hidden)]
+    heads = [torch.randn(s) * s[1] ** -0.5 for s in heads]
+    norms = [[torch.rand(L) + 0.5, torch.randn(L), torch.randn(L), torch.rand(L) + 0.5] for _ in range(2)]
+    weight = torch.randn(Co, C // groups, *kernel) * (C // groups * kernel[0] * kernel[1]) ** -0.5
+    shift, bias = (torch.randn(Co), torch.randn(Co)) if extras else (None, None)
+    padding = [d * (k // 2) for k, d in zip(kernel, dilation, strict=True)]
+    return (
+        *(torch.randn(B, C, H, W), heads, torch.randn(L, C) * C**-0.5, *norms, 1e-5, 1e-3, pool, torch.randn(Co, L)),
+        *(shift, weight, bias, stride, padding, dilation, groups, *limits),
+    )
+
+
+DCD_CASES = {
+    "1x1 large": (8, 24, 20, 20, (1, 1), (1, 1)),
+    "1x1 small": (60, 130, 3, 5, (1, 1), (1, 1)),
+    "1x1 strided large": (8, 24, 21, 20, (1, 1), (2, 2)),
+    "1x1 strided small": (60, 130, 5, 4, (1, 1), (2, 3)),
+    "3x3 large": (8, 12, 17, 16, (3, 3), (1, 1)),
+    "3x3 small": (40, 24, 7, 6, (3, 3), (1, 1)),
+    "3x3 few positions": (40, 70, 4, 3, (3, 3), (1, 1)),
+    "3x3 strided, few positions": (40, 70, 7, 5, (3, 3), (2, 2)),
+    "3x3 strided small": (40, 24, 9, 8, (3, 3), (2, 2)),
+    "3x3 strided large": (4, 6, 33, 32, (3, 3), (2, 1)),
+    "dilated": (6, 5, 19, 11, (3, 5), (1, 1), (2, 3)),
+    "dilated, few positions": (30, 50, 4, 3, (3, 5), (1, 1), (2, 3)),
+    "depthwise": (24, 24, 9, 8, (3, 3), (1, 1), (1, 1), 24),
+    "depthwise strided": (24, 24, 9, 8, (3, 3), (2, 2), (1, 1), 24),
+    "pooled to 2x2": (8, 24, 9, 10, (1, 1), (1, 1), (1, 1), 1, 2),
+    "one position": (8, 40, 1, 1, (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("B", [1, 2, 5, 33])
+@pytest.mark.parametrize("case", DCD_CASES.values(), ids=DCD_CASES.keys())
+def test_dcd_conv(case, B):
+    for extras, limits in ((True, (0.0, 6.0)), (False, (-INF, INF))):
+        args = dcd_arguments(B, *case, extras=extras, limits=limits)
+        check(OPS.dcd_conv(*args), dcd_conv(*double(args)))
+
+
+@pytest.mark.parametrize("case", DCD_CASES.values(), ids=DCD_CASES.keys())
+def test_dcd_conv_changes_no_argument(case):
+    args = dcd_arguments(2, *case)
+    before = [t.clone() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    with torch.enable_grad():
+        args[0].requires_grad_(), args[10].requires_grad_()
+        OPS.dcd_conv(*args)
+    for t, old in zip((t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)), before, strict=True):
+        assert torch.equal(t, old)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.randn(2, 8, 5, 5).half(), "x must be"),
+        (13, [0, 0], "central tap"),
+        (10, torch.randn(24, 7, 3, 3), "weight must be"),
+        (8, torch.randn(24, 9), "p must be"),
+        (15, 3, "weight must be"),
+    ],
+)
+def test_dcd_conv_refuses(index, value, message):
+    args = list(dcd_arguments(2, 8, 24, 5, 5, (3, 3), (1, 1)))
+    args[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        OPS.dcd_conv(*args)
+
+
+ACTIVATIONS = {
+    "none": lambda t, temperature: t,
+    "sigmoid": lambda t, temperature: torch.sigmoid(t),
+    "sigmoid2": lambda t, temperature: 2 * torch.sigmoid(t),
+    "softmax": lambda t, temperature: torch.softmax(t / temperature, 1),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("sizes", [[4], [33, 17, 9], [1, 200]], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 37, 5, 7), (16, 96, 14, 14)], ids=str)
+def test_pooled_heads(shape, sizes, biased, activation):
+    hidden = 11
+    weights, biases = [torch.randn(n, hidden) for n in sizes], [torch.randn(n) for n in sizes]
+    args = torch.randn(shape), torch.randn(hidden, shape[1]), torch.randn(hidden) if biased else None, weights, biases
+    x, hidden_weight, hidden_bias, weights, biases = double(args)
+    z = F.relu(F.linear(x.mean((2, 3)), hidden_weight, hidden_bias))
+    outputs = OPS.pooled_heads(*args, activation, 3.0)
+    for out, weight, bias in zip(outputs, weights, biases, strict=True):
+        check(out, ACTIVATIONS[activation](F.linear(z, weight, bias), 3.0))
+
+
+def test_pooled_heads_refuses():
+    x, hidden, weight, bias = torch.randn(2, 4, 3, 3), torch.randn(5, 4), torch.randn(6, 5), torch.randn(6)
+    with pytest.raises(RuntimeError, match="activation must be"):
+        OPS.pooled_heads(x, hidden, None, [weight], [bias], "relu", 1.0)
+    with pytest.raises(RuntimeError, match="as many weights as biases"):
+        OPS.pooled_heads(x, hidden, None, [weight], [], "none", 1.0)

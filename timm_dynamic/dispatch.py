@@ -1,0 +1,197 @@
+"""Chooses how a dynamic layer runs: a row of its table of faster ways, or its formula."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from timm_dynamic.ops import kernels
+from timm_dynamic.ops.implementation import Implementation, Situation, situation_of
+from timm_dynamic.ops.kernels import FORMULA, KERNEL
+
+__all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "use"]
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+_PLAIN = (Tensor, nn.Parameter)
+# Called with every layer, its input and what runs, by `explain`.
+_observer: ContextVar[Callable[[nn.Module, Tensor, Implementation | None], None] | None] = ContextVar(
+    "observer", default=None
+)
+
+
+def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
+    """The row of `layer.implementations` that runs this call; None: the layer's formula.
+
+    It is the first one without a reason against it. Whatever is unusual about the layer or its input goes to the
+    formula, and so does every call that is recorded: compiled, traced or exported.
+
+    Args:
+        layer: With `family`, `implementations` and `parts` (see `timm_dynamic.layers.base.DynamicLayer`).
+        x: Its input.
+
+    Raises:
+        ValueError: If `use` names a row that cannot run this call.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    row = _choose(layer, x)
+    observer = _observer.get()
+    if observer is not None:
+        observer(layer, x, row)
+    return row
+
+
+def _choose(layer: nn.Module, x: Tensor) -> Implementation | None:
+    wanted = kernels.choice(layer.family)
+    if wanted == FORMULA:
+        return None
+    reason = _unusual(layer, x)
+    if wanted not in (None, KERNEL):
+        return _forced(layer, x, wanted, reason)
+    if reason is not None:
+        return None
+    situation = situation_of(x)
+    for row in layer.implementations:
+        if (
+            situation.device in row.devices
+            and situation.gradients == row.gradients
+            and row.reason_against(layer, x, situation) is None
+            and row.pays(layer, x) is None
+            and _unmeasured(layer, row, situation) is None
+        ):
+            return row
+    return None
+
+
+def _forced(layer: nn.Module, x: Tensor, wanted: str, reason: str | None) -> Implementation | None:
+    row = next((row for row in layer.implementations if row.name == wanted), None)
+    if row is None:
+        names = ", ".join([FORMULA, *(row.name for row in layer.implementations)])
+        raise ValueError(f"{layer.family} has no implementation {wanted!r}: it has {names}")
+    reason = reason or row.reason_against(layer, x, situation_of(x))
+    if reason is not None:
+        raise ValueError(f"{wanted!r} of {layer.family} cannot run: {reason}")
+    return row
+
+
+def _unmeasured(layer: nn.Module, row: Implementation, situation: Situation) -> str | None:
+    """Rule of GPUs: nothing runs there by default that no record shows as right and faster."""
+    device = situation.device
+    if device == "cpu" or kernels.choice(layer.family) == KERNEL or kernels.is_measured(device, name_of(layer, row)):
+        return None
+    return f"not measured as faster on this {device} device: `timm-dynamic check --device {device}` does it"
+
+
+def name_of(layer: nn.Module, row: Implementation) -> str:
+    """The name under which a row's measurements are recorded."""
+    return f"{layer.family}: {row.name}"
+
+
+def _unusual(layer: nn.Module, x: Tensor) -> str | None:
+    """Why the parts of a layer must be called, not read, or its operations be PyTorch's; in words, or None."""
+    reason = kernels.unusual(x)
+    if reason is not None:
+        return reason
+    if kernels.is_watched():
+        return "a dispatch mode looks at the operations"
+    return changed_part(layer)
+
+
+def changed_part(layer: nn.Module) -> str | None:
+    """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None."""
+    if any(_GLOBAL_HOOKS):
+        return "global hooks"
+    for kind, name in layer.parts:
+        part = _part(layer, name)
+        if type(part) is not kind:
+            return f"{name} is a {type(part).__name__}, not the layer's {kind.__name__}"
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return f"hooks on {name}"
+        if "forward" in part.__dict__:
+            return f"{name} has another forward"
+        for parameter in part._parameters.values():
+            if parameter is not None and type(parameter) not in _PLAIN:
+                return f"{name} has a {type(parameter).__name__}"
+    return None
+
+
+def _part(layer: nn.Module, name: str) -> nn.Module | None:
+    part = layer
+    for key in name.split("."):
+        part = part._modules.get(key)
+        if part is None:
+            return None
+    return part
+
+
+def use(everything: str | None = None, /, **choices: str) -> AbstractContextManager[None]:
+    """Within this context, layers of a family, or an operator, run as named; other threads do not notice.
+
+    ```python
+    with timm_dynamic.use(dcd="formula"):
+        y = model(x)
+    ```
+
+    Args:
+        everything: For all layers and operators; `"formula"`: plain PyTorch; `"kernel"`: as usual, but with what nobody
+            has measured on this device too.
+        **choices: Family (`dcd`, ...) or operator (`mixed_conv2d`, `ddf`, ...) to one of these, or a family to the name
+            of an implementation that `timm_dynamic.explain` prints.
+
+    Raises:
+        ValueError: From a layer called in the context: if it has no implementation of this name, or that one cannot run
+            its call.
+    """
+    if everything not in (None, FORMULA, KERNEL):
+        raise ValueError(f"everything is {FORMULA!r} or {KERNEL!r}, got {everything!r}: name a family, as in dcd=...")
+    return kernels.choose_in_context(({kernels.EVERYTHING: everything} if everything else {}) | choices)
+
+
+class Explanation(str):
+    """Text that a notebook or a console shows as it is."""
+
+    __repr__ = str.__str__
+
+
+def explain(model: nn.Module, x: Tensor) -> Explanation:
+    """How every dynamic layer of a model runs for an input, and why not otherwise.
+
+    Args:
+        model: Any model; it is called once with `x`, without gradients unless it is in training mode.
+        x: Its input.
+
+    Returns:
+        One paragraph a layer: its name, what runs, and the reason against every other implementation.
+    """
+    if model.training:
+        model = copy.deepcopy(model)  # whose running statistics may change
+    names = {module: name or type(module).__name__ for name, module in model.named_modules()}
+    lines: list[str] = []
+    token = _observer.set(lambda layer, x, row: lines.extend(_lines(names.get(layer, "?"), layer, x, row)))
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+            model(x)
+    finally:
+        _observer.reset(token)
+    return Explanation("\n".join(lines))
+
+
+def _lines(name: str, layer: nn.Module, x: Tensor, chosen: Implementation | None) -> list[str]:
+    unusual, situation = _unusual(layer, x), situation_of(x)
+    lines = [f"{name} ({type(layer).__name__}): {chosen.name if chosen else FORMULA}"]
+    for row in layer.implementations:
+        if row is not chosen:
+            reason = unusual or row.reason_against(layer, x, situation) or row.pays(layer, x)
+            lines.append(
+                f"    not {row.name}: {reason or _unmeasured(layer, row, situation) or 'another one comes first'}"
+            )
+    return lines

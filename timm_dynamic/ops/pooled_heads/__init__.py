@@ -1,0 +1,1 @@
+"""The small network in front of a dynamic convolution."""

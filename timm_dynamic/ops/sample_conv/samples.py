@@ -1,0 +1,108 @@
+"""What a convolution with a weight for every sample is made of: the weights, the convolution, its gradients."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_dynamic.ops.products import by_onednn, linear
+from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
+
+# Up to so many weights a sample, the samples run as the groups of one convolution. Above, oneDNN's grouped convolution
+# falls behind a call per sample, soon by several times (benchmarks/roof_cases.py, per_sample_conv2d, on a CPU).
+_GROUPED_WEIGHTS = 2**16
+
+
+def mix(attention: Tensor, kernels: Tensor) -> Tensor:
+    """`[B, O, I, Kh, Kw]`, in the precision of the kernels."""
+    return torch.matmul(attention.to(kernels.dtype), kernels.flatten(1)).view(-1, *kernels.shape[1:])
+
+
+def is_pointwise(weight: Tensor, padding: Pair, groups: int) -> bool:
+    """Whether a convolution with weights like this one, `[..., Kh, Kw]`, is a matrix product a sample."""
+    return (*weight.shape[-2:], *padding, groups) == (1, 1, 0, 0, 1)
+
+
+def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """`sample_conv2d`, differentiable; `weight` has the dtype of `x`."""
+    B, O = weight.shape[:2]
+    if is_pointwise(weight, padding, groups):
+        out = x[:, :, :: stride[0], :: stride[1]]
+        out = torch.bmm(weight.flatten(2), out.flatten(2)).view(B, O, out.shape[2], out.shape[3])
+    elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
+        out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), None, stride, padding, dilation, B * groups)
+        out = out.view(B, O, out.shape[2], out.shape[3])
+    elif B > 0:
+        out = torch.cat([F.conv2d(x[b : b + 1], weight[b], None, stride, padding, dilation, groups) for b in range(B)])
+    else:
+        out = F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
+    return out.contiguous(memory_format=memory_format(x))
+
+
+def multiply(x: Tensor, weight: Tensor, stride: Pair) -> Tensor:
+    """The 1x1 convolution, without autograd."""
+    x = x[:, :, :: stride[0], :: stride[1]]
+    B, O, (H, W) = len(x), weight.shape[1], x.shape[2:]
+    if B == 1 and by_onednn(x):  # without a copy
+        columns, matrix = x[0].flatten(1), weight[0].flatten(1)
+        if memory_format(x) == torch.channels_last:
+            return linear(columns.t(), matrix).view(1, H, W, O).permute(0, 3, 1, 2)
+        return linear(matrix, columns.t()).view(1, O, H, W)
+    out = torch.empty((B, O, H, W), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    _matmul(weight.flatten(2), x.flatten(2), out.flatten(2))
+    return out
+
+
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int, needs_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Those of `x` (or None) and of `weight`; `grad` has the memory format of `x`."""
+    if is_pointwise(weight, padding, groups):
+        return _gradients_of_product(grad, x, weight, stride, needs_x)
+    B = len(weight)
+    n = B if _grouped(weight) else 1
+    grads_x, grads_weight = [], []
+    for first in range(0, B, n):
+        part = slice(first, first + n)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            *(t[part].flatten(0, 1)[None] for t in (grad, x)),
+            *(weight[part].flatten(0, 1), None, stride, padding, dilation, False, (0, 0), n * groups),
+            (needs_x, True, False),
+        )
+        grads_x.append(grad_x.view(n, *x.shape[1:]) if needs_x else None)
+        grads_weight.append(grad_weight.view(n, *weight.shape[1:]))
+    return _joined(grads_x) if needs_x else None, _joined(grads_weight)
+
+
+def _gradients_of_product(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, needs_x: bool):
+    strided = x[:, :, :: stride[0], :: stride[1]]
+    columns, grad_columns = strided.flatten(2), grad.flatten(2)
+    grad_weight = weight.new_empty(weight.shape)
+    _matmul(grad_columns, columns.mT, grad_weight.flatten(2))
+    if not needs_x:
+        return None, grad_weight
+    grad_x = torch.empty_like(strided, memory_format=memory_format(x))
+    _matmul(weight.flatten(2).mT, grad_columns, grad_x.flatten(2))
+    if tuple(stride) != (1, 1):
+        whole = torch.zeros_like(x)
+        whole[:, :, :: stride[0], :: stride[1]] = grad_x
+        grad_x = whole
+    return grad_x, grad_weight
+
+
+def _grouped(weight: Tensor) -> bool:
+    return weight.shape[2] == 1 or weight.shape[1:].numel() <= _GROUPED_WEIGHTS
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out[i] = a[i] @ b[i]`; any of them may be transposed in memory."""
+    if out.stride(1) == 1 and out.stride(2) > 1:
+        a, b, out = b.mT, a.mT, out.mT
+    if by_onednn(a):  # which takes one pair at a time
+        for one_a, one_b, one_out in zip(a, b, out, strict=True):
+            one_out.copy_(linear(one_a, one_b.t()))
+    else:
+        torch.bmm(a, b, out=out)

@@ -1,0 +1,46 @@
+"""Sizes, layouts and windows of convolutions."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+def output_size(size: tuple[int, int], kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Height and width of a convolution's output, from those of its input."""
+    Ho, Wo = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return Ho, Wo
+
+
+def columns_of(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`[B, C * Kh * Kw, Ho, Wo]`: what every tap of a kernel reads of the zero-padded input, at every output position.
+
+    A convolution with one-hot kernels: a single node of an ONNX graph, whose export takes far longer with one a tap.
+    """
+    if kernel_size == (1, 1) and tuple(padding) == (0, 0):
+        return x[:, :, :: stride[0], :: stride[1]]
+    # Numbers, not what tracing makes of a shape: the TorchScript exporter must know the kernel's.
+    C, Kh, Kw = int(x.shape[1]), int(kernel_size[0]), int(kernel_size[1])
+    one_hot = torch.eye(Kh * Kw, dtype=x.dtype, device=x.device).repeat(C, 1).view(-1, 1, Kh, Kw)
+    return F.conv2d(x, one_hot, None, stride, padding, dilation, C)
+
+
+def tap_views(padded: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -> Iterator[Tensor]:
+    """For each tap of a kernel, in order, the `[B, C, Ho, Wo]` view of the padded input that it reads."""
+    Ho, Wo = output_size(padded.shape[2:], kernel_size, stride, (0, 0), dilation)
+    for top in range(0, kernel_size[0] * dilation[0], dilation[0]):
+        for left in range(0, kernel_size[1] * dilation[1], dilation[1]):
+            bottom, right = top + (Ho - 1) * stride[0] + 1, left + (Wo - 1) * stride[1] + 1
+            yield padded[:, :, top : bottom : stride[0], left : right : stride[1]]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which `conv2d` would return its output."""
+    channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

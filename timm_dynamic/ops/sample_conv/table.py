@@ -1,0 +1,97 @@
+"""How layers that mix and gate kernels run faster than by their formula."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
+from timm_dynamic.ops.implementation import Implementation
+from timm_dynamic.ops.kernels import has_kernel
+from timm_dynamic.ops.sample_conv.columns import in_weight_order
+from timm_dynamic.ops.sample_conv.training import factors, forward, is_product, product
+
+_MOST_SAMPLES = 32
+
+
+def _cannot(layer, x: Tensor) -> str | None:
+    if layer.training:
+        return "the layer is in training mode"
+    if not x.is_contiguous():
+        return "the input is not contiguous in NCHW"
+    if x.numel() == 0:
+        return "the input is empty"
+    if not has_kernel("cpu", "pooled_heads"):
+        return "the CPU kernels are not loaded"
+    return None
+
+
+def _pays(layer, x: Tensor) -> str | None:
+    """Measured up to here (benchmarks/models.py, ped_resnet50 and dy_mobilenetv2, on a CPU)."""
+    return None if len(x) <= _MOST_SAMPLES else f"more than {_MOST_SAMPLES} samples were not measured"
+
+
+def _kernel_problem(layer, x: Tensor, kernels: Tensor) -> str | None:
+    if type(kernels) not in (Tensor, torch.nn.Parameter):
+        return f"the weight is a {type(kernels).__name__}"
+    if kernels.dtype != x.dtype:
+        return f"the input is {x.dtype}, the parameters {kernels.dtype}"
+    return None if kernels.is_contiguous() else "the weight is not contiguous"
+
+
+def _cannot_gate(layer, x: Tensor) -> str | None:
+    if layer.rank != 1:
+        return f"the gates are of rank {layer.rank}"
+    return _kernel_problem(layer, x, layer.weight) or _cannot(layer, x)
+
+
+def _gate(layer, x: Tensor) -> Tensor:
+    heads = layer.attn
+    linears = (heads.fc_inp, heads.fc_oup, heads.fc_k)
+    a_in, a_out, a_tap = torch.ops.timm_dynamic.pooled_heads(
+        *(x, heads.fc_share.weight, heads.fc_share.bias),
+        *([linear.weight for linear in linears], [linear.bias for linear in linears]),
+        *("sigmoid2" if layer.neutral_gates else "sigmoid", 1.0),
+    )
+    bias = None if layer.bias is None else layer.bias[None]
+    return _convolve(layer, x, None, layer.weight[None], a_in, a_tap, a_out, bias)
+
+
+def _cannot_mix(layer, x: Tensor) -> str | None:
+    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x)
+
+
+def _mix(layer, x: Tensor) -> Tensor:
+    squeeze, _, expand = layer.attention.to_scores
+    temperature = layer.temperature()
+    (attention,) = torch.ops.timm_dynamic.pooled_heads(
+        *(x, squeeze.weight, squeeze.bias, [expand.weight], [expand.bias]),
+        *("softmax", 1.0 if temperature is None else float(temperature)),
+    )
+    attention = layer.coefficients(attention)
+    bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
+    return _convolve(layer, x, attention, layer.kernels_weights, None, None, None, bias)
+
+
+def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
+    """Without the checks of the public function, which take a tenth of the time at batch 1."""
+    x = layer.pad(x)
+    options = (layer.stride, layer.zero_padding, layer.dilation)
+    limits = layer.limits or NO_LIMITS
+    if is_product(x, attention, kernels, layer.zero_padding, layer.groups):
+        sy, sx = layer.stride
+        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
+        return product(x[:, :, ::sy, ::sx].contiguous(), attention, kernels, pairs, a_out, bias, *limits)
+    if attention is None and len(x) == 1 and not in_weight_order(1, x.shape[2] * x.shape[3], layer.out_channels):
+        weight = kernels[0] * (a_in[0, :, None] * a_tap).view(kernels.shape[2:])
+        y = F.conv2d(x, weight, None, *options, layer.groups).contiguous().mul_(a_out[:, :, None, None])
+    else:
+        y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, layer.groups)
+    if bias is not None:
+        y.add_(bias[:, :, None, None])
+    return y if layer.limits is None else y.clamp_(*limits)
+
+
+# A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1 (ped_resnet50,
+# dy_mobilenetv2: benchmarks/models.py, on a CPU).
+GATED = (Implementation("one call", _gate, cannot=_cannot_gate, pays=_pays),)
+MIXED = (Implementation("one call", _mix, cannot=_cannot_mix, pays=_pays),)

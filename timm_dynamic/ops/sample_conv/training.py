@@ -1,0 +1,181 @@
+"""What `mixed_conv2d` runs, forwards and backwards: below autograd, so that only what is returned can be kept.
+
+With `pairs[b,(i,k)] = a_in[b,i] * a_tap[b,k]`, the gates of a sample's weight are the products of `a_out[b]` and
+`pairs[b]`. The weights are there for some samples at a time, and made again for the backward pass. Where positions are
+rare beside output channels, and there is one kernel, the input is gated instead: see `columns`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
+from timm_dynamic.ops.kernels import has_kernel
+from timm_dynamic.ops.precision import no_autocast
+from timm_dynamic.ops.sample_conv import columns
+from timm_dynamic.ops.sample_conv.samples import convolve, gradients, is_pointwise, mix, multiply
+from timm_dynamic.ops.sample_conv.shapes import memory_format, output_size
+
+# Mixed weights that are there at a time. At least four samples are mixed together, as every mixing reads all kernels
+# (benchmarks/roof_cases.py, mixed_conv2d, on a CPU).
+_CHUNK = {"cpu": 2**22, "cuda": 2**27}
+
+
+def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward pass the rows of `columns`, or nothing."""
+    options = (stride, padding, dilation, groups)
+    rows = columns.empty_rows(x, attention, kernels, *options)
+    out = None if len(x) else empty_output(x, kernels, stride, padding, dilation)
+    with no_autocast(x):
+        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
+        if rows.ndim == 3 and len(x):
+            return columns.forward(x, kernels[0], pairs, a_out, rows, stride, padding, dilation), rows
+        if is_product(x, attention, kernels, padding, groups):
+            x = x[:, :, :: stride[0], :: stride[1]].contiguous()
+            return product(x, attention, kernels, pairs, a_out), rows
+        pointwise = is_pointwise(kernels, padding, groups)
+        for part in _parts(x, attention, kernels):
+            weight = _weights(part, attention, kernels, pairs, a_out)[0].to(x.dtype)
+            y = multiply(x[part], weight, stride) if pointwise else convolve(x[part], weight, *options)
+            if len(y) == len(x):
+                return y, rows
+            if out is None:  # filled at once, not joined at the end: the samples' memory is used again and again
+                out = empty_output(x, kernels, stride, padding, dilation)
+            out[part] = y
+    return out, rows
+
+
+def backward(
+    grad, x, attention, kernels, a_in, a_tap, a_out, rows, stride, padding, dilation, groups, needs
+) -> tuple[Tensor, ...]:
+    """The gradients of the six tensors, 0 elements where they are not needed."""
+    grads = empty_gradients(x, attention, kernels, a_in, a_tap, a_out, needs)
+    grad_x, grad_attention, grad_kernels, *grad_gates = grads
+    if len(x) == 0:
+        return tuple(t.zero_() for t in grads)
+    options = (stride, padding, dilation, groups)
+    with no_autocast(x):
+        given = (a_in, a_tap, a_out)
+        pairs, a_out = factors(x, attention, kernels, *given)
+        if rows.ndim == 3:
+            by_columns = (grad, x, kernels[0], pairs, a_out, rows, stride, padding, dilation, needs[0], needs[2])
+            dx, dkernel, dpairs, da_out = columns.backward(*by_columns)
+            if needs[0]:
+                grad_x = dx
+            if needs[2]:
+                grad_kernels[0] = dkernel
+        else:
+            dpairs, da_out = (None, None) if pairs is None else (torch.empty_like(pairs), torch.empty_like(a_out))
+            dkernels = torch.zeros_like(kernels, memory_format=torch.contiguous_format) if needs[2] else None
+            grad = grad.contiguous(memory_format=memory_format(x))
+            for part in _parts(x, attention, kernels):
+                weight, mixed, gates = _weights(part, attention, kernels, pairs, a_out)
+                dx, dweight = gradients(grad[part], x[part], weight.to(x.dtype), *options, needs[0])
+                if needs[0]:
+                    grad_x[part] = dx
+                dweight = dweight.to(weight.dtype)
+                if gates is not None:
+                    dgates = (dweight * mixed).flatten(2)
+                    torch.bmm(dgates, pairs[part, :, None], out=da_out[part, :, None])
+                    torch.bmm(a_out[part, None], dgates, out=dpairs[part, None])
+                    if needs[2] or needs[1]:
+                        dweight *= gates
+                dweight = dweight.flatten(1).to(kernels.dtype)
+                if needs[1]:
+                    grad_attention[part] = torch.matmul(dweight, kernels.flatten(1).t())
+                if needs[2] and attention is None:
+                    dkernels += dweight.view(-1, *kernels.shape[1:]).sum(0, keepdim=True)
+                elif needs[2]:
+                    dkernels.view(len(kernels), -1).addmm_(attention[part].to(kernels.dtype).t(), dweight)
+            if needs[2]:
+                grad_kernels.copy_(dkernels)
+        if dpairs is not None:
+            _split_pairs(dpairs.unflatten(1, (kernels.shape[2], -1)), da_out, *given[:2], *grad_gates, needs[3:])
+    return grad_x, grad_attention, grad_kernels, *grad_gates
+
+
+def gradient(grad, inputs, outputs, options, needs) -> tuple[Tensor, ...]:
+    """For `register`."""
+    return torch.ops.timm_dynamic.mixed_conv2d_backward(grad, *inputs, *outputs, *options, needs)
+
+
+def empty_output(x: Tensor, kernels: Tensor, stride, padding, dilation) -> Tensor:
+    """Room for the output."""
+    shape = (x.shape[0], kernels.shape[1], *output_size(x.shape[2:], kernels.shape[3:], stride, padding, dilation))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def empty_gradients(x, attention, kernels, a_in, a_tap, a_out, needs) -> tuple[Tensor, ...]:
+    """Of the shape of the inputs, contiguous or, that of `x`, in its memory format; 0 elements where not needed."""
+    formats = (memory_format(x), *(torch.contiguous_format,) * 5)
+    return tuple(
+        torch.empty_like(t, memory_format=f) if need else x.new_empty(0)
+        for t, f, need in zip((x, attention, kernels, a_in, a_tap, a_out), formats, needs, strict=True)
+    )
+
+
+def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, Tensor | None]:
+    """`pairs`, `[B, I * Kh * Kw]`, and `a_out`, in the precision of the weights; None if there is no gate."""
+    gates = [gate for gate in (a_in, a_tap, a_out) if gate is not None]
+    if not gates and attention is not None:
+        return None, None
+    dtype = kernels.dtype
+    for gate in gates:
+        dtype = torch.promote_types(dtype, gate.dtype)
+    sizes = (kernels.shape[2], kernels.shape[3:].numel(), kernels.shape[1])
+    a_in, a_tap, a_out = (
+        x.new_ones((len(x), n), dtype=dtype) if gate is None else gate.to(dtype)
+        for gate, n in zip((a_in, a_tap, a_out), sizes, strict=True)
+    )
+    return (a_in[:, :, None] * a_tap[:, None]).flatten(1), a_out
+
+
+def is_product(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, groups: int) -> bool:
+    """Whether the CPU kernel of `channel_fusion` runs it; a stride is applied to `x` before."""
+    return (
+        is_pointwise(kernels, padding, groups)
+        and x.device.type == "cpu"
+        and x.dtype == kernels.dtype == torch.float32
+        and (attention is None or attention.dtype == torch.float32)
+        and x.numel() > 0
+        and memory_format(x) == torch.contiguous_format
+        and kernels.is_contiguous()
+        and has_kernel("cpu", "channel_fusion")
+    )
+
+
+def product(x, attention, kernels, pairs, a_out, shift=None, low=NO_LIMITS[0], high=NO_LIMITS[1]) -> Tensor:
+    """The 1x1 convolution of a contiguous `x`, plus `shift`, within limits."""
+    kernels = kernels.flatten(2)
+    weight = kernels[0] if attention is None else kernels
+    attention = None if attention is None else attention.contiguous()
+    return torch.ops.timm_dynamic.channel_fusion(x, weight, attention, pairs, a_out, None, None, shift, low, high)
+
+
+def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:
+    if attention is None:  # with weights no larger than a sample's map, and never those of all samples
+        n = max(1, min((len(x) + 1) // 2, x[0].numel() // kernels.numel()))
+    else:
+        n = max(4, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // kernels[0].numel())
+    for first in range(0, len(x), n):
+        yield slice(first, first + n)
+
+
+def _weights(part: slice, attention, kernels, pairs, a_out) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of some samples: their weights, `[n, O, I, Kh, Kw]`, which are those before the gates times the gates."""
+    mixed = kernels if attention is None else mix(attention[part], kernels)
+    if pairs is None:
+        return mixed, mixed, None
+    gates = (a_out[part, :, None] * pairs[part, None]).view(-1, *kernels.shape[1:])
+    return mixed * gates, mixed, gates
+
+
+def _split_pairs(dpairs, da_out, a_in, a_tap, grad_a_in, grad_a_tap, grad_a_out, needs) -> None:
+    """From the gradients of what `factors` gives to those of the gates that are needed; `dpairs` is `[B, I, taps]`."""
+    if needs[0]:
+        grad_a_in.copy_((dpairs if a_tap is None else dpairs * a_tap[:, None]).sum(2))
+    if needs[1]:
+        grad_a_tap.copy_((dpairs if a_in is None else dpairs * a_in[:, :, None]).sum(1))
+    if needs[2]:
+        grad_a_out.copy_(da_out)

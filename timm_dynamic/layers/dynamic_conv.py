@@ -180,7 +180,7 @@ class DynamicConv2d(DropInConv2d):
         return self.hottest + (1 - self.hottest) * self.progress(self.training)
 
     def formula(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not torch.jit.is_scripting():
             self.progress.count(self.number)
         coefficients = self.coefficients(self.attention(x, self.temperature()))
         options = (self.stride, self.zero_padding, self.dilation, self.groups)

@@ -121,6 +121,7 @@ class DynamicConv2d(DropInConv2d):
         self.kernels_bias = nn.Parameter(torch.empty(num_kernels, out_channels, **dd)) if bias else None
         self.attention = KernelAttention(in_channels, num_kernels, reduction, **dd)
         self.progress, self.number = Progress(True, _annealed, device), 1
+        self.hottest = _HOTTEST  # for TorchScript
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -174,10 +175,12 @@ class DynamicConv2d(DropInConv2d):
 
     def temperature(self) -> Tensor | None:
         """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
-        return _HOTTEST + (1 - _HOTTEST) * self.progress(self.training) if self.progress.known else None
+        if not self.progress.known:
+            return None
+        return self.hottest + (1 - self.hottest) * self.progress(self.training)
 
     def formula(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not torch.jit.is_scripting():
             self.progress.count(self.number)
         coefficients = self.coefficients(self.attention(x, self.temperature()))
         options = (self.stride, self.zero_padding, self.dilation, self.groups)

@@ -49,16 +49,13 @@ class TestWhatTheLayersUsed:
         layer, x = PEDConv2d(8, 6, 3, groups=2, bias=False, rank=rank).double().eval(), torch.randn(5, 8, 7, 7).double()
         gates, output = recorded(layer, x)
         assert gates.shape == (5, (4 + 6 + 9) * rank)
-        a_in, a_out, a_tap = gates.unflatten(1, (-1, rank)).split((4, 6, 9), 1)
-        terms = (
-            mixed_conv2d(
-                x, None, layer.weight[None], groups=2, a_in=a_in[..., r], a_tap=a_tap[..., r], a_out=a_out[..., r]
-            )
-            for r in range(rank)
-        )
+        terms = []
+        for term in gates.unflatten(1, (-1, rank)).unbind(2):
+            a_in, a_out, a_tap = term.split((4, 6, 9), 1)
+            terms.append(mixed_conv2d(x, None, layer.weight[None], groups=2, a_in=a_in, a_tap=a_tap, a_out=a_out))
         torch.testing.assert_close(sum(terms), output)
 
-    @pytest.mark.parametrize("size", [1, 16], ids=["one position", "more"])
+    @pytest.mark.parametrize("size", [1, 16])
     def test_scale(self, size):
         layer, x = DCDConv2d(8, 6, 3, padding=1, pool_size=2).double().eval(), torch.randn(5, 8, size, size).double()
         nn.init.zeros_(layer.p.weight)

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
 from steps import assert_same_step
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

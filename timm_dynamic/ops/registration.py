@@ -18,6 +18,7 @@ class Operator(NamedTuple):
 
     definition: Callable
     differentiable: bool
+    implementation: Callable | None = None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -53,7 +54,7 @@ def register(
         differentiable: False for an operator that writes into its input, or is private to a kernel's inference.
     """
     qualified = f"{NAMESPACE}::{name}"
-    OPERATORS[name] = Operator(definition, differentiable)
+    OPERATORS[name] = Operator(definition, differentiable, implementation)
     torch.library.define(qualified, schema, tags=_TAGS)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation or definition)
     torch.library.register_fake(qualified)(fake)

@@ -80,14 +80,14 @@ class DynamicConv2d(DropInConv2d):
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         check_positive(num_kernels=num_kernels, reduction=reduction)
-        self.num_kernels, self.around_mean, self.hottest = num_kernels, around_mean, _HOTTEST
+        self.num_kernels, self.around_mean = num_kernels, around_mean
+        self.hottest = _HOTTEST  # for TorchScript
         dd = {"device": device, "dtype": dtype}
         kernel_shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.kernels_weights = nn.Parameter(torch.empty(num_kernels, *kernel_shape, **dd))
         self.kernels_bias = nn.Parameter(torch.empty(num_kernels, out_channels, **dd)) if bias else None
         self.attention = KernelAttention(in_channels, num_kernels, reduction, **dd)
         self.progress, self.number = Progress(True, _annealed, device), 1
-        self.hottest = _HOTTEST  # for TorchScript
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,7 +99,7 @@ class DynamicConv2d(DropInConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":
-        """`DropInConv2d.from_conv`, with kernels around their mean."""
+        """As in the base class, with kernels around their mean."""
         return super().from_conv(conv, **{"around_mean": True, **kwargs})
 
     @torch.jit.unused
@@ -132,9 +132,8 @@ class DynamicConv2d(DropInConv2d):
     @property
     def bias(self) -> Tensor | None:
         """That of an even mixture, `[out_channels]`."""
-        if self.kernels_bias is None or self.around_mean:
-            return None if self.kernels_bias is None else self.kernels_bias[0]
-        return self.kernels_bias.mean(0)
+        biases = self.kernels_bias
+        return biases if biases is None else biases[0] if self.around_mean else biases.mean(0)
 
     def _apply(self, fn, recurse: bool = True):
         # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.

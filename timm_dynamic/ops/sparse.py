@@ -169,64 +169,49 @@ def window_table_reference(
 
 
 def neighbour_table_reference(
-    mask: Tensor, input_size: Pair, kernel_size: Pair, stride: Pair, dilation: Pair, padding: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Defines the operator `torch.ops.timm_dynamic.neighbour_table`: a convolution at the active positions of a mask.
-
-    Args:
-        mask: `[B, 1, Ho, Wo]`, of the convolution's output map: boolean, or numbers, active where they are not 0.
-        input_size: (H, W) of its input map.
-        kernel_size, stride, dilation, padding: Of the convolution.
-
-    Returns:
-        The active positions of the output map `[M]`; the positions of the input map that they read, `[P]`, ascending;
-        and for every active position and tap the number of the latter, `[M, T]`.
-    """
-    positions = mask.flatten().nonzero()[:, 0].int()
-    geometry = (input_size, mask.shape[2:], kernel_size, stride, dilation, padding)
-    table = window_table_reference(positions, *geometry).long()
-    is_needed = torch.zeros(mask.shape[0] * input_size[0] * input_size[1] + 1, dtype=torch.bool, device=mask.device)
-    is_needed[table] = True  # -1 is the last one, which is no position
-    is_needed[-1] = False
-    row_of = is_needed.cumsum(0) - 1
-    row_of[-1] = -1
-    return positions, is_needed.nonzero()[:, 0].int(), row_of[table].int()
-
-
-def fixed_neighbour_table_reference(
     mask: Tensor,
     input_size: Pair,
     kernel_size: Pair,
     stride: Pair,
     dilation: Pair,
     padding: Pair,
-    capacity: Pair,
+    capacity: Pair | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Defines the operator `torch.ops.timm_dynamic.fixed_neighbour_table`: tables of the same sizes for every mask.
+    """Defines the operator `torch.ops.timm_dynamic.neighbour_table`: a convolution at the active positions of a mask.
 
-    The kernel tells the host nothing about the mask. What there is no room for is left out; the counts say so.
+    With a capacity the tables are of the same sizes for every mask, and the kernel tells the host nothing about it.
+    What there is no room for is left out; the counts say so.
 
     Args:
-        mask, input_size, kernel_size, stride, dilation, padding: As for `neighbour_table`.
+        mask: `[B, 1, Ho, Wo]`, of the convolution's output map: boolean, or numbers, active where they are not 0.
+        input_size: (H, W) of its input map.
+        kernel_size, stride, dilation, padding: Of the convolution.
         capacity: How many active positions and how many needed ones there is room for. If that is room for all
             positions of the input map, all are listed as needed.
 
     Returns:
-        As `neighbour_table`, `[capacity[0]]`, `[capacity[1]]` and `[capacity[0], T]`, with -1 in the rows that are
-        left and for what was left out; and how many positions are active and needed, `[2]`.
+        The active positions of the output map `[M]`; the positions of the input map that they read, `[P]`, ascending;
+        for every active position and tap the number of the latter, `[M, T]`; and how many are active and needed, `[2]`.
+        With a capacity the sizes are `[capacity[0]]`, `[capacity[1]]` and `[capacity[0], T]`, with -1 in the rows that
+        are left and for what was left out.
     """
-    positions, needed, table = neighbour_table_reference(mask, input_size, kernel_size, stride, dilation, padding)
+    positions = mask.flatten().nonzero()[:, 0].int()
+    geometry = (input_size, mask.shape[2:], kernel_size, stride, dilation, padding)
+    table = window_table_reference(positions, *geometry).long()
     inputs = mask.shape[0] * math.prod(input_size)
+    is_needed = torch.zeros(inputs + 1, dtype=torch.bool, device=mask.device)
+    is_needed[table] = True  # -1 is the last one, which is no position
+    is_needed[-1] = False
+    row_of = is_needed.cumsum(0) - 1
+    row_of[-1] = -1
+    needed, numbers = is_needed.nonzero()[:, 0].int(), row_of[table].int()
     counts = torch.tensor([len(positions), len(needed)], dtype=torch.int32, device=mask.device)
+    if capacity is None:
+        return positions, needed, numbers, counts
     if capacity[1] >= inputs:
-        table = F.pad(needed, (0, 1), value=-1)[table.long()]
-        needed = torch.arange(inputs, dtype=torch.int32, device=mask.device)
-    return (
-        _resize(positions, capacity[0]),
-        _resize(needed, capacity[1]),
-        _resize(table.where(table < capacity[1], -1), capacity[0]),
-        counts,
-    )
+        numbers, needed = table.int(), torch.arange(inputs, dtype=torch.int32, device=mask.device)
+    numbers = numbers.where(numbers < capacity[1], -1)
+    return (*map(_resize, (positions, needed, numbers), (*capacity, capacity[0])), counts)
 
 
 def _resize(rows: Tensor, count: int) -> Tensor:
@@ -257,11 +242,7 @@ _OPERATORS = {
     ),
     "neighbour_table": (
         neighbour_table_reference,
-        f"(Tensor mask, int[2] input_size, {_WINDOW}) -> (Tensor, Tensor, Tensor)",
-    ),
-    "fixed_neighbour_table": (
-        fixed_neighbour_table_reference,
-        f"(Tensor mask, int[2] input_size, {_WINDOW}, int[2] capacity) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"(Tensor mask, int[2] input_size, {_WINDOW}, int[2]? capacity=None) -> (Tensor, Tensor, Tensor, Tensor)",
     ),
 }
 for _name, (_reference, _schema) in _OPERATORS.items():
@@ -300,15 +281,10 @@ def _window_table_fake(positions, input_size, output_size, kernel_size, *others)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::neighbour_table")
-def _neighbour_table_fake(mask, input_size, kernel_size, *others):
-    context = torch.library.get_ctx()
-    active, needed = context.new_dynamic_size(), context.new_dynamic_size()
-    shapes = ((active,), (needed,), (active, kernel_size[0] * kernel_size[1]))
-    return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::fixed_neighbour_table")
-def _fixed_neighbour_table_fake(mask, input_size, kernel_size, stride, dilation, padding, capacity):
+def _neighbour_table_fake(mask, input_size, kernel_size, stride, dilation, padding, capacity=None):
+    if capacity is None:
+        context = torch.library.get_ctx()
+        capacity = context.new_dynamic_size(), context.new_dynamic_size()
     shapes = ((capacity[0],), (capacity[1],), (capacity[0], kernel_size[0] * kernel_size[1]), (2,))
     return tuple(mask.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
@@ -316,7 +292,7 @@ def _fixed_neighbour_table_fake(mask, input_size, kernel_size, stride, dilation,
 _INDICES = (torch.int32, torch.bool)
 _DTYPES = {"cpu": (torch.float32, *_INDICES), "cuda": (*CUDA_DTYPES, *_INDICES)}
 _NO_KERNEL = {
-    "cpu": ("gather_rows", "scatter_rows_", "fixed_neighbour_table"),
+    "cpu": ("gather_rows", "scatter_rows_"),
     "cuda": ("gather_conv", "scatter_conv_"),
 }
 
@@ -365,9 +341,9 @@ def window_table(positions: Tensor, *args) -> Tensor:
 
 def neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
     """See `neighbour_table_reference`."""
-    return _choose("neighbour_table", mask)(mask, *args)
+    return _choose("neighbour_table", mask)(mask, *args)[:3]
 
 
 def fixed_neighbour_table(mask: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `fixed_neighbour_table_reference`."""
-    return _choose("fixed_neighbour_table", mask)(mask, *args)
+    """The same with a capacity, the last argument, and with the counts."""
+    return _choose("neighbour_table", mask)(mask, *args)

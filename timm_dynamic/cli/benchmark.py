@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from timm_dynamic import families
 from timm_dynamic.cli import common
-from timm_dynamic.cost import calls_operators, count_macs
-from timm_dynamic.ops import backend_info, reference_only
+from timm_dynamic.cost import count_macs, has_dynamic_layers
+from timm_dynamic.dispatch import use
+from timm_dynamic.ops import backend_info
 from timm_dynamic.optimize import optimize
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
@@ -190,10 +192,10 @@ def _candidate(
     compiler = args.torchcompile or ("inductor" if backend == "compiled-reference" else None)
     x = _images(model, 1, size, args, device)
     try:
-        has_operators = calls_operators(model, x)
+        count_macs(model, x)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} does not run on images {list(x.shape)}: {_first_line(error)}") from error
-    if not has_operators:
+    if not has_dynamic_layers(model):
         return Candidate(name, size, "torch", compiler)
     has_kernel = backend == "kernel" and backend_info()[device.type] == "loaded"
     return Candidate(name, size, _KERNELS[device.type] if has_kernel else "reference", compiler)
@@ -283,7 +285,7 @@ def _step(
     candidate: Candidate, model: nn.Module, x: Tensor, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], object]:
     """One iteration, to be called again and again."""
-    operators = reference_only if candidate.backend == "reference" else nullcontext
+    operators = partial(use, "formula") if candidate.backend == "reference" else nullcontext
     autocast = common.amp_autocast(args, device)
     forward = torch.compile(model, backend=candidate.compiler, dynamic=False) if candidate.compiler else model
 

@@ -7,7 +7,8 @@ from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack, FilterNorm
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d, KernelAttention
 from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.ped import PEDConv2d
-from timm_dynamic.layers.sparse_branch import SparseBranch, SparseStage
+from timm_dynamic.layers.sparse_branch import SparseBranch
+from timm_dynamic.layers.sparse_stage import SparseStage
 
 __all__ = [
     "DCDConv2d",

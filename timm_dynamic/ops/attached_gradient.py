@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops.kernels import NAMESPACE
 
 
 def attached_gradient_reference(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:

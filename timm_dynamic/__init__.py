@@ -4,7 +4,7 @@ from timm_dynamic import families, models
 from timm_dynamic.cost import count_macs
 from timm_dynamic.dispatch import explain, use
 from timm_dynamic.inspect import record
-from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.kernels import backend_info
 from timm_dynamic.optimize import optimize
 from timm_dynamic.replace import dynamize
 from timm_dynamic.training import auxiliary_loss, set_progress

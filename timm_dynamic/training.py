@@ -13,6 +13,7 @@ from timm_dynamic.layers.budget import budget_loss
 
 __all__ = ["DynamicTask", "add_terms", "attach_loss", "auxiliary_loss", "budget_loss", "set_progress"]
 
+
 def auxiliary_loss(model: nn.Module) -> dict[str, Tensor]:
     """The auxiliary loss terms of the last training forward, weighted, by `<layer>.<term>`.
 

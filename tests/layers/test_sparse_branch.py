@@ -13,8 +13,8 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import downsample_conv
 from torch import nn
 
-from timm_dynamic.layers.budget import Budget
 from timm_dynamic.layers import SparseStage, folding, load_reference, sparse_branch
+from timm_dynamic.layers.budget import Budget
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.ops import sparse
 

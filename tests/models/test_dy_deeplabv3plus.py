@@ -12,7 +12,6 @@ from timm.utils.onnx import onnx_export, onnx_forward
 from torch import nn
 
 import timm_dynamic
-from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.hub import PACKAGE_WEIGHTS
 from timm_dynamic.layers import DynamicConv2d
 

@@ -1,13 +1,16 @@
 """The ddf operator against its formula, with and without the compiled kernel."""
 
 import contextlib
+import functools
 import random
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dynamic.ops import backend_info, ddf, ddf_reference, reference_only
+from timm_dynamic import use
+from timm_dynamic.ops import backend_info, ddf
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 KERNEL = pytest.param(
@@ -15,7 +18,14 @@ KERNEL = pytest.param(
     id="kernel",
     marks=pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}"),
 )
-BACKENDS = pytest.mark.parametrize("backend", [KERNEL, pytest.param(reference_only, id="reference")])
+BACKENDS = pytest.mark.parametrize(
+    "backend", [KERNEL, pytest.param(functools.partial(use, "formula"), id="definition")]
+)
+
+
+def definition(*args, **kwargs) -> Tensor:
+    with use(ddf="formula"):
+        return ddf(*args, **kwargs)
 
 
 def formula(features, channel_filter, spatial_filter, kernel_size, dilation, stride, kernel_combine) -> Tensor:
@@ -86,7 +96,7 @@ def test_shapes_layouts_dtypes(backend, shape, layout, dtype):
         args = tuple(LAYOUTS[layout](t) for t in inputs(*shape, 3, stride, dtype, seed=stride))
         with backend():
             out = ddf(*args, stride=stride)
-        assert_close(out, ddf_reference(*(t.double() for t in args), stride=stride), dtype)
+        assert_close(out, definition(*(t.double() for t in args), stride=stride), dtype)
         if layout == "channels_last" and shape[1] > 1 and min(shape[2:]) > 1:
             assert out.is_contiguous(memory_format=torch.channels_last)
 
@@ -111,11 +121,11 @@ def test_random_cases_forward_and_backward(backend, seed, filters, layout):
     args = tuple(LAYOUTS[layout](t) for t in inputs(*shape, K, stride, dtype, seed, filters))
     wide = [t.double() for t in args]
     with backend():
-        assert_close(ddf(*args, *options), ddf_reference(*wide, *options), dtype)
+        assert_close(ddf(*args, *options), definition(*wide, *options), dtype)
         for name, actual, expected in zip(
             ("features", "channel", "spatial"),
             gradients(args, options),
-            gradients(wide, options, ddf_reference),
+            gradients(wide, options, definition),
             strict=True,
         ):
             assert actual.shape == expected.shape, name
@@ -178,10 +188,54 @@ def test_gradcheck(backend, options):
 
 
 @BACKENDS
+@pytest.mark.parametrize("kernel_combine", ["mul", "add"])
+def test_second_gradients_where_filters_depend_on_the_features(backend, kernel_combine):
+    def function(x):
+        channel = x.mean((2, 3))[:, :, None, None] * torch.arange(9.0, dtype=x.dtype).view(3, 3)
+        spatial = (x * x).sum(1, keepdim=True).expand(-1, 9, -1, -1)
+        return ddf(x, channel, spatial, kernel_combine=kernel_combine)
+
+    x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    with backend():
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_transforms(layout):
+    args = tuple(LAYOUTS[layout](t) for t in inputs(3, 4, 6, 5))
+    tangents = tuple(torch.randn_like(t) for t in args)
+    weights = torch.randn_like(args[0])
+    expected = torch.autograd.functional.vjp(ddf, args, weights)[1]
+    torch.testing.assert_close(torch.func.vjp(ddf, *args)[1](weights), expected)
+    derivative = torch.func.jvp(ddf, args, tangents)[1]
+    step = 1e-6
+    plus, minus = (ddf(*(t + sign * step * d for t, d in zip(args, tangents, strict=True))) for sign in (1, -1))
+    torch.testing.assert_close(derivative, (plus - minus) / (2 * step), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.vmap(lambda *a: ddf(*(t[None] for t in a))[0])(*args), ddf(*args))
+
+
+def test_batched_gradients():
+    args = inputs(2, 3, 5, 4, requires_grad=True)
+    jacobian = functools.partial(torch.autograd.functional.jacobian, lambda *a: ddf(*a).mean((0, 2, 3)), args)
+    for actual, expected in zip(jacobian(vectorize=True), jacobian(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@BACKENDS
+def test_flops_are_counted(backend):
+    args = inputs(2, 4, 6, 5, stride=2, requires_grad=True)
+    with backend(), FlopCounterMode(display=False) as counter:
+        ddf(*args, stride=2).sum().backward()
+    forward = 2 * 9 * 2 * 4 * 3 * 3
+    assert counter.get_total_flops() == 4 * forward
+
+
+@BACKENDS
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_gradients_only_where_wanted(backend, needs):
     args = inputs(2, 5, 6, 7, requires_grad=True)
-    full = gradients(args, (3, 1, 1, "mul"), ddf_reference)
+    full = gradients(args, (3, 1, 1, "mul"), definition)
     leaves = [t.detach().requires_grad_(n) for t, n in zip(args, needs, strict=True)]
     with backend():
         out = ddf(*leaves)
@@ -210,16 +264,14 @@ def test_opcheck(layout, filters, dtype):
     )
 
 
-@BACKENDS
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compile_fullgraph(backend, layout):
+def test_compile_fullgraph(layout):
     args = tuple(LAYOUTS[layout](t) for t in inputs(2, 8, 9, 7, dtype=torch.float32))
-    with backend():
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda *a: ddf(a[0] * 1.0, *a[1:]).relu(), fullgraph=True)
-        eager = gradients(args, (3, 1, 1, "mul"), lambda *a: ddf(*a).relu())
-        actual = gradients(args, (3, 1, 1, "mul"), compiled)
-        torch.testing.assert_close(compiled(*args, 3, 1, 1, "mul"), ddf(*args).relu())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: ddf(a[0] * 1.0, *a[1:]).relu(), fullgraph=True)
+    eager = gradients(args, (3, 1, 1, "mul"), lambda *a: ddf(*a).relu())
+    actual = gradients(args, (3, 1, 1, "mul"), compiled)
+    torch.testing.assert_close(compiled(*args, 3, 1, 1, "mul"), ddf(*args).relu())
     for a, e in zip(actual, eager, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
@@ -229,15 +281,14 @@ class Module(torch.nn.Module):
         return ddf(features, channel_filter, spatial_filter, stride=2)
 
 
-@BACKENDS
-def test_export_with_dynamic_batch(backend):
+def test_export_with_dynamic_batch():
     args = inputs(2, 4, 9, 8, 3, 2, torch.float32)
     batch = torch.export.Dim("batch", min=2)
     shapes = {name: {0: batch} for name in ("features", "channel_filter", "spatial_filter")}
-    with backend():
-        program = torch.export.export(Module(), args, dynamic_shapes=shapes)
-        other = inputs(5, 4, 9, 8, 3, 2, torch.float32, seed=1)
-        torch.testing.assert_close(program.module()(*other), Module()(*other))
+    program = torch.export.export(Module(), args, dynamic_shapes=shapes)
+    assert not any("timm_dynamic" in str(node.target) for node in program.graph.nodes)
+    other = inputs(5, 4, 9, 8, 3, 2, torch.float32, seed=1)
+    torch.testing.assert_close(program.module()(*other), Module()(*other))
 
 
 @BACKENDS
@@ -248,7 +299,7 @@ def test_autocast(backend, dtype):
     with backend(), torch.autocast("cpu", dtype):
         out = ddf(*mixed)
     out.sum().backward()
-    assert_close(out, ddf_reference(*(t.detach().double() for t in args)), dtype)
+    assert_close(out, definition(*(t.detach().double() for t in args)), dtype)
     assert [t.grad.dtype for t in args] == [torch.float32] * 3
 
 

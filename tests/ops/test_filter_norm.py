@@ -1,11 +1,13 @@
 """The filter_norm operator against its formula, with and without the compiled kernel."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
 
-from timm_dynamic.ops import backend_info, filter_norm, filter_norm_reference, reference_only
+from timm_dynamic import use
+from timm_dynamic.ops import backend_info, filter_norm
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 KERNEL = pytest.param(
@@ -13,7 +15,9 @@ KERNEL = pytest.param(
     id="kernel",
     marks=pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}"),
 )
-BACKENDS = pytest.mark.parametrize("backend", [KERNEL, pytest.param(reference_only, id="reference")])
+BACKENDS = pytest.mark.parametrize(
+    "backend", [KERNEL, pytest.param(functools.partial(use, "formula"), id="definition")]
+)
 SHAPES = [(2, 9, 5, 7), (1, 18, 1, 1), (3, 50, 1, 3), (1, 9, 13, 11), (0, 9, 4, 4), (2, 4, 9, 8), (2, 900, 1, 1)]
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -71,13 +75,30 @@ def test_opcheck(layout, dtype):
     torch.library.opcheck(torch.ops.timm_dynamic.filter_norm.default, (x, 9, 0.7), **tolerance)
 
 
-@BACKENDS
-def test_compile_fullgraph(backend):
+def test_compile_fullgraph():
     x = torch.randn(2, 18, 3, 5, requires_grad=True)
-    with backend():
-        torch._dynamo.reset()
-        out = torch.compile(filter_norm, backend="aot_eager", fullgraph=True)(x, 9, 0.7)
-        (grad,) = torch.autograd.grad(out.square().sum(), x)
-    expected = filter_norm_reference(x, 9, 0.7)
+    torch._dynamo.reset()
+    out = torch.compile(filter_norm, backend="aot_eager", fullgraph=True)(x, 9, 0.7)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    expected = filter_norm(x, 9, 0.7)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0], atol=1e-5, rtol=1e-4)
+
+
+@KERNEL.marks[0]
+def test_float32_stays_under_autocast():
+    x = torch.randn(2, 18, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(filter_norm(x, 9, 0.7), filter_norm(x.clone(), 9, 0.7))
+        assert filter_norm(x, 9, 0.7).dtype == torch.float32
+
+
+def test_transforms():
+    x, tangent = torch.randn(2, 3, 8, 3, 2, dtype=torch.float64)
+    function = functools.partial(filter_norm, taps=4, scale=0.7)
+    expected = torch.autograd.functional.vjp(function, x, tangent)[1]
+    torch.testing.assert_close(torch.func.vjp(function, x)[1](tangent)[0], expected)
+    step = 1e-6
+    numeric = (function(x + step * tangent) - function(x - step * tangent)) / (2 * step)
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,))[1], numeric, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.vmap(lambda x: function(x[None])[0])(x), function(x))

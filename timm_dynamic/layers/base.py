@@ -186,7 +186,9 @@ class DropInConv2d(DynamicLayer):
 
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
     """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
-    others = {name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype}
+    others = {
+        name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype
+    }
     return torch.func.functional_call(part, others, (x,)) if others else part(x)
 
 

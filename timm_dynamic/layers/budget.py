@@ -42,9 +42,7 @@ def budget_loss(costs: Sequence[Cost], budget: float, progress: float | Tensor) 
     return network, block
 
 
-def _loss(
-    executed: Tensor, total: Tensor, budget: float, progress: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(executed: Tensor, total: Tensor, budget: float, progress: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both terms, and the gradient of their sum with respect to `executed`."""
     q = torch.cos((torch.as_tensor(progress) / _ANNEALED).clamp(max=1) * (math.pi / 2)) ** 2
     upper, lower = 1 - q * (1 - budget), q * budget

@@ -19,7 +19,7 @@ _END = 2**52  # integers: casts of the model leave them alone. And every one up 
 
 
 class State(nn.Module):
-    """A module whose buffers have their values in every situation, but for casts: after `to_empty`, on no meta device."""
+    """A module whose buffers keep their values after `to_empty` too, and are on no meta device."""
 
     def _apply(self, fn, recurse: bool = True):
         for name, buffer in self._buffers.items():
@@ -163,7 +163,7 @@ def join(layer: nn.Module, progress: Progress) -> None:
 
 
 def save_once(model: nn.Module, progress: Progress) -> None:
-    """Let state dicts of `model` have a progress that its layers share once; for what has lost the model around them."""
+    """Let state dicts of `model` have the progress that its layers share once, also if they come from another model."""
     model.register_state_dict_post_hook(partial(_save, progress))
     model.register_load_state_dict_pre_hook(partial(_load, progress))
 

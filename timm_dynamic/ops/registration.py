@@ -1,6 +1,7 @@
 """The one way in which an operator is registered with PyTorch."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,16 @@ from timm_dynamic.ops.kernels import NAMESPACE
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 Gradient = Callable[..., Sequence[Tensor | None]]
+
+
+class Operator(NamedTuple):
+    """What a registered operator is checked against."""
+
+    definition: Callable
+    differentiable: bool
+
+
+OPERATORS: dict[str, Operator] = {}
 
 
 def register(
@@ -42,6 +53,7 @@ def register(
         differentiable: False for an operator that writes into its input, or is private to a kernel's inference.
     """
     qualified = f"{NAMESPACE}::{name}"
+    OPERATORS[name] = Operator(definition, differentiable)
     torch.library.define(qualified, schema, tags=_TAGS)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation or definition)
     torch.library.register_fake(qualified)(fake)

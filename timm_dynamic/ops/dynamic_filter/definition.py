@@ -247,9 +247,7 @@ def _flops_of_gradients(grad, features, channel_filter, spatial_filter, kernel_s
 
 _INPUTS = "Tensor features, Tensor channel_filter, Tensor spatial_filter"
 _OPTIONS = "int kernel_size, int dilation, int stride, str kernel_combine"
-register(
-    "ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _definition, _fake, gradient=_gradient, flops=_flops
-)
+register("ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _definition, _fake, gradient=_gradient, flops=_flops)
 register(
     "ddf_backward",
     f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",

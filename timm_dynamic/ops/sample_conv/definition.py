@@ -149,7 +149,10 @@ def _definition(
     if a_in is not None:
         x = x * a_in.to(x.dtype).repeat(1, groups)[:, :, None, None]
     if a_tap is not None:  # the taps become channels
-        x = columns_of(x, tuple(kernels.shape[3:]), *options) * a_tap.to(x.dtype).repeat(1, x.shape[1])[:, :, None, None]
+        x = (
+            columns_of(x, tuple(kernels.shape[3:]), *options)
+            * a_tap.to(x.dtype).repeat(1, x.shape[1])[:, :, None, None]
+        )
         kernels, options = kernels.flatten(2)[..., None, None], ((1, 1), (0, 0), (1, 1))
     if attention is None:
         y = F.conv2d(x, kernels[0].to(x.dtype), None, *options, groups)

@@ -158,7 +158,8 @@ def _shortcut(layer, plan: Plan, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype, copy=True)
     if plan.shortcut is None:
         y = layer.downsample(x)
-        y = y.to(dtype, copy=y is x)  # else it is a new one: a convolution's or a pool's
+        shared = y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        y = y.to(dtype, copy=shared)
         return y.contiguous(memory_format=torch.channels_last)
     folded, (sy, sx) = plan.shortcut
     for module in layer.downsample[:-1]:

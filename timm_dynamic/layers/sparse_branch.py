@@ -107,8 +107,7 @@ class SparseBranch(DynamicLayer):
     @property
     def parts(self) -> tuple[tuple[type, str], ...]:
         """All that is in the branch."""
-        called = ("", "masker", "budget", "" if self.packed else "downsample")
-        return tuple((type(part), name) for name, part in self.named_modules() if name.split(".")[0] not in called)
+        return _parts(self, ("masker", "budget", "downsample"))
 
     @property
     def preferred(self) -> str | None:
@@ -176,11 +175,16 @@ class PackedBlock(SparseBranch):
             self.convs.append(fuse_conv_bn_eval(conv, norm))
             self.convs.append(activation(norm, act) or nn.Identity())
         self.act = block.final_activation() or nn.Identity()
+        self._named = _parts(self, ("masker",))
         self._forget()
 
     def _forget(self) -> None:
         self._plans: dict[torch.dtype, Plan] = {}
         self.seen = {}  # how many positions were active, by the device and shape of the input
+
+    @property
+    def parts(self) -> tuple[tuple[type, str], ...]:
+        return self._named
 
     @torch.jit.unused
     def plan(self, dtype: torch.dtype) -> Plan:
@@ -220,6 +224,16 @@ class PackedBlock(SparseBranch):
     def _load_from_state_dict(self, *args, **kwargs):
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _parts(block: nn.Module, called: tuple[str, ...]) -> tuple[tuple[type, str], ...]:
+    """Type and name of every module within, but for those that are called."""
+    return tuple(
+        (type(part), f"{key}.{name}" if name else key)
+        for key, child in block._modules.items()
+        if child is not None and key not in called
+        for name, part in child.named_modules()
+    )
 
 
 def _folded_shortcut(downsample: nn.Module | None) -> nn.Module | None:

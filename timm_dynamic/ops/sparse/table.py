@@ -17,9 +17,9 @@ LIMITS = {type(None): NO_LIMITS, nn.Identity: NO_LIMITS, nn.ReLU: (0.0, torch.in
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOST_ACTIVE = 0.25  # without kernels of the CPU
-# Folding and packing weights for one call costs as much as computing with them at so many positions: 1.5 to 2.5 ms for
-# a million weights (dynconv_resnet50, all of its blocks, at batch 1 and 8, on a CPU with 2 threads).
-_FOLDED_POSITIONS = 400
+# Folding and packing weights for one call, 2.6 ms for a million of them, takes as long as computing so many positions
+# (every block of dynconv_resnet50 at batch 1 and 4, of dynconv_mobilenetv2 at batch 1, one thread of a CPU).
+_FOLDED_POSITIONS = 120
 
 
 def same_padding(conv: nn.Conv2d) -> tuple[int, int]:
@@ -104,9 +104,11 @@ def _cannot(layer, x: Tensor) -> str | None:
         return "the layer is in training mode"
     if x.ndim != 4 or x.numel() == 0:
         return "the input is empty or has no batch"
-    if layer.steps()[0][0].weight.dtype != x.dtype and not is_autocast(x):
-        return f"the input is {x.dtype}, the parameters {layer.steps()[0][0].weight.dtype}"
-    return branch_problem(layer)
+    problem = None if layer.packed else branch_problem(layer)
+    if problem is not None:
+        return problem
+    dtype = layer.steps()[0][0].weight.dtype
+    return None if dtype == x.dtype or is_autocast(x) else f"the input is {x.dtype}, the parameters {dtype}"
 
 
 def _pays(layer, x: Tensor) -> str | None:

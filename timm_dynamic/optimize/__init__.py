@@ -176,6 +176,10 @@ def _ask(model: nn.Module, report: Report) -> tuple[nn.Module, list[nn.Module]]:
 class _Inference(nn.Module):
     """Mixin of optimized models."""
 
+    # Of a part that is cut out: `fast[1:]`.
+    cuda_graph = None
+    _memory_format = torch.contiguous_format
+
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*self._formatted(args), **kwargs)

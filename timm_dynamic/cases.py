@@ -68,7 +68,7 @@ class Case:
 
 
 class Calls(TorchDispatchMode):
-    """Lists calls of registered operators, which run as their definitions: what is wrong with a kernel is seen later.
+    """Lists calls of registered operators, which run without their kernels: what is wrong with one is seen later.
 
     Args:
         wanted: Name and number of the call at which to stop, with `Found`.
@@ -87,7 +87,7 @@ class Calls(TorchDispatchMode):
         if self.wanted == (name, number):
             raise Found(tree_map(_detached, (args, kwargs)))
         self.found.append((name, number, _shapes(args)))
-        return OPERATORS[name].definition(*args, **kwargs)
+        return (OPERATORS[name].implementation or OPERATORS[name].definition)(*args, **kwargs)
 
 
 class Found(Exception):
@@ -105,6 +105,12 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def operators_of(device: str) -> set[str]:
+    """The operators that do not run as they are defined on this type of device: they have a kernel, or other code."""
+    other = {name for name, operator in OPERATORS.items() if operator.implementation is not None}
+    return other | (OPERATORS.keys() & set(kernels.operators_with_kernel(device)))
+
+
 def plan(name: str, device: str, dtypes: Sequence[torch.dtype], batches: Sequence[int], count: int) -> list[Case]:
     """The cases that a model gives.
 
@@ -116,10 +122,10 @@ def plan(name: str, device: str, dtypes: Sequence[torch.dtype], batches: Sequenc
         count: Of different shapes for each of layers, and calls of an operator in each setting.
     """
     model = build(name)
-    compiled = set(kernels.operators_with_kernel(device))
+    operators = operators_of(device)
     cases: list[Case] = []
     seen: dict[tuple, set[str]] = {}  # shapes of an operator's calls in a setting
-    for path, shape in _places(model, compiled, count):
+    for path, shape in _places(model, operators, count):
         layer = model.get_submodule(path)
         for setting, batch in _settings(layer, device, dtypes, batches):
             formula = Case("", name, path, (batch, *shape[1:]), setting, FORMULA, None, _text((batch, *shape[1:])))
@@ -135,7 +141,7 @@ def plan(name: str, device: str, dtypes: Sequence[torch.dtype], batches: Sequenc
                     found += [(case, call) for call in _calls(model, case)]
             for case, (operator, number, about) in found:
                 shapes = seen.setdefault((operator, setting, batch), set())
-                if operator in compiled and setting.dtype in dtypes and about not in shapes and len(shapes) < count:
+                if operator in operators and setting.dtype in dtypes and about not in shapes and len(shapes) < count:
                     shapes.add(about)
                     cases.append(replace(case, name=operator, number=number, about=about))
     return cases
@@ -152,7 +158,7 @@ def _settings(layer: nn.Module, device: str, dtypes, batches) -> Iterator[tuple[
                 yield Setting(device, dtype, layout, training), batch
 
 
-def _places(model: nn.Module, compiled: set[str], count: int) -> list[tuple[str, tuple[int, ...]]]:
+def _places(model: nn.Module, operators: set[str], count: int) -> list[tuple[str, tuple[int, ...]]]:
     """Layers and the shapes that they read, different ones, from small to large; and the model, if it calls more."""
     found: dict[tuple, tuple[str, tuple[int, ...], int]] = {}
     depth = 0
@@ -189,7 +195,7 @@ def _places(model: nn.Module, compiled: set[str], count: int) -> list[tuple[str,
     for (kind, *_), place in sorted(found.items(), key=lambda item: item[1][2]):
         of_type.setdefault(kind, []).append(place[:2])
     chosen = [place for places in of_type.values() for place in _spread(places, count)]
-    return chosen + [("", shape)] * bool(outside.names & compiled & OPERATORS.keys())
+    return chosen + [("", shape)] * bool(outside.names & operators)
 
 
 def _spread(places: list, count: int) -> list:
@@ -264,7 +270,8 @@ def values(function: Callable[[], Any], wanted: Sequence[Tensor]) -> list[Tensor
             return out
         numbers = torch.Generator().manual_seed(1)
         cotangent = torch.randn(out[0].shape, generator=numbers).to(out[0])
-        grads = torch.autograd.grad(out[0], wanted, cotangent, allow_unused=True)
+        with torch.autograd.set_multithreading_enabled(False):  # what `use` says is not known to autograd's threads
+            grads = torch.autograd.grad(out[0], wanted, cotangent, allow_unused=True)
     return out + [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
 
 

@@ -64,7 +64,7 @@ def _ways_of_row(model: nn.Module, case: Case) -> Callable[..., Callable]:
 
 def _ways_of_operator(model: nn.Module, case: Case) -> Callable[..., Callable]:
     args, kwargs = arguments_of(model, case)
-    definition, differentiable = OPERATORS[case.name]
+    definition, differentiable, _ = OPERATORS[case.name]
     operator = getattr(torch.ops.timm_dynamic, case.name)
     schema = operator.default._schema
     written = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]

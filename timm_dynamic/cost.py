@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dynamic.layers.base import DynamicLayer
 from timm_dynamic.layers.sparse_branch import SparseBranch
 
 
@@ -146,12 +145,7 @@ def count_active(model: nn.Module) -> Iterator[ActiveCount]:
 
 
 def _is_convolution(operator) -> bool:
-    return operator is torch.ops.timm_dynamic.ddf or "conv" in str(operator)
-
-
-def has_dynamic_layers(model: nn.Module) -> bool:
-    """Whether compiled kernels may matter to a model."""
-    return any(isinstance(module, DynamicLayer) for module in model.modules())
+    return "conv" in str(operator) or str(operator).startswith("timm_dynamic.")
 
 
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:

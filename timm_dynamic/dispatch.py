@@ -105,7 +105,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
     reason = kernels.unusual(x)
     if reason is not None:
         return reason
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if kernels.is_watched():
         return "a dispatch mode looks at the operations"
     return changed_part(layer)
 

@@ -56,8 +56,13 @@ class _RunsOptimized(nn.Module):
             return super().__call__(*args, **kwargs)
         if self._copy is None:
             object.__setattr__(self, "_copy", self._optimized(args))  # not a submodule
-            print(f"timm_dynamic.run: optimized\n{self._copy.report}", file=sys.stderr)
+            print(f"timm_dynamic.run: optimized {self._name}\n{self._copy.report}", file=sys.stderr)
         return self._copy(*args)
+
+    @property
+    def _name(self) -> str:
+        config = getattr(self, "pretrained_cfg", None) or {}
+        return config.get("architecture") or type(self).__name__
 
     def _optimized(self, inputs: tuple) -> nn.Module:
         kind = type(self)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from timm_dynamic import families
 from timm_dynamic.cli import common
-from timm_dynamic.cost import count_macs, has_dynamic_layers
+from timm_dynamic.cost import count_macs
 from timm_dynamic.dispatch import use
+from timm_dynamic.layers.base import DynamicLayer
 from timm_dynamic.ops import backend_info
 from timm_dynamic.optimize import optimize
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
@@ -195,7 +196,7 @@ def _candidate(
         count_macs(model, x)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} does not run on images {list(x.shape)}: {_first_line(error)}") from error
-    if not has_dynamic_layers(model):
+    if not any(isinstance(module, DynamicLayer) for module in model.modules()):
         return Candidate(name, size, "torch", compiler)
     has_kernel = backend == "kernel" and backend_info()[device.type] == "loaded"
     return Candidate(name, size, _KERNELS[device.type] if has_kernel else "reference", compiler)
@@ -285,12 +286,12 @@ def _step(
     candidate: Candidate, model: nn.Module, x: Tensor, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], object]:
     """One iteration, to be called again and again."""
-    operators = partial(use, "formula") if candidate.backend == "reference" else nullcontext
+    way = partial(use, "formula") if candidate.backend == "reference" else nullcontext
     autocast = common.amp_autocast(args, device)
     forward = torch.compile(model, backend=candidate.compiler, dynamic=False) if candidate.compiler else model
 
     def evaluate() -> Tensor:
-        with torch.inference_mode(), operators(), autocast:
+        with torch.inference_mode(), way(), autocast:
             return forward(x)
 
     if args.mode == "eval":
@@ -299,7 +300,7 @@ def _step(
     target = torch.zeros(len(x), dtype=torch.long, device=device)
 
     def train() -> None:
-        with operators(), autocast:
+        with way(), autocast:
             loss = F.cross_entropy(forward(x), target)
         loss.backward()
         optimizer.step()

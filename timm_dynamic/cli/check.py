@@ -10,12 +10,12 @@ import timm
 import torch
 from tqdm import tqdm
 
-from timm_dynamic.cases import Case, plan
+from timm_dynamic.cases import Case, operators_of, plan
 from timm_dynamic.check import isolated, run
 from timm_dynamic.cli.common import Parser, check_output_file, positive, positive_int
 from timm_dynamic.families import FAMILIES, family_of
 from timm_dynamic.ops import records
-from timm_dynamic.ops.kernels import backend_info, operators_with_kernel
+from timm_dynamic.ops.kernels import backend_info
 from timm_dynamic.timing import environment
 
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
@@ -93,7 +93,7 @@ def default_models(quick: bool) -> list[str]:
 
 
 def _check_names(parser: Parser, names: Iterable[str], device: str) -> None:
-    known = {*FAMILIES, *operators_with_kernel(device)}
+    known = {*FAMILIES, *operators_of(device)}
     for name in names:
         if name.split(":")[0] not in known:
             parser.error(f"--only {name}: there are {', '.join(sorted(known))}")

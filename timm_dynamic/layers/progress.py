@@ -57,6 +57,7 @@ class Progress(State):
     def __init__(self, over: bool = False, share: Callable[[float, float], float] = share_of_training, device=None):
         super().__init__()
         self.share, self.shared, self.known, self.counts = share, False, False, False
+        self.end = _END  # for TorchScript
         self.register_state("done", torch.tensor(_END if over else 0, device="cpu"), device)
         self.register_state("step", torch.tensor(0, device="cpu"), device)  # of each training forward
         # The number of forwards, and that of each layer's last one.
@@ -94,7 +95,7 @@ class Progress(State):
     def forward(self, training: bool = False) -> Tensor:
         """The share, float64. In training, the forward of now has been counted already, and is not done."""
         done = self.done - self.step if training else self.done
-        return done.clamp(0, _END).double() / _END
+        return done.clamp(0, self.end).double() / self.end
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         if self.known:

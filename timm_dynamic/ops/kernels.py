@@ -117,12 +117,21 @@ def runs_registered(operator: str, x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return not torch.onnx.is_in_onnx_export() and unusual(x) is None and choice(operator) != FORMULA
+    if torch.onnx.is_in_onnx_export() or unusual(x) is not None:
+        return False
+    return choice(operator) != FORMULA or is_watched()
 
 
 def runs_kernel(operator: str, x: Tensor) -> bool:
     """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone."""
-    return runs_registered(operator, x) and has_kernel(x.device.type, operator)
+    if not runs_registered(operator, x):
+        return False
+    return (not torch.compiler.is_compiling() and is_watched()) or has_kernel(x.device.type, operator)
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, such as a counter of operations, sees all calls: it knows operators, kernels or not."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_kernel(device_type: str, operator: str) -> bool:

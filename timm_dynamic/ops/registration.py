@@ -18,6 +18,7 @@ class Operator(NamedTuple):
 
     definition: Callable
     differentiable: bool
+    implementation: Callable | None = None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -53,7 +54,7 @@ def register(
         differentiable: False for an operator that writes into its input, or is private to a kernel's inference.
     """
     qualified = f"{NAMESPACE}::{name}"
-    OPERATORS[name] = Operator(definition, differentiable)
+    OPERATORS[name] = Operator(definition, differentiable, implementation)
     torch.library.define(qualified, schema, tags=_TAGS)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation or definition)
     torch.library.register_fake(qualified)(fake)
@@ -80,7 +81,8 @@ def _register_autograd(qualified: str, definition: Callable, gradient: Gradient 
         nothing = (None,) * (ctx.count + len(ctx.options))
         if grad is None:
             return nothing
-        inputs, outputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing forbids more
+        inputs, outputs = saved[: ctx.count], saved[ctx.count :]
         needs = [bool(need) for need in ctx.needs_input_grad[: ctx.count]]
         if gradient is None or torch.is_grad_enabled():  # create_graph
             grads = differentiate(lambda *tensors: definition(*tensors, *ctx.options), grad, inputs, needs)

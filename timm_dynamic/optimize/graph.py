@@ -62,22 +62,22 @@ class CudaGraph:
                 no tensor, or it has masks and there are no CUDA kernels for x.
         """
         with self._lock:
-            captured_for = self._input
-            if captured_for is None:
+            first = self._input
+            if first is None:
                 problem = _problem_with(model, x)
                 if problem is not None:
                     raise ValueError(problem)
                 self._autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
                 with torch.inference_mode(False):
-                    captured_for = self._input = x.clone()
+                    first = self._input = x.clone()
                 self._graph = _Graph(x.device)
-            if (x.shape, x.dtype, x.device) != (captured_for.shape, captured_for.dtype, captured_for.device):
+            if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
-                    f"the graph was captured for {list(captured_for.shape)}, {captured_for.dtype}, {captured_for.device}; got {list(x.shape)}, "
+                    f"the graph was captured for {list(first.shape)}, {first.dtype}, {first.device}; got {list(x.shape)}, "
                     f"{x.dtype}, {x.device}: optimize the model for these, too"
                 )
             with torch.inference_mode(False), torch.no_grad(), self._graph.in_order():
-                captured_for.copy_(x)
+                first.copy_(x)
                 if not self._graph.replay():  # there is none yet, or the last capture failed
                     return self._capture(forward, model)
                 if self._capacities.suffice(self._counts):

@@ -73,8 +73,8 @@ class CudaGraph:
                 self._graph = _Graph(x.device)
             if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
-                    f"the graph was captured for {list(first.shape)}, {first.dtype}, {first.device}; got {list(x.shape)}, "
-                    f"{x.dtype}, {x.device}: optimize the model for these, too"
+                    f"the graph was captured for {list(first.shape)}, {first.dtype}, {first.device}; "
+                    f"got {list(x.shape)}, {x.dtype}, {x.device}: optimize the model for these, too"
                 )
             with torch.inference_mode(False), torch.no_grad(), self._graph.in_order():
                 first.copy_(x)

@@ -12,7 +12,7 @@ import timm_dynamic
 from timm_dynamic.families import FAMILIES
 from timm_dynamic.inspect import ponder_cost, routing_entropy
 from timm_dynamic.layers import DCDConv2d, DCDLinear, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
-from timm_dynamic.ops import factored_conv2d_reference, mixed_conv2d_reference
+from timm_dynamic.ops import sample_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,8 @@ class TestWhatTheLayersUsed:
         timm_dynamic.set_progress(layer, 8, 10)  # a temperature of 4.2
         attention, output = recorded(layer, x[:2], x[2:])
         assert attention.shape == (5, 4) and not torch.allclose(attention, attention[:1])
-        torch.testing.assert_close(mixed_conv2d_reference(x, attention, layer.kernels_weights), output)
+        weights = torch.einsum("bn,noikl->boikl", attention, layer.kernels_weights)
+        torch.testing.assert_close(sample_conv2d(x, weights), output)
 
     @pytest.mark.parametrize("rank", [1, 2])
     def test_gates(self, rank):
@@ -50,7 +51,8 @@ class TestWhatTheLayersUsed:
         gates, output = recorded(layer, x)
         assert gates.shape == (5, (4 + 6 + 9) * rank)
         a_in, a_out, a_tap = gates.unflatten(1, (-1, rank)).split((4, 6, 9), 1)
-        torch.testing.assert_close(factored_conv2d_reference(x, layer.weight, a_in, a_tap, a_out, groups=2), output)
+        gates = torch.einsum("bor,bir,bkr->boik", a_out, a_in, a_tap).unflatten(3, (3, 3))
+        torch.testing.assert_close(sample_conv2d(x, gates * layer.weight, groups=2), output)
 
     @pytest.mark.parametrize("size", [1, 16])
     def test_scale(self, size):

@@ -13,6 +13,7 @@ kernels.load_kernels()
 
 __all__ = [
     "backend_info",
+    "channel_fusion",
     "ddf",
     "filter_norm",
     "learned_mask_reference",

@@ -8,7 +8,8 @@ from timm_dynamic.layers.dynamic_conv import DynamicConv2d
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.ped import PEDConv2d
-from timm_dynamic.layers.sparse_branch import SparseBranch, SparseStage
+from timm_dynamic.layers.sparse_branch import SparseBranch
+from timm_dynamic.layers.sparse_stage import SparseStage
 
 __all__ = [
     "DCDConv2d",

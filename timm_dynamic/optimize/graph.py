@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dynamic.layers import SparseBranch, capacity
-from timm_dynamic.layers.capacity import Capacities
+from timm_dynamic.dispatch import has_hooks
+from timm_dynamic.layers import SparseBranch
 from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.sparse.capacity import Capacities, has_kernels
 
 _WARM_UPS = 3
 
@@ -96,7 +97,7 @@ class CudaGraph:
         """Gives the output for the input that is there."""
         self._graph.drop()
         self._output = self._counts = None
-        if capacity.any_hooks(model):
+        if any(has_hooks(module) for module in model.modules() if module is not model):
             raise ValueError("a CUDA graph calls no hooks, and the model has some inside: remove them first")
         y = self._run(forward, Capacities(exact=True))  # after which every block has seen masks
         if not isinstance(y, Tensor):
@@ -157,9 +158,13 @@ def _problem_with(model: nn.Module, x: Tensor) -> str | None:
     """Why there can be no graph for this input."""
     if x.device.type != "cuda":
         return f"a CUDA graph needs model and input on a CUDA device, got an input on {x.device}"
-    if any(isinstance(module, SparseBranch) for module in model.modules()) and not capacity.serves(x):
+    if not has_kernels(x) and any(_is_sparse(module) for module in model.modules()):
         return (
             "a graph of a model with masks needs the CUDA kernels, for float32, float16 or bfloat16; "
             f"got {x.dtype}, kernels {backend_info()['cuda']}"
         )
     return None
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, SparseBranch) and module.execution == "sparse"

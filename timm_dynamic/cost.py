@@ -148,7 +148,7 @@ def count_active(model: nn.Module) -> Iterator[ActiveCount]:
 
 
 def _is_convolution(operator) -> bool:
-    return operator in _FORMULAS or "conv" in str(operator)
+    return operator in _FORMULAS or operator is torch.ops.timm_dynamic.ddf or "conv" in str(operator)
 
 
 def calls_operators(model: nn.Module, x: Tensor) -> bool:
@@ -177,16 +177,10 @@ def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
     return {"Global": {}, **counter.get_flop_counts()}
 
 
-def _ddf_flops(features, channel_filter, spatial_filter, kernel_size, *options, out_shape) -> int:
-    return 2 * kernel_size**2 * out_shape.numel()
-
-
 def _product_flops(rows, matrix, *options, out_shape) -> int:
     return 2 * matrix[1] * out_shape.numel()
 
 
-_FORMULAS = {
-    torch.ops.timm_dynamic.ddf: _ddf_flops,
-}
+_FORMULAS = {}
 if ONEDNN:  # its product serves 1x1 convolutions
     _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product_flops

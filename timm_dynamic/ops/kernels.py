@@ -93,8 +93,17 @@ def runs_registered(operator: str, x: Tensor) -> bool:
 
 
 def runs_kernel(operator: str, x: Tensor) -> bool:
-    """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone."""
-    return runs_registered(operator, x) and has_kernel(x.device.type, operator)
+    """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone.
+
+    A dispatch mode sees the registered form too: `torch.utils.flop_counter.FlopCounterMode` knows its formula.
+    """
+    if not runs_registered(operator, x):
+        return False
+    return _observed() or has_kernel(x.device.type, operator)
+
+
+def _observed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_kernel(device_type: str, operator: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops.kernels import runs_kernel
+from timm_dynamic.ops.kernels import runs_kernel, transforms
 from timm_dynamic.ops.precision import accumulation_dtype, autocast_dtype
 from timm_dynamic.ops.registration import register
 
@@ -110,7 +110,10 @@ def _definition(
     for k in range(kernel_size**2):
         weight = _combine(channel_filter[:, :, k, None, None], spatial_filter[:, k : k + 1], kernel_combine)
         out = out + weight * _tap(padded, k, kernel_size, dilation, stride, Ho, Wo)
-    return out.to(features.dtype).contiguous(memory_format=_memory_format(features))
+    out = out.to(features.dtype)
+    if not torch.compiler.is_compiling() and transforms():  # vmap does not know of memory formats
+        return out
+    return out.contiguous(memory_format=_memory_format(features))
 
 
 def _definition_of_gradients(

@@ -36,7 +36,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror cuda_ops/*/* tests/cuda_on_host/*.cpp tests/cuda_on_host/include/*
+	$(BIN)/clang-format --dry-run --Werror cuda_ops/*/* tests/cuda_on_host/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/include/*
 
 # For every GPU, wherever it is built; `TIMM_DYNAMIC_CUDA=0 make wheel` leaves the CUDA kernels out. Torch brings its own
 # libraries, and the CUDA runtime is linked statically.

@@ -4,7 +4,9 @@
 toolkit is found. `TORCH_CUDA_ARCH_LIST` overrides the GPU architectures.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +27,18 @@ def say(message: str) -> None:
     print(f"timm-dynamic: {message}", file=sys.stderr)
 
 
+def build_id(sources: list[str]) -> str:
+    """Of the sources and the headers that they include: measurements of kernels are of one (ops/records.py)."""
+    found, todo = set(), [Path(source) for source in sources]
+    while todo:
+        path = todo.pop()
+        found.add(path)
+        names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+        included = [folder / name for name in names for folder in (path.parent, Path("cuda_ops"))]
+        todo += [header for header in included if header.exists() and header not in found]
+    return hashlib.sha1(b"".join(path.read_bytes() for path in sorted(found))).hexdigest()
+
+
 def extension(name: str, sources: list[str], device: str, libraries: list[str], **compile_args) -> Extension:
     return Extension(
         f"timm_dynamic.{name}",
@@ -34,7 +48,11 @@ def extension(name: str, sources: list[str], device: str, libraries: list[str], 
         libraries=["torch", "torch_cpu", *libraries],
         depends=[str(p) for p in Path("cuda_ops").rglob("*.h")],
         extra_compile_args=compile_args,
-        extra_link_args=["-Wl,--exclude-libs,ALL", *([] if SANITIZED else ["-s"])],
+        extra_link_args=[
+            "-Wl,--exclude-libs,ALL",
+            f"-Wl,--build-id=0x{build_id(sources)}",
+            *([] if SANITIZED else ["-s"]),
+        ],
         language="c++",
     )
 

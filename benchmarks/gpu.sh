@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Builds the kernels for this machine's GPU, then tests and measures: benchmarks/gpu.sh [build|tests|ops|models|sparse]...
+# Builds the kernels for this machine's GPU, then checks, tests and measures: benchmarks/gpu.sh [PART]...
 #
-# Wants a GPU, nvcc, and a python3 (or $PYTHON) with torch >= 2.11, timm, pytest and setuptools >= 77; no network. Each
-# part takes less than 9 minutes, all together less than 25; each stands alone (the first to run builds, so where time is
-# short begin with `gpu.sh build`), and one that was interrupted is run again: `models` goes on where it stopped, `tests`,
-# `ops` and `sparse` keep what they have done. JSON goes to benchmarks/results (or $RESULTS), and a table of it comes last.
+# Parts: build, check, tests, models (all four by default), and sanitize. Wants a GPU, nvcc, and a python3 (or $PYTHON)
+# with torch >= 2.11, timm, pytest and setuptools >= 77; no network. All together take less than 14 minutes; each stands
+# alone (the first to run builds), and is run again if it was interrupted. What `check` says goes to
+# timm_dynamic/measured, from where the package learns which kernels are on; the rest to benchmarks/results. Commit both,
+# and the page that `benchmarks/page.py` makes of them.
 #
 # What the machine lacks can be carried there as a folder of wheels, some 40 MB, that $WHEELS names. They are unpacked
 # to build/carried, which comes before what is installed. Where there is a network, for Python 3.12 and torch 2.11:
@@ -15,10 +16,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-RESULTS=${RESULTS:-benchmarks/results}
+RESULTS=benchmarks/results
 PATH=$PATH:/usr/local/cuda/bin # compute-sanitizer
 export PYTHONPATH=$PWD
-mkdir -p "$RESULTS"
+mkdir -p timm_dynamic/measured
 failed=()
 
 run() { # run NAME SECONDS COMMAND...: says how it went, remembers failures, goes on
@@ -71,49 +72,46 @@ CHECK
 build() { # unless it is done: minutes
   local arch stamp=build/gpu.stamp sum
   arch=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 2
-  sum="$arch $("$PYTHON" -c 'import torch; print(torch.__version__)') $(cat setup.py cuda_ops/*/* | sha256sum)"
+  sum="$arch $("$PYTHON" -c 'import torch; print(torch.__version__)') $(find setup.py cuda_ops -type f | sort | xargs sha256sum | sha256sum)"
   if [[ ! -f timm_dynamic/_cuda.so || $(cat "$stamp" 2>/dev/null) != "$sum" ]]; then
-    TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 400 "$PYTHON" setup.py -q build_ext --inplace
+    TORCH_CUDA_ARCH_LIST=$arch TIMM_DYNAMIC_CUDA=1 run build 300 "$PYTHON" setup.py -q build_ext --inplace
     [[ ${#failed[@]} == 0 ]] || exit 1
     echo "$sum" >"$stamp"
   fi
   "$PYTHON" -m timm_dynamic.cli env
-  "$PYTHON" - <<'CHECK' || exit 1
-import sys
-
-from timm_dynamic.ops import backend_info
-
-sys.exit(None if backend_info()["cuda"] == "loaded" else f"gpu.sh: CUDA kernels {backend_info()['cuda']}")
-CHECK
+  "$PYTHON" -c 'import sys; from timm_dynamic.ops import kernels; sys.exit(not kernels.is_loaded("cuda"))' || exit 1
 }
 
-tests() { # all that are marked `cuda`, and a few under compute-sanitizer
-  run tests 525 "$PYTHON" benchmarks/gpu_tests.py --output "$RESULTS/gpu_tests.json"
+check() { # every implementation against its formula, right and faster or not
+  local name
+  name=$("$PYTHON" -c 'import re, torch; print(re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()))') || exit 2
+  run check 220 "$PYTHON" -m timm_dynamic.cli check --device cuda --batch-size 8 64 --shapes 2 --timeout 40 --minutes 3 \
+    --json "timm_dynamic/measured/$name.json"
 }
 
-ops() {
-  run "share of the roof" 210 "$PYTHON" benchmarks/gpu_roof.py --output "$RESULTS/gpu_roof.json"
-  run "ddf against alternatives" 140 "$PYTHON" benchmarks/op_ddf.py --device cuda --output "$RESULTS/op_ddf_cuda.json"
+# Those with tests for a GPU: the others need not be importable here.
+mapfile -t files < <(grep -rlE 'mark\.cuda|needs_gpu\(' tests --include='test_*.py')
+PYTEST=("$PYTHON" -m pytest -p no:cacheprovider -rfE "${files[@]}" -m)
+
+tests() {
+  run tests 160 env OMP_NUM_THREADS=4 "${PYTEST[@]}" cuda --junitxml="$RESULTS/gpu_tests.xml"
 }
 
-models() {
-  run models 420 "$PYTHON" benchmarks/models.py --paths --device cuda --minutes 5 --longest 2 --output "$RESULTS/paths_cuda.json"
+sanitize() { # without torch's cache of memory every tensor has an allocation, whose end memcheck knows
+  run sanitize 300 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 7 \
+    "${PYTEST[@]}" "cuda and sanitized"
 }
 
-sparse() {
-  local dtype
-  for dtype in float32 bfloat16; do
-    run "sparse execution, $dtype" 100 "$PYTHON" benchmarks/sparse.py --device cuda --dtype "$dtype" --quick \
-      --output "$RESULTS/sparse_cuda_$dtype.json"
-  done
+models() { # beside their static twins, in bfloat16 and channels_last, eager and compiled
+  run models 160 "$PYTHON" benchmarks/models.py --device cuda --minutes 2 --longest 1.5
 }
 
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests ops models sparse)
+[[ $# -gt 0 ]] || parts=(check tests models)
 for part in "${parts[@]}"; do
   case $part in
-    build | tests | ops | models | sparse) ;;
-    *) echo "gpu.sh: unknown part '$part'; choose from build, tests, ops, models, sparse" >&2 && exit 2 ;;
+    build | check | tests | models | sanitize) ;;
+    *) echo "gpu.sh: unknown part '$part'; choose from build, check, tests, models, sanitize" >&2 && exit 2 ;;
   esac
 done
 unpack
@@ -122,7 +120,6 @@ build
 for part in "${parts[@]}"; do
   [[ $part == build ]] || "$part"
 done
-"$PYTHON" benchmarks/gpu_table.py "$RESULTS"
 if [[ ${#failed[@]} -gt 0 ]]; then
   printf 'FAILED: %s\n' "${failed[@]}"
   exit 1

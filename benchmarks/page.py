@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from page_gpu import gpu_text
 from page_models import models_text
 from page_rejected import rejected_text
 from page_sparse import sparse_text
+
+from timm_dynamic.ops.records import SHIPPED, read
 
 HERE = Path(__file__).parent
 HEAD = """# Measurements
@@ -45,6 +46,22 @@ the last epoch (one image is 0.28), one run for each seed: by `timm-dynamic trai
 by `examples/train_loop.py`, which knows nothing of auxiliary losses. The last column has these at the end, weighted.
 
 | model | seeds | train | plain loop | auxiliary: train, loop |
+|---|---|---|---|---|
+"""
+UNVERIFIED = """
+## GPU
+
+Nothing has been measured on a GPU yet: no kernel and no faster implementation runs on one by default, the formulas with
+PyTorch's libraries do. `benchmarks/gpu.sh` checks, tests and measures; `timm-dynamic check --device cuda` checks alone.
+"""
+VERIFIED = """
+## On {device}
+
+`timm-dynamic check --device cuda`, `timm_dynamic/measured/{file}`, torch {torch}, {date}. Each implementation against
+its formula in float64, and its time beside that of the formula (geometric mean of all cases). What is right and faster
+is on by default on such a device, with this build of the kernels.
+
+| implementation | cases | right | time | |
 |---|---|---|---|---|
 """
 MODELS = ("models_cpu.json", "paths_cpu.json", "models_cuda.json", "paths_cuda.json")
@@ -109,6 +126,20 @@ def loop_table(name: str) -> str:
     return table
 
 
+def gpu_text() -> str:
+    """What `timm-dynamic check` found on GPUs."""
+    text = ""
+    for path in sorted(SHIPPED.glob("*.json")):
+        for record in read(path):
+            facts = {key: record[key] for key in ("device", "torch")}
+            text += VERIFIED.format(**facts, file=path.name, date=record["date"][:10])
+            for name, verdict in record["names"].items():
+                time = f"{verdict['ratio']:.2f}x" if verdict["ratio"] else ""
+                right, on = ("yes" if verdict["right"] else "no"), ("on" if verdict["on"] else "off")
+                text += f"| {name} | {verdict['cases']} | {right} | {time} | {on} |\n"
+    return text or UNVERIFIED
+
+
 def main() -> None:
     page = HEAD
     for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
@@ -122,8 +153,7 @@ def main() -> None:
         page += sparse_text(report, path.name, machine(report), path.parent)
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
     page += rejected_text(load("op_ddf_cpu.json"))
-    on_gpu = (load_if_there(f"gpu_{name}.json") for name in ("tests", "roof"))
-    page += gpu_text(*on_gpu, load("cuda_kernels.json"), machine)
+    page += gpu_text()
     (HERE / "README.md").write_text(page)
 
 

@@ -2,10 +2,13 @@
 
 import functools
 import importlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from golden import DATA, Golden
+
+import timm_dynamic
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,10 @@ def small_digits(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 15).astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_gpus_are_on(request):
+    """In tests of them, measured or not."""
+    with timm_dynamic.use("kernel") if request.node.get_closest_marker("cuda") else nullcontext():
+        yield

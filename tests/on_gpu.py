@@ -1,9 +1,10 @@
-"""What the tests of the CUDA kernels share. `benchmarks/gpu_tests.py` finds them by the name `needs_gpu`."""
+"""What the tests of the CUDA kernels share. `benchmarks/gpu.sh` finds them by the name `needs_gpu`."""
 
 import pytest
 import torch
 
-from timm_dynamic.ops import backend_info
+from timm_dynamic import backend_info
+from timm_dynamic.ops.kernels import is_loaded
 
 DEVICE = "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -21,7 +22,7 @@ def _why_not(tensor_cores: bool) -> str | None:
         return "no CUDA device here"
     if tensor_cores and torch.cuda.get_device_capability() < (8, 0):
         return "this GPU's tensor cores do not take bfloat16"
-    return None if backend_info()["cuda"] == "loaded" else f"CUDA kernels {backend_info()['cuda']}"
+    return None if is_loaded("cuda") else f"CUDA kernels {backend_info()['cuda']}"
 
 
 def needs_gpu(tensor_cores: bool = False) -> list[pytest.MarkDecorator]:

@@ -8,111 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from timm_dynamic.ops import records
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def roof(script, monkeypatch):
-    """gpu_roof with small cases on the CPU: every call runs once and takes 2 ms."""
-    cases, roof = script("roof_cases"), script("gpu_roof")
-    monkeypatch.setattr(cases, "DDF_SHAPES", [(2, 3, 5, 4)])
-    monkeypatch.setattr(cases, "SPARSE_SHAPES", [(2, 6, 8, 4)])
-    monkeypatch.setattr(cases, "BATCHES", (2, 3))
-    monkeypatch.setattr(cases, "THREE_BY_THREE", [(4, 4, 3, 6), (8, 8, 3, 5)] + 2 * [(4, 8, 3, 3)])
-    monkeypatch.setattr(cases, "POINTWISE", [(8, 4, 1, 6), (4, 8, 1, 6)] * 2)
-    monkeypatch.setattr(roof, "gpu_ms", lambda call, in_graph=True: (call(), 2.0)[1])
-    return roof
-
-
-def test_every_case_of_the_roof_runs(roof):
-    torch.manual_seed(0)
-    rows = list(roof.rows(list(roof.OPERATORS), 1.0, 1.0, CPU))
-    assert {row["operator"] for row in rows} == set(roof.OPERATORS)
-    assert not [row["error"] for row in rows if "error" in row]
-    for row in json.loads(json.dumps(rows)):
-        assert row["bytes"] > 0 and row["share_of_floor"] == row["floor_ms"] / 2
-        assert "% of the roof" in roof.show(row)
-
-
-def test_what_fails_is_reported_and_the_rest_goes_on(roof, monkeypatch):
-    attempts = []
-
-    def raises(call, in_graph=True):
-        attempts.append(in_graph)
-        if len(attempts) < 3:
-            raise RuntimeError("no kernel\nfor this")
-        return 2.0
-
-    monkeypatch.setattr(roof, "gpu_ms", raises)
-    first, second, *_ = roof.rows(["ddf"], 1.0, 1.0, CPU)
-    assert first["error"] == "no kernel" and roof.show(first).endswith("no kernel")
-    assert second["in_graph"] and attempts[:3] == [True, False, True]
-
-
-def test_sparse_execution_is_inference(roof, monkeypatch, script):
-    """With gradients its kernels would not serve."""
-    cases, enabled = script("roof_cases"), []
-    monkeypatch.setattr(cases.sparse, "gather_conv", lambda *args: enabled.append(torch.is_grad_enabled()))
-    for case in cases.sparse_cases(CPU):
-        case.call()
-    assert enabled == [False, False]
-
-
-def floors(script, name, device=CPU):
-    return {case.what: (case.bytes, case.flops) for case in script("roof_cases").OPERATORS[name](device)}
-
-
-def test_floors_of_ddf(roof, script):
-    [*_, last] = [case for case in script("roof_cases").ddf_cases(CPU) if case.what == "forward"]
-    maps, filters = 2 * (2 * 3 * 5 * 4), 2 * 3 * 9 + 2 * 9 * 5 * 4
-    assert (last.dtype, last.bytes, last.flops) == (torch.bfloat16, 2 * (maps + filters), 0)
-
-
-def test_floors_of_sparse_execution(roof, script, monkeypatch):
-    """Everywhere active: M = P = 2*8*8 positions of 6 channels outside and 4 inside, in bfloat16."""
-    cases = script("roof_cases")
-    monkeypatch.setattr(cases.torch, "rand", lambda *size, device: torch.zeros(size))
-    monkeypatch.setattr(cases, "SPARSE_SHAPES", [(2, 8, 6, 4)])
-    found, P = floors(script, "sparse"), 128
-    assert found["gather_rows"] == (2 * P * 6 * 2 + 4 * P, 0)
-    assert found["gather_rows, 9 taps"] == (P * 4 * 2 + 4 * 9 * P + 9 * P * 4 * 2, 0)
-    assert found["scatter_rows_"] == (3 * P * 6 * 2 + 4 * P, 0)
-    assert found["gather_depthwise"] == (P * 4 * 2 + 4 * 9 * P + 9 * 4 * 2 + 4 * 2 + P * 4 * 2, 0)
-    assert found["gather_conv"][1] == 2 * P * 36 * 4
-    assert found["window_table"] == (4 * P + 4 * 9 * P, 0)
-    assert found["neighbour_table"] == (2 * P + 4 * P + 4 * P + 4 * 9 * P, 0)
-    assert found["fixed_neighbour_table"] == found["neighbour_table"]
-    assert found["learned_mask"] == (P * 6 * 2 + 4 * (10 * 6 + 1) + P * 2, 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "what", "parameters", "more_flops"),
-    [
-        ("static", "conv2d", 2 * 4 * 8, 0),
-        ("mixed_conv2d", "mixed_conv2d", 4 * (3 * 4 + 4 * 4 * 8), 2 * 3 * 4 * 4 * 8),
-        ("factored_conv2d", "factored_conv2d", 4 * (4 * 8 + 3 * (4 + 1 + 8)), 0),
-    ],
-)
-def test_floors_of_convolutions(roof, script, name, what, parameters, more_flops):
-    """The last case: 3 samples of 6x6 positions, 4 to 8 channels, 1x1."""
-    found = floors(script, name)
-    x, out, flops = 2 * 3 * 4 * 36, 2 * 3 * 8 * 36, 2 * 3 * 36 * 4 * 8 + more_flops
-    assert found[f"{what}, forward"] == (x + out + parameters, flops)
-    assert found[f"{what}, forward + backward"] == (2 * (x + out) + x + 3 * parameters, 3 * flops)
-
-
-def test_floors_of_dcd_and_of_weights_by_sample(roof, script):
-    assert floors(script, "dcd")["DCDConv2d, forward"][1] == 2 * 3 * 36 * (4 * 8 + 2 * (4 + 2 + 8))  # L = 2
-    depthwise = floors(script, "per_sample_conv2d")["per_sample_conv2d, forward"]
-    assert depthwise == (2 * (2 * 2 * 8 * 25 + 2 * 8 * 9), 2 * 2 * 25 * 8 * 9)
-
-
-def test_the_floor_is_bytes_or_operations(script):
-    cases = script("roof_cases")
-    case = cases.Case("a", "b", "c", torch.float32, "rows", lambda: None, bytes=3 * 10**9, flops=4 * 10**12)
-    assert cases.floor_ms(case, copy_gb_per_s=1000, tflop_per_s=2000) == 3
-    assert cases.floor_ms(case, copy_gb_per_s=1000, tflop_per_s=1000) == 4
 
 
 def rows_of(model, ratio, batch=1):
@@ -220,43 +118,26 @@ def test_models_in_the_page(script, report, tmp_path):
     assert (tmp_path / "paths_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def kernels():
-    row = {"kernel": "gather<float>", "arch": "sm_90", "registers": 40, "shared": 0, "stack": 0, "local": 0}
-    return {"rows": [row], "binary_bytes": 10**6, "compiler": "nvcc", "ptx": ["sm_120"]}
-
-
-def test_what_no_gpu_has_verified_is_said(script):
-    page = script("page_gpu")
-    assert {*page.OPERATORS, "static"} == script("roof_cases").OPERATORS.keys()
-    text = page.gpu_text(None, None, kernels(), str)
-    assert "Unverified on GPU: every CUDA kernel, and every operator (ddf, sparse, mixed_conv2d" in text
-    assert "| `gather` | unverified | 1 |" in text
-
-
-def test_what_a_gpu_has_verified_is_said(script):
-    page = script("page_gpu")
-    tests = {"passed": 9, "failed": 0, "complete": True, "sources": page.sources()}
-    tests["sanitizers"] = {"memcheck": "clean (3 tests)"}
-    text = page.gpu_text(tests, None, kernels(), lambda report: "an H200")
-    assert "an H200: 9 of 9 tests passed; memcheck clean (3 tests)." in text
-    assert "| `gather` | tested | 1 |" in text and "to the roof is unverified on GPU" in text
-    for other in ({"sources": "of another day"}, {"failed": 1}, {"complete": False}):
-        assert "| `gather` | unverified | 1 |" in page.gpu_text(tests | other, None, kernels(), str)
-    assert "have changed since" in page.gpu_text(tests | {"sources": "of another day"}, None, kernels(), str)
-
-
-def test_the_roof_in_the_page(roof, script):
-    report = {"copy_gb_per_s": 4000.0, "bf16_matrix_tflop_per_s": 700.0}
-    report["rows"] = list(roof.rows(["static", "mixed_conv2d", "dcd", "ddf"], 1e-3, 1e-3, CPU))
-    report["rows"][-1] = {key: value for key, value in report["rows"][-1].items() if key != "ms"} | {"error": "no"}
-    table = script("page_gpu").roof_table(report, "gpu_roof.json", "an H200")
-    assert "a large copy runs at 4000 GB/s" in table
-    lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in table.splitlines() if line.startswith("| ")}
-    assert lines["mixed_conv2d, forward"][5] == "1.00, 1.00 |"  # every call takes 2 ms here
-    assert lines["dcd: DCDConv2d, forward + backward"][5] == "1.00, 1.00 |"
-    assert lines["static: conv2d, forward"][5] == " |"
-    assert lines["ddf: depthwise, torch"][3] == "1 (1 failed)"
-    assert lines["static: conv2d, forward"][4].count(" %") == 3
+def test_what_was_measured_on_a_gpu(script, monkeypatch, tmp_path):
+    page = script("page")
+    monkeypatch.setattr(page, "SHIPPED", tmp_path)
+    assert "no kernel and no faster implementation runs on one by default" in page.gpu_text()
+    names = {
+        "ddf": {"right": True, "on": True, "ratio": 0.25, "cases": 8},
+        "gather_rows": {"right": False, "on": False, "ratio": None, "cases": 2},
+    }
+    record = {
+        "device": "an H200",
+        "capability": "9.0",
+        "build": "b",
+        "torch": "2.11",
+        "date": "2026-01-02T03",
+        "cases": [],
+    }
+    records.write(tmp_path / "an_h200.json", record | {"names": names})
+    text = page.gpu_text()
+    assert "## On an H200" in text and "`timm_dynamic/measured/an_h200.json`, torch 2.11, 2026-01-02." in text
+    assert "| ddf | 8 | yes | 0.25x | on |\n| gather_rows | 2 | no |  | off |\n" in text
 
 
 def test_the_page_is_what_the_results_give(script, monkeypatch, tmp_path):
@@ -287,15 +168,3 @@ def test_the_figures_in_the_readme_are_those_of_the_results():
             rows.setdefault(f"| `{row['model']}` | {row['batch_size']} |", []).extend(figures)
     for head, figures in rows.items():
         assert f"{head} {' | '.join(figures)} |" in readme
-
-
-def test_gpu_table(script, report, tmp_path, monkeypatch, capsys):
-    environment = {"device": "an H200", "torch": "2.11", "commit": "abc"}
-    (tmp_path / "paths_cuda.json").write_text(json.dumps(environment | report))
-    table = script("gpu_table")
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    table.main()
-    out = capsys.readouterr().out
-    assert "gpu_roof.json: not there yet" in out
-    assert "paths_cuda.json: an H200, torch 2.11, commit abc" in out
-    assert "dcd                eval     32 reference path" in out and "7.50   1.50   1.02" in out

@@ -15,7 +15,7 @@ FLAGS = ["-ptx", "-arch=compute_80", "-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda path: path.name)
+@pytest.mark.parametrize("source", sorted(KERNELS.rglob("*.cu")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_compiles(source, tmp_path):
     includes = (f"-I{folder}" for folder in (KERNELS, Path(torch.__file__).parent / "include"))
     flags = [*FLAGS, *cpp_extension.COMMON_NVCC_FLAGS]  # these take the 16-bit types' conversions away

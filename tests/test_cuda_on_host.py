@@ -7,7 +7,7 @@ import torch
 KERNELS = """
 #include <cuda_fp16.h>
 #include <cuda_bf16.h>
-#include "cuda_kernels.h"
+#include "common/cuda_kernels.h"
 
 namespace timm_dynamic {
 namespace {
@@ -90,7 +90,7 @@ void launch(int what, const float* from, float* to, cudaStream_t stream) {
 OPERATORS = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include "cuda_device.h"
+#include "common/cuda_device.h"
 
 namespace timm_dynamic {
 

@@ -37,7 +37,10 @@ def test_runs_a_script_as_python_does(tmp_path):
 def test_no_script(tmp_path, argv, problem):
     done = run(*argv, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"timm_dynamic.run: error: {problem} (usage: python -m timm_dynamic.run SCRIPT ARGS...)\n"
+    assert (
+        done.stderr
+        == f"timm_dynamic.run: error: {problem} (usage: python -m timm_dynamic.run [--optimize] SCRIPT ARGS...)\n"
+    )
 
 
 def test_upstream_way_of_importing_us(tmp_path):
@@ -45,3 +48,35 @@ def test_upstream_way_of_importing_us(tmp_path):
     code = "import importlib, timm; importlib.import_module('timm_dynamic'); print(timm.is_model('test_ddf_resnet'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "True\n", done.stderr
+
+
+OPTIMIZED = """
+import torch
+from timm import create_model
+from timm.models import create_model as other
+
+assert create_model is other
+model = create_model("test_resnet", num_classes=5)
+twin = create_model("test_resnet", num_classes=5).eval()
+x = torch.randn(2, 3, 64, 64)
+for seed in range(2):  # weights that are loaded after creation count
+    torch.manual_seed(seed)
+    twin.load_state_dict({k: torch.rand_like(v.float()) for k, v in twin.state_dict().items()})
+    model.load_state_dict(twin.state_dict())
+    model.eval()
+    expected = twin(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+try:
+    model.train()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_optimize(tmp_path):
+    (tmp_path / "script.py").write_text(OPTIMIZED)
+    done = run("--optimize", "script.py", cwd=tmp_path)
+    assert done.returncode == 0 and "do not train" in done.stdout, done.stderr
+    assert done.stderr.count("timm_dynamic.run: optimized test_resnet") == 2
+    assert done.stderr.count("took over the norm behind") == 2

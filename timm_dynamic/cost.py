@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.sparse_branch import SparseBranch
-from timm_dynamic.ops._library import operators_only
-from timm_dynamic.ops._linear import ONEDNN
 
 
 class Macs(NamedTuple):
@@ -148,39 +145,17 @@ def count_active(model: nn.Module) -> Iterator[ActiveCount]:
 
 
 def _is_convolution(operator) -> bool:
-    return operator in _FORMULAS or operator is torch.ops.timm_dynamic.ddf or "conv" in str(operator)
-
-
-def calls_operators(model: nn.Module, x: Tensor) -> bool:
-    """Whether compiled kernels matter to a model: it runs operators of `timm_dynamic.ops`, at least for some inputs.
-
-    Args:
-        model: Any model; it is left as it was found.
-        x: An input of it. The operators of some layers are not among what serves all inputs: those layers count.
-    """
-    called = _flops(model, x)["Global"]
-    return any(str(operator).startswith("timm_dynamic.") for operator in called) or any(
-        isinstance(module, (DCDConv2d, DCDLinear, SparseBranch)) for module in model.modules()
-    )
+    return "conv" in str(operator) or str(operator).startswith("timm_dynamic.")
 
 
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
     """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by module and operator."""
     modes = {module: module.training for module in model.modules()}
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), operators_only(), counter:
+        with torch.no_grad(), counter:
             model.eval()(x)
     finally:
         for module, training in modes.items():
             module.training = training
     return {"Global": {}, **counter.get_flop_counts()}
-
-
-def _product_flops(rows, matrix, *options, out_shape) -> int:
-    return 2 * matrix[1] * out_shape.numel()
-
-
-_FORMULAS = {}
-if ONEDNN:  # its product serves 1x1 convolutions
-    _FORMULAS[torch.ops.mkldnn._linear_pointwise] = _product_flops

@@ -11,9 +11,9 @@ from torch.nn.modules import module as torch_module
 
 from timm_dynamic.ops import kernels
 from timm_dynamic.ops.implementation import Implementation, Situation, situation_of
-from timm_dynamic.ops.kernels import FORMULA
+from timm_dynamic.ops.kernels import FORMULA, KERNEL
 
-__all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "use"]
+__all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "has_hooks", "use"]
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -55,7 +55,7 @@ def _choose(layer: nn.Module, x: Tensor) -> Implementation | None:
     if wanted == FORMULA:
         return None
     reason = _unusual(layer, x)
-    if wanted is not None:
+    if wanted not in (None, KERNEL):
         return _forced(layer, x, wanted, reason)
     if reason is not None:
         return None
@@ -65,8 +65,7 @@ def _choose(layer: nn.Module, x: Tensor) -> Implementation | None:
             situation.device in row.devices
             and situation.gradients == row.gradients
             and row.reason_against(layer, x, situation) is None
-            and row.pays(layer, x) is None
-            and _unmeasured(row, situation) is None
+            and _not_worth_it(layer, x, row, situation) is None
         ):
             return row
     return None
@@ -83,11 +82,22 @@ def _forced(layer: nn.Module, x: Tensor, wanted: str, reason: str | None) -> Imp
     return row
 
 
-def _unmeasured(row: Implementation, situation: Situation) -> str | None:
+def _not_worth_it(layer: nn.Module, x: Tensor, row: Implementation, situation: Situation) -> str | None:
+    """Why the formula is to be preferred where a row could run, in words, or None."""
+    return None if row.name == layer.preferred else row.pays(layer, x) or _unmeasured(layer, row, situation)
+
+
+def _unmeasured(layer: nn.Module, row: Implementation, situation: Situation) -> str | None:
     """Rule of GPUs: nothing runs there by default that no record shows as right and faster."""
-    if situation.device == "cpu" or kernels.is_measured(situation.device, row.name):
+    device = situation.device
+    if device == "cpu" or kernels.choice(layer.family) == KERNEL or kernels.is_measured(device, name_of(layer, row)):
         return None
-    return f"not measured on this {situation.device} device: `timm-dynamic check --device {situation.device}` does it"
+    return f"not measured as faster on this {device} device: `timm-dynamic check --device {device}` does it"
+
+
+def name_of(layer: nn.Module, row: Implementation) -> str:
+    """The name under which a row's measurements are recorded."""
+    return f"{layer.family}: {row.name}"
 
 
 def _unusual(layer: nn.Module, x: Tensor) -> str | None:
@@ -95,7 +105,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
     reason = kernels.unusual(x)
     if reason is not None:
         return reason
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if kernels.is_watched():
         return "a dispatch mode looks at the operations"
     return changed_part(layer)
 
@@ -118,6 +128,11 @@ def changed_part(layer: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what a module takes and gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
+
+
 def _part(layer: nn.Module, name: str) -> nn.Module | None:
     part = layer
     for key in name.split("."):
@@ -136,16 +151,17 @@ def use(everything: str | None = None, /, **choices: str) -> AbstractContextMana
     ```
 
     Args:
-        everything: `"formula"`: plain PyTorch for all layers and operators.
-        **choices: Family (`dcd`, ...) or operator (`mixed_conv2d`, `ddf`, ...) to the name of an implementation:
-            `"formula"`, or one that `timm_dynamic.explain` prints.
+        everything: For all layers and operators; `"formula"`: plain PyTorch; `"kernel"`: as usual, but with what nobody
+            has measured on this device too.
+        **choices: Family (`dcd`, ...) or operator (`mixed_conv2d`, `ddf`, ...) to one of these, or a family to the name
+            of an implementation that `timm_dynamic.explain` prints.
 
     Raises:
         ValueError: From a layer called in the context: if it has no implementation of this name, or that one cannot run
             its call.
     """
-    if everything not in (None, FORMULA):
-        raise ValueError(f"everything can run as {FORMULA!r} only, got {everything!r}: name a family, as in dcd=...")
+    if everything not in (None, FORMULA, KERNEL):
+        raise ValueError(f"everything is {FORMULA!r} or {KERNEL!r}, got {everything!r}: name a family, as in dcd=...")
     return kernels.choose_in_context(({kernels.EVERYTHING: everything} if everything else {}) | choices)
 
 
@@ -183,6 +199,6 @@ def _lines(name: str, layer: nn.Module, x: Tensor, chosen: Implementation | None
     lines = [f"{name} ({type(layer).__name__}): {chosen.name if chosen else FORMULA}"]
     for row in layer.implementations:
         if row is not chosen:
-            reason = unusual or row.reason_against(layer, x, situation) or row.pays(layer, x)
-            lines.append(f"    not {row.name}: {reason or _unmeasured(row, situation) or 'another one comes first'}")
+            reason = unusual or row.reason_against(layer, x, situation) or _not_worth_it(layer, x, row, situation)
+            lines.append(f"    not {row.name}: {reason or 'another one comes first'}")
     return lines

@@ -156,7 +156,8 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                   "weight must be [", op.O, ", ", op.C / groups, ", Kh, Kw], got ",
                   shape_text(weight));
   op.Ky = weight.size(2), op.Kx = weight.size(3);
-  STD_TORCH_CHECK(2 * op.padding_y == op.dilation_y * (op.Ky - 1) &&
+  STD_TORCH_CHECK(op.Ky % 2 == 1 && op.Kx % 2 == 1 &&
+                      2 * op.padding_y == op.dilation_y * (op.Ky - 1) &&
                       2 * op.padding_x == op.dilation_x * (op.Kx - 1),
                   "the kernel must have a central tap, and padding that puts it on Q's position");
   op.Ho = (op.H - 1) / op.stride_y + 1, op.Wo = (op.W - 1) / op.stride_x + 1;
@@ -180,9 +181,9 @@ enum class Way {
 
 // Takes the memory of B samples' buffers.
 Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tensor& x) {
-  const bool by_weights = way == Way::kSampleWeights;
-  const int64_t depth = op.C * op.taps(), latent = by_weights ? 0 : B * op.L * op.outputs();
-  const int64_t folded = by_weights ? op.L * (op.C + 1) : 0;
+  const bool weighted = way == Way::kSampleWeights;
+  const int64_t depth = op.C * op.taps(), latent = weighted ? 0 : B * op.L * op.outputs();
+  const int64_t folded = weighted ? op.L * (op.C + 1) : 0;
   const std::pair<float**, int64_t> buffers[] = {
       {&op.pooled, B * op.pooled_size()},
       {&op.z, B * op.hidden},
@@ -198,12 +199,12 @@ Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tens
       {&op.v, latent},
       {&op.base, folded},
       {&op.folded, B * folded},
-      {&op.sample_weights, by_weights ? B * op.O * depth : 0}};
+      {&op.sample_weights, weighted ? B * op.O * depth : 0}};
   int64_t total = 0;
   for (const auto& buffer : buffers) total += buffer.second;
   const Tensor scratch = empty(x, {total});
   float* at = mutable_floats(scratch);
-  for (const auto& [buffer, size] : buffers) *buffer = at, at += size;
+  for (const auto& [buffer, size] : buffers) *buffer = size ? at : nullptr, at += size;
   return scratch;
 }
 
@@ -267,13 +268,14 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
   const bool large_maps = groups == 1 && 2 * op.O * depth <= op.outputs() * (op.C + op.O);
   // For one sample and far more outputs than positions a convolution would spend its time on
   // another layout of its weight.
-  const bool few_positions = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
+  const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
   const Way way = large_maps                 ? Way::kSampleWeights
-                  : one_tap || few_positions ? Way::kProducts
+                  : one_tap || makes_columns ? Way::kProducts
                                              : Way::kConvolution;
   const bool subsamples = strided && (one_tap || !large_maps);
   const Tensor scratch = make_buffers(op, samples, way, subsamples, x);
-  std::optional<Tensor> out;  // or the result of the only convolution
+  // Without it the result of the only convolution is the output.
+  std::optional<Tensor> out;
   if (B > samples || (way == Way::kSampleWeights && B > 1) || one_tap || way == Way::kProducts)
     out = empty(x, {B, op.O, op.Ho, op.Wo});
   for (int64_t first = 0; first < B; first += samples) {
@@ -292,21 +294,19 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
       for (int64_t b = 0; b < op.B; ++b) {
         const Tensor y = convolve(1, op.x + b * op.C * op.inputs(),
                                   op.sample_weights + b * op.O * depth, op.shifts + b * op.O);
-        const int64_t size = op.O * op.outputs();
-        float* const own = mutable_floats(y);
-        if (out || op.has_limits()) run_clamp(op, kernels, own, out ? to + b * size : own, size);
+        float* const result = mutable_floats(y);
+        float* const place = out ? to + b * y.numel() : result;
+        if (out || op.has_limits()) run_clamp(op, kernels, result, place, y.numel());
         if (!out) return y;
       }
       continue;
     }
     run_latent(op, kernels, maps);
-    const bool by_products = way == Way::kProducts;
-    for (int64_t i = 0; i < op.B * op.O; ++i) {
-      const int64_t o = i % op.O;
-      op.shifts[i] = (by_products && op.bias ? op.scale[i] * op.bias[o] : 0.0f) +
-                     (op.shift ? op.shift[o] : 0.0f);
-    }
-    if (by_products) {
+    const bool adds_bias = way == Way::kProducts && op.bias;  // a convolution adds it
+    for (int64_t i = 0; i < op.B * op.O; ++i)
+      op.shifts[i] = (adds_bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
+                     (op.shift ? op.shift[i % op.O] : 0.0f);
+    if (way == Way::kProducts) {
       if (!one_tap) run(op, depth, op.outputs(), kernels.gather_columns);
       run_limited(op, depth, one_tap ? maps : op.columns, op.weight, nullptr, to);
       continue;

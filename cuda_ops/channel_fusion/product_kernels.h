@@ -39,8 +39,8 @@ INLINE void scaled_strip(const Products& op, int64_t b, int64_t row, int64_t row
 }
 
 // The same at few positions; x is [count, C + L].
-INLINE void scaled_few(const Products& op, int64_t b, int64_t row, int64_t rows, const float* x,
-                       float* out, int64_t count) {
+INLINE void scaled_singles(const Products& op, int64_t b, int64_t row, int64_t rows, const float* x,
+                           float* out, int64_t count) {
   for (int64_t r = row; r < row + rows; ++r, out += op.positions) {
     const float* const weight = op.weight + b * op.weight_stride + r * op.C;
     for (int64_t i = 0; i < count; ++i) {
@@ -81,7 +81,7 @@ inline void scaled_products(const Products& op, int64_t begin, int64_t end) {
         const auto run = vectors == 3   ? scaled_strip<3>
                          : vectors == 2 ? scaled_strip<2>
                          : vectors == 1 ? scaled_strip<1>
-                                        : scaled_few;
+                                        : scaled_singles;
         run(op, b, row, std::min(kOutputs, last - row), packed.get() + at * depth,
             op.out + (b * op.O + row) * op.positions + first + at, n);
       });

@@ -38,10 +38,10 @@ INLINE void strips(int64_t count, const F& f) {
   int64_t at = 0;
   for (; count - at >= kStrip; at += kStrip) f(at, kStrip, kVectors);
   int64_t left = count - at;
-  const int64_t few = left % n <= n / 4 ? left % n : 0;
-  left -= few;
+  const int64_t singles = left % n <= n / 4 ? left % n : 0;
+  left -= singles;
   if (left) f(at, left, static_cast<int>((left + n - 1) / n));
-  if (few) f(at + left, few, 0);
+  if (singles) f(at + left, singles, 0);
 }
 
 // Puts rows [first, first + C) of a matrix of `rows` rows in the order in which they are used: by

@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
     const int y = id / vectors, x = id % vectors * V;
     const bool active = y < call.to_h();
     const Window<T, K, V, R> window(call, y, x, r0, active);
-    float own[kTaps][V], sums[kTaps][V] = {};
+    float held[kTaps][V], sums[kTaps][V] = {};
 #pragma unroll
     for (int k = 0; k < kTaps; ++k) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        own[k][v] = 1.f;
+        held[k][v] = 1.f;
         if (active && multiply) {
-          own[k][v] = spatial_weight(call, spatial_filter, block.b, r0 * K + k, y, x + v);
+          held[k][v] = spatial_weight(call, spatial_filter, block.b, r0 * K + k, y, x + v);
         }
       }
     }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
             for (int v = 0; v < V; ++v) {
               const float product = float(g.at[v]) * float(in[j + v]);
               sums[k][v] = fmaf(product, w, sums[k][v]);
-              taps[j] = fmaf(product, own[k][v], taps[j]);
+              taps[j] = fmaf(product, held[k][v], taps[j]);
             }
           }
           const float sum = lane_sums(taps, kWarp);
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
     load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, r0 * K,
                                    channels);
     __syncthreads();
-    float own[kTaps][V], sums[kTaps][V] = {};
+    float held[kTaps][V], sums[kTaps][V] = {};
 #pragma unroll
     for (int k = 0; k < kTaps; ++k) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) own[k][v] = multiply ? channels[k][lane].at[v] : 1.f;
+      for (int v = 0; v < V; ++v) held[k][v] = multiply ? channels[k][lane].at[v] : 1.f;
     }
 
     const T* rows_from[R];
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(filter_grad_threads(K), kResident<K>)
             for (int v = 0; v < V; ++v) {
               const float product = float(g.at[v]) * float(in.at[v]);
               sums[k][v] = fmaf(product, w, sums[k][v]);
-              taps[j] = fmaf(product, own[k][v], taps[j]);
+              taps[j] = fmaf(product, held[k][v], taps[j]);
             }
           }
           const float sum = lane_sums(taps, grid.lanes);

@@ -27,12 +27,12 @@ __device__ inline float2 walked_pair(bool multiply, float filter) {
 
 // The filter that a thread keeps: in registers for K = 3, else in a column of shared memory.
 template <int K, int V, int Stride>
-struct Own {
+struct Held {
   static_assert(K == 3 || V == 1);
   float values[K == 3 ? K * K : 1][V];
   float* column;
 
-  __device__ explicit Own(float* column) : column(column) {}
+  __device__ explicit Held(float* column) : column(column) {}
   __device__ float& operator()(int k, int v) {
     if constexpr (K == 3) return values[k][v];
     return column[k * Stride];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
                 T* __restrict__ to) {
   constexpr int kTaps = K * K, kBatch = kChannelBatch<K>, kSteps = kAhead<K>;
   __shared__ float2 walked[kBatch * kTaps];
-  __shared__ float own_columns[K == 3 ? 1 : kTaps][gather_threads(K)];
+  __shared__ float held_columns[K == 3 ? 1 : kTaps][gather_threads(K)];
 
   __shared__ Block block;
   locate(call, grid, false, block);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   const int y = id / vectors, x = id % vectors * V;
   const bool active = y < call.to_h();
   const Window<T, K, V, K> window(call, y, x, 0, active);
-  Own<K, V, gather_threads(K)> own(&own_columns[0][threadIdx.x]);
+  Held<K, V, gather_threads(K)> held(&held_columns[0][threadIdx.x]);
   const SpatialFilterStrides& st = call.spatial;
   const bool transposed = call.transposed;
   const T* filter = spatial_filter + block.b * st.b + (transposed ? (kTaps - 1) * st.k : 0);
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
       // When transposed, the filter is that of the output which the tap reads.
       const int at_y = transposed ? window.y[k / K] : y;
       const int at_x = transposed ? window.x[k % K + v] : x + v;
-      own(k, v) = active && at_y >= 0 && at_x >= 0 ? float(filter[at_y * st.y + at_x * st.x]) : 0.f;
+      held(k, v) =
+          active && at_y >= 0 && at_x >= 0 ? float(filter[at_y * st.y + at_x * st.x]) : 0.f;
     }
   }
 
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
           const float2 pair = walked[(c - c0 + u) * kTaps + k];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const float weight = fmaf(own(k, v), pair.x, pair.y);
+            const float weight = fmaf(held(k, v), pair.x, pair.y);
             sum[v] = fmaf(weight, float(in[u][k / K][k % K + v]), sum[v]);
           }
         }
@@ -131,12 +132,12 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
   const bool active = y < call.to_h() && c < call.s.C;
   load_channel_filters<K, kTaps>(call, channel_filter, block.b, c0, grid.lanes * V, 0, channels);
   __syncthreads();
-  Own<K, V, kWarp> own(channels[0][lane].at);
+  Held<K, V, kWarp> held(channels[0][lane].at);
   if constexpr (K == 3) {
 #pragma unroll
     for (int k = 0; k < kTaps; ++k) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) own(k, v) = channels[k][lane].at[v];
+      for (int v = 0; v < V; ++v) held(k, v) = channels[k][lane].at[v];
     }
   }
 
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(gather_threads(K), kResident<K>)
           const float2 pair = walked[(row * batch + x + p) * kTaps + k];
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const float weight = fmaf(own(k, v), pair.x, pair.y);
+            const float weight = fmaf(held(k, v), pair.x, pair.y);
             sum[v] = fmaf(weight, float(in[k / K][k % K + p].at[v]), sum[v]);
           }
         }

@@ -2,14 +2,14 @@
 // and cuda_filter_grads.cu; timm_dynamic/ops/dynamic_filter defines the operators.
 //
 // The operator moves few bytes per operation, so everything here serves the memory: each feature is
-// read from DRAM once, by threads that keep one of the two filters in registers (`own`) and walk
+// read from DRAM once, by threads that keep one of the two filters in registers (`held`) and walk
 // along the dimension over which that filter does not change:
 //
 //   NCHW           a thread owns V adjacent pixels and walks over channels;
 //   channels_last  a thread owns V adjacent channels and walks over pixels along x.
 //
 // The other filter is `walked`: shared memory holds it a batch at a time, as pairs (a, b) with
-// which the filter is own * a + b, (f, 0) for "mul" and (1, f) for "add". So "add" costs no
+// which the filter is held * a + b, (f, 0) for "mul" and (1, f) for "add". So "add" costs no
 // instruction more and no kernel of its own.
 //
 // The gradient of the features gathers the gradient of the output with the taps reversed, so one

@@ -12,14 +12,14 @@
 namespace timm_dynamic {
 namespace {
 
-bool is_served(const Tensor& t) {
+bool is_supported(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Half ||
          t.scalar_type() == ScalarType::BFloat16;
 }
 
 // The elements of a matrix.
 const void* matrix(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && is_served(t), name,
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && is_supported(t), name,
                   " must be contiguous float32, float16 or bfloat16 of 2 dimensions, got ",
                   shape_text(t));
   return t.const_data_ptr();
@@ -146,7 +146,7 @@ Window<int> table_window(const Tensor& mask, Sizes input_size, Sizes kernel_size
                          Sizes dilation, Sizes padding) {
   STD_TORCH_CHECK(
       mask.dim() == 4 && mask.size(1) == 1 && mask.is_contiguous() &&
-          (mask.scalar_type() == ScalarType::Bool || is_served(mask)),
+          (mask.scalar_type() == ScalarType::Bool || is_supported(mask)),
       "mask must be [B, 1, H, W], boolean, float32, float16 or bfloat16, and contiguous, "
       "got ",
       shape_text(mask));

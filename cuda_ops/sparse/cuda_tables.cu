@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kWarp* kWarp) count_positions(const NeighbourT
   int done = 0;
   for (int first = 0; first < count; first += kWarp * kWarp) {
     const int i = first + threadIdx.x;
-    const int own = i < count ? __popc(op.words[skip + i]) : 0, sum = sum_up_to(own);
+    const int bits = i < count ? __popc(op.words[skip + i]) : 0, sum = sum_up_to(bits);
     if (lane == kWarp - 1) sums[warp] = sum;
     __syncthreads();
     const int warps = sum_up_to(sums[lane]);
-    const int up_to_own = __shfl_sync(kAllLanes, warps, warp);
-    if (i < count) op.before[skip + i] = done + up_to_own - sums[warp] + sum - own;
+    const int up_to_warp = __shfl_sync(kAllLanes, warps, warp);
+    if (i < count) op.before[skip + i] = done + up_to_warp - sums[warp] + sum - bits;
     done += __shfl_sync(kAllLanes, warps, kWarp - 1);
     __syncthreads();
   }

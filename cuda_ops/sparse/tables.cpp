@@ -56,8 +56,8 @@ class Mask {
   const void* data_;
 };
 
-// First what every row of the mask and every sample needs, then where that goes. There are
-// `active_rows` of positions and table and `needed_rows` of needed inputs, or as many as it takes.
+// First what every row of the mask and every sample needs, then where that goes. Without a capacity
+// there are as many rows as it takes.
 std::tuple<Tensor, Tensor, Tensor, Tensor> neighbour_table(
     const Tensor& mask, Sizes input_size, Sizes kernel_size, Sizes stride, Sizes dilation,
     Sizes padding, const std::optional<std::vector<int64_t>>& capacity) {
@@ -74,14 +74,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbour_table(
   std::vector<int64_t> first_active(B * w.Ho + 1), first_needed(B + 1);
   parallel(B, outputs * T, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      int32_t* const own = rows.data() + b * inputs;
+      int32_t* const row_of = rows.data() + b * inputs;
       for (int64_t y = 0; y < w.Ho; ++y)
         for (int64_t x = 0; x < w.Wo; ++x) {
           if (!active[(b * w.Ho + y) * w.Wo + x]) continue;
           ++first_active[b * w.Ho + y + 1];
-          w.each_tap(y, x, [&](int64_t, int64_t at) { own[at] = 0; });
+          w.each_tap(y, x, [&](int64_t, int64_t at) { row_of[at] = 0; });
         }
-      first_needed[b + 1] = std::count(own, own + inputs, 0);
+      first_needed[b + 1] = std::count(row_of, row_of + inputs, 0);
     }
   });
   std::partial_sum(first_active.begin(), first_active.end(), first_active.begin());
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbour_table(
   });
   parallel(B * w.Ho, w.Wo * T * 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int32_t* const own = rows.data() + i / w.Ho * inputs;
+      const int32_t* const row_of = rows.data() + i / w.Ho * inputs;
       int64_t m = first_active[i];
       const int64_t last = std::min(first_active[i + 1], active_rows);
       if (m >= last) continue;
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighbour_table(
       for (int64_t x = 0; x < w.Wo && m < last; ++x) {
         if (!active[i * w.Wo + x]) continue;
         position[m] = static_cast<int32_t>(i * w.Wo + x);
-        w.each_tap(i % w.Ho, x, [&](int64_t tap, int64_t at) { entry[m * T + tap] = own[at]; });
+        w.each_tap(i % w.Ho, x, [&](int64_t tap, int64_t at) { entry[m * T + tap] = row_of[at]; });
         ++m;
       }
     }

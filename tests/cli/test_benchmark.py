@@ -49,6 +49,15 @@ def fails(capsys, *flags) -> str:
     return captured.err
 
 
+def test_optimized(run, capsys):
+    rows = run(*PAIR, "--optimize")["rows"]
+    assert all(row["optimized_ms"] > 0 for row in rows) and rows[0]["optimized_ratio"] == 1
+    assert rows[1]["optimized_ratio"] == pytest.approx(rows[1]["optimized_ms"] / rows[0]["optimized_ms"])
+    out = capsys.readouterr().out
+    assert "opt ms" in out and "opt x" in out and max(map(len, out.splitlines())) <= 100
+    assert "--optimize makes models for inference" in fails(capsys, *PAIR, "--optimize", "--mode", "train")
+
+
 def test_report(run):
     report = run(*PAIR, "--batch-size", "1", "2", "--threads", "1")
     rows = report["rows"]

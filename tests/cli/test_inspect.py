@@ -76,6 +76,12 @@ def test_entropies_are_those_of_a_plain_loop(tmp_path, capsys, small_digits, che
     assert Image.open(out / "entropy.png").width > 300
 
 
+def test_optimized(tmp_path, capsys, small_digits, checkpoint):
+    flags = [small_digits, *FLAGS, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    (status, expected, _), (fast_status, out, _) = run(capsys, *flags), run(capsys, *flags, "--optimize")
+    assert status == fast_status == 0 and out == expected
+
+
 def test_images_without_classes_and_a_single_one(tmp_path, capsys, small_digits, checkpoint):
     flags = [*FLAGS, "--checkpoint", checkpoint, "--out", tmp_path / "out"]
     shutil.copytree(small_digits / "val" / "3", tmp_path / "data" / "3")

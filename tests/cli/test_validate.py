@@ -137,6 +137,15 @@ def masked_checkpoint(path):
     return model.eval()
 
 
+@pytest.mark.parametrize("flags", ["", "--channels-last", "--torchcompile eager"])
+def test_optimized(tmp_path, capsys, small_digits, flags):
+    make_checkpoint(tmp_path / "a.pth")
+    flags = [small_digits, *FLAGS, "--checkpoint", tmp_path / "a.pth", *flags.split()]
+    _, expected, _ = run(capsys, *flags)
+    status, results, err = run(capsys, *flags, "--optimize")
+    assert status == 0 and "memory format: " in err and results == expected
+
+
 @pytest.mark.parametrize("flags", ["-b 7", "-b 256 --channels-last", "-b 7 --torchcompile eager"])
 def test_macs_of_a_model_with_masks(tmp_path, capsys, small_digits, flags):
     """The average over the dataset, whatever the last batch: that of a loop over single images."""

@@ -1,11 +1,11 @@
 """Runs the CUDA kernels of cuda_ops/ on the CPU, where there is no GPU and no CUDA toolkit.
 
-`load(folder, "ddf")` compiles cuda_ops/ddf_cuda*.{cu,cpp}, both kernels and operators, with g++ for an emulation of
-CUDA: include/ has the headers, runtime.cpp says how it works and what it reports. The operators are registered as
+`load(folder, "sparse")` compiles cuda_ops/sparse/cuda_*.{cu,cpp}, both kernels and operators, with g++ for an emulation
+of CUDA: include/ has the headers, runtime.h says how it works and what it reports. The operators are registered as
 `torch.ops.timm_dynamic_on_host.*` and take CPU tensors. What a test needs of it:
 
     pytestmark = cuda_on_host.needs_compiler
-    operators = cuda_on_host.operators("ddf")  # a fixture
+    operators = cuda_on_host.operators("dynamic_filter")  # a fixture
 
 
     def test(operators):
@@ -35,7 +35,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None or platform.system() != "Li
 NAMESPACE = "timm_dynamic_on_host"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wall", "-Wno-unknown-pragmas"]
-# With these every access to memory is a call of a function of runtime.cpp.
+# With these every access to memory is a call of a function of memory.cpp.
 CHECKS = ["-fsanitize=kernel-address", "-fsanitize=alignment", "-D__CUDACC__", "-include", "cuda_runtime.h"]
 CHECKS += ["--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0", "--param=asan-globals=1"]
 
@@ -69,28 +69,28 @@ class Operators:
         return result
 
 
-def operators(stem: str):
-    """A fixture: the `Operators` of cuda_ops/`stem`_cuda*, compiled once a test run."""
+def operators(name: str):
+    """A fixture: the `Operators` of cuda_ops/`name`, compiled once a test run."""
 
     @pytest.fixture(scope="session")
     def operators(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp()
         if "PYTEST_XDIST_WORKER" in os.environ:
             folder = folder.parent  # that of all workers
-        return load(folder / "cuda_on_host", stem)
+        return load(folder / "cuda_on_host", name)
 
     return operators
 
 
-def load(folder: Path, stem: str, sources: Iterable[Path] | None = None) -> Operators:
-    """Compiles what cuda_ops/`stem`_cuda* has, or other sources, into `folder`, unless that was done before."""
-    sources = list(sources or sorted(KERNELS.glob(f"{stem}_cuda*.c*")))
-    library = folder / f"{stem}_on_host.so"
+def load(folder: Path, name: str, sources: Iterable[Path] | None = None) -> Operators:
+    """Compiles what cuda_ops/`name` has, or other sources, into `folder`, unless that was done before."""
+    sources = list(sources or sorted((KERNELS / name).glob("cuda_*.c*")))
+    library = folder / f"{name}_on_host.so"
     names = tuple(name for p in sources for name in re.findall(r'm\.impl\("(\w+)"', p.read_text()))
     folder.mkdir(exist_ok=True)
     with _absent(library) as missing:
         if missing:
-            objects = [_compile(folder, source) for source in (*sources, HERE / "runtime.cpp")]
+            objects = [_compile(folder, source) for source in (*sources, *sorted(HERE.glob("*.cpp")))]
             torch_libraries = [f"-L{TORCH}/lib", "-ltorch", "-ltorch_cpu"]
             _run(COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, *torch_libraries, "-ldl", "-o", missing)
     return Operators(library, names)
@@ -112,8 +112,8 @@ def _compile(folder: Path, source: Path) -> Path:
     shared = r"extern __shared__ (?:(?:__align__|alignas)\(\d+\) )?(\w[\w ]*) (\w+)\[\];"
     text = re.sub(shared, r"\1* const \2 = static_cast<\1*>(cuda_on_host::dynamic_shared());", source.read_text())
     text = text.replace("LIBRARY_IMPL(timm_dynamic, CUDA, m)", f"LIBRARY_IMPL({NAMESPACE}, CPU, m)")
-    copy = folder / f"{source.stem}_{source.suffix[1:]}.cpp"
-    includes = (f"-I{i}" for i in (HERE / "include", KERNELS, TORCH / "include"))
+    copy = folder / f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.cpp"
+    includes = (f"-I{i}" for i in (HERE, HERE / "include", KERNELS, TORCH / "include"))
     with _absent(copy.with_suffix(".o")) as missing:
         if missing:
             copy.write_text(f'#line 1 "{source}"\n{text}')

@@ -16,6 +16,7 @@ from torch import nn
 from timm_dynamic import auxiliary_loss
 from timm_dynamic.families import static_twin
 from timm_dynamic.layers import MaskUnit, SparseStage
+from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBottleneck, checkpoint_filter_fn
 
@@ -43,7 +44,7 @@ class TestArchitecture:
     def test_parameters_are_the_static_networks_and_the_mask_units(self, name):
         model, static = (timm.create_model(name, device="meta", budget=budget) for budget in (0.5, -1))
         state, static_state = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, static))
-        assert {key: shape for key, shape in state.items() if ".masker." not in key} == static_state
+        assert {key: v for key, v in state.items() if ".masker." not in key} == {**static_state, KEY: torch.Size([])}
         units = sum(10 * block.masker.in_channels + 2 for block in model.masked_blocks())
         assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in static.parameters()) + units
         if model.default_cfg["input_size"][1] == 32:
@@ -161,7 +162,7 @@ class TestStatic:
             target.load_state_dict(state)
             return own
 
-        units = {key for key in masked.state_dict() if ".masker." in key}
+        units = {key for key in masked.state_dict() if ".masker." in key or key == KEY}
         own = load(static, masked)
         state, static_state = masked.state_dict(), static.state_dict()
         assert all(torch.equal(state[key], own[key] if key in units else static_state[key]) for key in state)

@@ -70,28 +70,28 @@ SHAPES = [(1, 3, 5, 1, 1), (2, 17, 9, 5, 7), (9, 8, 33, 3, 4), (1, 130, 66, 14, 
 @pytest.mark.parametrize("kind", ["one weight", "mixture", "a weight each"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_channel_fusion(shape, kind):
-    B, C, O, H, W = shape
+    B, C, Co, H, W = shape
     L, N = 6, 4
-    weight = torch.randn(*{"one weight": (), "mixture": (N,), "a weight each": (B,)}[kind], O, C)
+    weight = torch.randn(*{"one weight": (), "mixture": (N,), "a weight each": (B,)}[kind], Co, C)
     attention = torch.rand(B, N) if kind == "mixture" else None
-    extras = (torch.randn(B, C), torch.randn(B, O), torch.randn(O, L), torch.randn(B, L, H * W))
+    extras = (torch.randn(B, C), torch.randn(B, Co), torch.randn(Co, L), torch.randn(B, L, H * W))
     for used, shift, limits in itertools.product([0, 1], [None, 1, B], [(-INF, INF), (0.0, 6.0)]):
         options = extras if used else (None,) * 4
         args = (torch.randn(B, C, H, W), weight, attention, *options)
-        args += (None if shift is None else torch.randn(shift, O), *limits)
+        args += (None if shift is None else torch.randn(shift, Co), *limits)
         check(OPS.channel_fusion(*args), channel_fusion(*double(args)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_channel_fusion_backward(shape):
-    B, C, O, H, W = shape
+    B, C, Co, H, W = shape
     grad, dz, x, v = (
-        torch.randn(B, O, H, W),
+        torch.randn(B, Co, H, W),
         torch.randn(B, 6, H * W),
         torch.randn(B, C, H, W),
         torch.randn(B, 6, H * W),
     )
-    args = grad, dz, x, v, torch.randn(B, O), torch.randn(O, C)
+    args = grad, dz, x, v, torch.randn(B, Co), torch.randn(Co, C)
     grad, dz, x, v, scale, weight = double(args)
     each = torch.bmm(grad.flatten(2), x.flatten(2).mT)
     expected = (each * scale[:, :, None]).sum(0), (each * weight).sum(2)
@@ -119,16 +119,16 @@ def dcd_conv(
     return (y + F.conv2d(v.view(size), p[:, :, None, None], shift)).clamp(low, high)
 
 
-def dcd_arguments(B, C, O, H, W, kernel, stride, dilation=(1, 1), groups=1, pool=1, extras=True, limits=(0.0, 6.0)):
+def dcd_arguments(B, C, Co, H, W, kernel, stride, dilation=(1, 1), groups=1, pool=1, extras=True, limits=(0.0, 6.0)):
     L, hidden = max(int((C * pool**2) ** 0.5), 2), 7
-    heads = [(hidden, C * pool**2), (hidden, hidden), (L * L, hidden), (O, hidden)]
+    heads = [(hidden, C * pool**2), (hidden, hidden), (L * L, hidden), (Co, hidden)]
     heads = [torch.randn(s) * s[1] ** -0.5 for s in heads]
     norms = [[torch.rand(L) + 0.5, torch.randn(L), torch.randn(L), torch.rand(L) + 0.5] for _ in range(2)]
-    weight = torch.randn(O, C // groups, *kernel) * (C // groups * kernel[0] * kernel[1]) ** -0.5
-    shift, bias = (torch.randn(O), torch.randn(O)) if extras else (None, None)
+    weight = torch.randn(Co, C // groups, *kernel) * (C // groups * kernel[0] * kernel[1]) ** -0.5
+    shift, bias = (torch.randn(Co), torch.randn(Co)) if extras else (None, None)
     padding = [d * (k // 2) for k, d in zip(kernel, dilation, strict=True)]
     return (
-        *(torch.randn(B, C, H, W), heads, torch.randn(L, C) * C**-0.5, *norms, 1e-5, 1e-3, pool, torch.randn(O, L)),
+        *(torch.randn(B, C, H, W), heads, torch.randn(L, C) * C**-0.5, *norms, 1e-5, 1e-3, pool, torch.randn(Co, L)),
         *(shift, weight, bias, stride, padding, dilation, groups, *limits),
     )
 

@@ -15,7 +15,7 @@ from ops.test_ddf_cuda import LAYOUTS, NAMES, TOLERANCE, inputs, run
 from timm_dynamic.ops import ddf_reference
 
 pytestmark = cuda_on_host.needs_compiler
-operators = cuda_on_host.operators("ddf")
+operators = cuda_on_host.operators("dynamic_filter")
 
 DTYPES = itertools.cycle(TOLERANCE)
 FILTERS = (("full", "full"), ("one", "full"), ("full", "one"))

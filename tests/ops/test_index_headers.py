@@ -1,4 +1,4 @@
-"""Index arithmetic of the CPU and the CUDA kernels (cuda_ops/ddf_index.h, window.h), compiled for the host alone."""
+"""Index arithmetic of the CPU and the CUDA kernels, compiled for the host alone."""
 
 import ctypes
 import shutil
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 DRIVER = """
 #include <algorithm>
-#include "window.h"
+#include "dynamic_filter/shape.h"
+#include "sparse/window.h"
 using namespace timm_dynamic;
 
 // inputs, tapped: [Ho * Wo, taps]; outputs: [H * W, taps]

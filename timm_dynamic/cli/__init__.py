@@ -13,6 +13,7 @@ COMMANDS = {
     "card": "write the model card of weights",
     "digits": "write scikit-learn's digits as an image folder",
     "inspect": "measure the entropy of a model's attention, or draw the masks of its blocks",
+    "check": "compare every implementation with its formula, time both, and record what is faster here",
     "env": "print versions and which kernels are loaded",
 }
 

@@ -3,9 +3,10 @@
 import argparse
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,16 @@ from tqdm import tqdm
 
 from timm_dynamic import families
 from timm_dynamic.cli import common
-from timm_dynamic.cost import calls_operators, count_macs
-from timm_dynamic.ops import backend_info, reference_only
+from timm_dynamic.cost import count_macs
+from timm_dynamic.dispatch import use
+from timm_dynamic.layers.base import DynamicLayer
+from timm_dynamic.ops import backend_info
+from timm_dynamic.optimize import optimize
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
 _WIDTH = 100
 _KERNELS = {"cpu": "C++", "cuda": "CUDA"}
+_OPTIMIZED = "optimized"
 _MACHINE = ("device", "driver", "torch", "timm", "timm_dynamic", "commit")  # what every row repeats
 
 
@@ -90,6 +95,7 @@ def make_parser() -> common.Parser:
     )
     group.add_argument("--threads", type=common.positive_int, metavar="N", help="CPU threads (default: torch's)")
     common.add_device_arguments(parser)
+    common.add_optimize_argument(group, "also time the inference copy of every model, baselines included")
     group = parser.add_argument_group("results")
     group.add_argument("--json", metavar="OUT.json", help="write every row here")
     group.add_argument("--plot", metavar="OUT.png", help="draw the ratios here")
@@ -101,6 +107,8 @@ def main(argv: list[str]) -> None:
     device = common.resolve_device(args.device)
     if device.type not in _KERNELS:
         raise ValueError(f"--device {args.device}: only cpu and cuda can be timed")
+    if args.optimize and args.mode != "eval":
+        raise ValueError("--optimize makes models for inference: it needs --mode eval")
     if args.json:
         common.check_output_file("--json", args.json, (".json",))
     if args.plot:
@@ -185,10 +193,10 @@ def _candidate(
     compiler = args.torchcompile or ("inductor" if backend == "compiled-reference" else None)
     x = _images(model, 1, size, args, device)
     try:
-        has_operators = calls_operators(model, x)
+        count_macs(model, x)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{name} does not run on images {list(x.shape)}: {_first_line(error)}") from error
-    if not has_operators:
+    if not any(isinstance(module, DynamicLayer) for module in model.modules()):
         return Candidate(name, size, "torch", compiler)
     has_kernel = backend == "kernel" and backend_info()[device.type] == "loaded"
     return Candidate(name, size, _KERNELS[device.type] if has_kernel else "reference", compiler)
@@ -214,6 +222,8 @@ def _run_batch(
     images = {key: _images(model, batch_size, key[1], args, device) for key, model in built.items()}
     macs = {key: count_macs(model, images[key]) for key, model in built.items()}
     steps = {c: _step(c, built[c.model, c.img_size], images[c.model, c.img_size], args, device) for c in candidates}
+    if args.optimize:
+        steps |= _optimized_steps(steps, built, images, args, device)
     samples = measure(steps, args.num_bench_iter, args.num_warm_iter, device, on_round)
     times = {candidate: summarise(values) for candidate, values in samples.items()}
 
@@ -242,6 +252,11 @@ def _run_batch(
             "time_ratio": None,
             "macs_ratio": None,
         }
+        if args.optimize:
+            row["optimized_ms"] = times[_OPTIMIZED, c]["median_ms"]
+            row["optimized_ratio"] = (
+                row["optimized_ms"] / times[_OPTIMIZED, baseline]["median_ms"] if baseline else None
+            )
         if baseline:
             row["time_ratio"] = times[c]["median_ms"] / times[baseline]["median_ms"]
             row["macs_ratio"] = total_macs(row) / sum(macs[baseline.model, baseline.img_size][1:])
@@ -249,16 +264,34 @@ def _run_batch(
     return rows
 
 
+def _optimized_steps(
+    candidates: Iterable[Candidate],
+    built: dict[tuple[str, int], nn.Module],
+    images: dict[tuple[str, int], Tensor],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict[tuple[str, Candidate], Callable[[], object]]:
+    """The same with the models' inference copies, each made for this batch."""
+    memory_format, copies, steps = torch.channels_last if args.channels_last else "auto", {}, {}
+    for c in candidates:
+        key = c.model, c.img_size
+        if key not in copies:
+            with common.amp_autocast(args, device):
+                copies[key] = optimize(built[key], images[key], memory_format=memory_format)
+        steps[_OPTIMIZED, c] = _step(c, copies[key], images[key], args, device)
+    return steps
+
+
 def _step(
     candidate: Candidate, model: nn.Module, x: Tensor, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], object]:
     """One iteration, to be called again and again."""
-    operators = reference_only if candidate.backend == "reference" else nullcontext
+    way = partial(use, "formula") if candidate.backend == "reference" else nullcontext
     autocast = common.amp_autocast(args, device)
     forward = torch.compile(model, backend=candidate.compiler, dynamic=False) if candidate.compiler else model
 
     def evaluate() -> Tensor:
-        with torch.inference_mode(), operators(), autocast:
+        with torch.inference_mode(), way(), autocast:
             return forward(x)
 
     if args.mode == "eval":
@@ -267,7 +300,7 @@ def _step(
     target = torch.zeros(len(x), dtype=torch.long, device=device)
 
     def train() -> None:
-        with operators(), autocast:
+        with way(), autocast:
             loss = F.cross_entropy(forward(x), target)
         loss.backward()
         optimizer.step()
@@ -312,6 +345,8 @@ def format_report(report: dict) -> str:
     if any(row["baseline"] for row in rows):
         baselines = dict.fromkeys(row["baseline"] for row in rows if row["baseline"])
         lines.append(f"time x, MACs x: relative to {', '.join(baselines)}")
+    if "optimized_ms" in rows[0]:
+        lines.append("opt: the inference copies that timm_dynamic.optimize makes; opt x: of both")
     compilers = dict.fromkeys(row["execution"] for row in rows if row["execution"] != "eager")
     lines += [f"*: torch.compile, {name.removeprefix('compile ')}" for name in compilers]
     if any(row["p90_ms"] > 2 * row["p10_ms"] for row in rows):
@@ -334,6 +369,10 @@ def _cells(row: dict) -> dict[str, str]:
     }
     if row["baseline"]:
         cells |= {"time x": f"{row['time_ratio']:.2f}", "MACs x": f"{row['macs_ratio']:.2f}"}
+    if "optimized_ms" in row:
+        cells["opt ms"] = _milliseconds(row["optimized_ms"])
+        if row["baseline"]:
+            cells["opt x"] = f"{row['optimized_ratio']:.2f}"
     return cells
 
 

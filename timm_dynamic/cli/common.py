@@ -210,6 +210,10 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_optimize_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--optimize", action="store_true", help=text + " (see timm_dynamic.optimize)")
+
+
 def create_model(
     name: str, /, checkpoint: str = "", use_ema: bool = False, dynamize: str | None = None, **kwargs
 ) -> nn.Module:

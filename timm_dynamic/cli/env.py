@@ -8,7 +8,6 @@ import torch
 
 from timm_dynamic import __version__, backend_info
 from timm_dynamic.cli.common import Parser
-from timm_dynamic.ops._library import try_cuda
 
 _PACKAGES = ("torchvision", "timm", "safetensors", "huggingface_hub")
 
@@ -17,7 +16,6 @@ def environment() -> dict[str, str]:
     """Versions, devices and kernels of this installation, by name."""
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    try_cuda()
     return {
         "timm_dynamic": __version__,
         "python": platform.python_version(),

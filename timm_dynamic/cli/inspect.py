@@ -13,6 +13,7 @@ from tqdm import tqdm
 from timm_dynamic.cli.common import (
     Parser,
     add_model_arguments,
+    add_optimize_argument,
     create_model,
     positive_int,
     replacing,
@@ -29,6 +30,7 @@ from timm_dynamic.cli.data import (
 )
 from timm_dynamic.cost import masked_blocks
 from timm_dynamic.inspect import record, routing_entropy, routing_layers
+from timm_dynamic.optimize import optimize
 
 
 class _OneImage(Reader):
@@ -61,6 +63,7 @@ def make_parser() -> Parser:
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
+    add_optimize_argument(parser, "look into the model's inference copy")
     parser.add_argument(
         "--images", type=positive_int, default=8, metavar="N", help="draw masks for the first N images (default: 8)"
     )
@@ -108,7 +111,9 @@ def main(argv: list[str]) -> None:
         dataset = open_dataset(args, args.split, config)
     out.mkdir(parents=True, exist_ok=True)
 
-    model.to(device).eval()
+    model = model.to(device).eval()
+    if args.optimize:
+        model = optimize(model, torch.zeros(1, *config["input_size"], device=device))
     about = {
         "model": args.model,
         "checkpoint": args.checkpoint or None,

@@ -17,6 +17,7 @@ from timm_dynamic.cli.common import (
     Parser,
     add_device_arguments,
     add_model_arguments,
+    add_optimize_argument,
     amp_autocast,
     check_output_file,
     create_model,
@@ -35,6 +36,9 @@ from timm_dynamic.cli.data import (
     resolve_data,
 )
 from timm_dynamic.cost import count_active, count_macs
+from timm_dynamic.optimize import optimize
+
+_EXAMPLES = 16  # images at most on which the way to run is chosen
 
 
 def make_parser() -> Parser:
@@ -48,6 +52,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
     add_device_arguments(parser)
+    add_optimize_argument(parser, "run the model's inference copy")
     parser.add_argument("--results-file", default="", metavar="FILE", help="write the results to a .csv or .json file")
     return parser
 
@@ -81,10 +86,17 @@ def main(argv: list[str]) -> None:
 
     parameters = sum(p.numel() for p in model.parameters())
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    runs = model
+    if args.optimize:
+        images = torch.zeros(min(args.batch_size, _EXAMPLES), *config["input_size"], device=device)
+        with amp_autocast(args, device):
+            memory_format = torch.channels_last if args.channels_last else "auto"
+            runs = optimize(model.eval(), images, memory_format=memory_format)
+        print(runs.report, file=sys.stderr)
     if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
-    with count_active(model) as active:
-        metrics = evaluate(model, loader, amp_autocast(args, device), args.channels_last)
+        runs = torch.compile(runs, backend=args.torchcompile)
+    with count_active(runs) as active:
+        metrics = evaluate(runs, loader, amp_autocast(args, device), args.channels_last)
     report_bad_images(dataset, args.split, False, device)
     results = {
         "model": args.model,
@@ -98,9 +110,7 @@ def main(argv: list[str]) -> None:
         "interpolation": config["interpolation"],
     }
     if active.blocks:
-        static = count_macs(
-            getattr(model, "_orig_mod", model), torch.zeros(1, *config["input_size"], device=device)
-        ).static
+        static = count_macs(model, torch.zeros(1, *config["input_size"], device=device)).static
         results["gmacs"] = round((static - active.skipped_macs) / 1e9, 6)  # what ran, on average over the images
         results["gmacs_static"] = round(static / 1e9, 6)
     if args.results_file:

@@ -19,7 +19,7 @@ _END = 2**52  # integers: casts of the model leave them alone. And every one up 
 
 
 class State(nn.Module):
-    """A module whose buffers have their values in every situation, but for casts: after `to_empty`, on no meta device."""
+    """A module whose buffers keep their values after `to_empty` too, and are on no meta device."""
 
     def _apply(self, fn, recurse: bool = True):
         for name, buffer in self._buffers.items():
@@ -57,6 +57,7 @@ class Progress(State):
     def __init__(self, over: bool = False, share: Callable[[float, float], float] = share_of_training, device=None):
         super().__init__()
         self.share, self.shared, self.known, self.counts = share, False, False, False
+        self.end = _END  # for TorchScript
         self.register_state("done", torch.tensor(_END if over else 0, device="cpu"), device)
         self.register_state("step", torch.tensor(0, device="cpu"), device)  # of each training forward
         # The number of forwards, and that of each layer's last one.
@@ -94,7 +95,7 @@ class Progress(State):
     def forward(self, training: bool = False) -> Tensor:
         """The share, float64. In training, the forward of now has been counted already, and is not done."""
         done = self.done - self.step if training else self.done
-        return done.clamp(0, _END).double() / _END
+        return done.clamp(0, self.end).double() / self.end
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         if self.known:
@@ -163,7 +164,7 @@ def join(layer: nn.Module, progress: Progress) -> None:
 
 
 def save_once(model: nn.Module, progress: Progress) -> None:
-    """Let state dicts of `model` have a progress that its layers share once; for what has lost the model around them."""
+    """Let state dicts of `model` have the progress that its layers share once, also if they come from another model."""
     model.register_state_dict_post_hook(partial(_save, progress))
     model.register_load_state_dict_pre_hook(partial(_load, progress))
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from timm_dynamic.ops._library import NAMESPACE
+from timm_dynamic.ops.registration import register
 
 
-def attached_gradient_reference(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """Defines the operator `torch.ops.timm_dynamic.attached_gradient`.
+def _definition(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """Of the registered operator.
 
     `grad` gives no values. It is what makes this part of the backward pass: a product of `scale` and `weight` alone
     may be moved to the forward pass by a compiler, when `scale` has not got its value yet.
@@ -24,14 +24,14 @@ def attached_gradient_reference(grad: Tensor, scale: Tensor, weight: float, dtyp
     return (scale * weight).to(grad.device, dtype)
 
 
-torch.library.define(
-    f"{NAMESPACE}::attached_gradient",
-    "(Tensor grad, Tensor scale, float weight, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.impl(f"{NAMESPACE}::attached_gradient", "CompositeExplicitAutograd")(attached_gradient_reference)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::attached_gradient")
-def _attached_gradient_fake(grad, scale, weight, dtype):
+def _fake(grad, scale, weight, dtype):
     return grad.new_empty((), dtype=dtype)
+
+
+register(
+    "attached_gradient",
+    "(Tensor grad, Tensor scale, float weight, ScalarType dtype) -> Tensor",
+    _definition,
+    _fake,
+    differentiable=False,
+)

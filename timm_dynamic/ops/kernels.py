@@ -14,8 +14,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from timm_dynamic.ops import records
+
 NAMESPACE = "timm_dynamic"
 FORMULA = "formula"
+KERNEL = "kernel"
 EVERYTHING = "everything"
 _BINARIES = {"cpu": "_cpu.so", "cuda": "_cuda.so"}
 _status: dict[str, str] = {}  # device type -> "loaded", or why not
@@ -41,8 +44,33 @@ def load_kernels() -> None:
 
 
 def backend_info() -> dict[str, str]:
-    """Which compiled kernels are loaded, by device type (``"cpu"``, ``"cuda"``): ``"loaded"``, or why not."""
-    return dict(_status)
+    """Which compiled kernels are loaded, by device type (``"cpu"``, ``"cuda"``): ``"loaded"``, or why not.
+
+    Those of a GPU are off until a measurement shows them as faster there; it says how many are on, and what to run.
+    """
+    return {device_type: _in_words(device_type) for device_type in _status}
+
+
+def _in_words(device_type: str) -> str:
+    if device_type == "cpu" or not is_loaded(device_type):
+        return _status[device_type]
+    names = operators_with_kernel(device_type)
+    if not torch.cuda.is_available():
+        return "loaded, but there is no CUDA device"
+    on = sum(is_measured(device_type, name) for name in names)
+    return f"loaded; {on} of {len(names)} are on: `timm-dynamic check --device {device_type}` measures them"
+
+
+def is_loaded(device_type: str) -> bool:
+    """Whether the binary for this device type is."""
+    return _status.get(device_type) == "loaded"
+
+
+def operators_with_kernel(device_type: str) -> list[str]:
+    """The operators that have a compiled kernel for this device type."""
+    prefix, has = f"{NAMESPACE}::", torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)]
+    return sorted(name.removeprefix(prefix) for name in names if has(name, device_type.upper()))
 
 
 def choice(name: str) -> str | None:
@@ -89,21 +117,21 @@ def runs_registered(operator: str, x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return not torch.onnx.is_in_onnx_export() and unusual(x) is None and choice(operator) != FORMULA
+    if torch.onnx.is_in_onnx_export() or unusual(x) is not None:
+        return False
+    return choice(operator) != FORMULA or is_watched()
 
 
 def runs_kernel(operator: str, x: Tensor) -> bool:
-    """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone.
-
-    A dispatch mode sees the registered form too: `torch.utils.flop_counter.FlopCounterMode` knows its formula.
-    """
+    """`runs_registered`, for an operator whose registered form is better than its definition by its kernel alone."""
     if not runs_registered(operator, x):
         return False
-    return _observed() or has_kernel(x.device.type, operator)
+    return (not torch.compiler.is_compiling() and is_watched()) or has_kernel(x.device.type, operator)
 
 
-def _observed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+def is_watched() -> bool:
+    """Whether a dispatch mode, such as a counter of operations, sees all calls: it knows operators, kernels or not."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_kernel(device_type: str, operator: str) -> bool:
@@ -114,12 +142,22 @@ def has_kernel(device_type: str, operator: str) -> bool:
         if device_type == "cpu" and not torch.compiler.is_compiling():
             _warn_once(device_type)
         return False
-    return device_type == "cpu" or is_measured(device_type, operator)
+    if device_type == "cpu":
+        return True
+    if not torch.compiler.is_compiling() and choice(operator) == KERNEL:
+        return True
+    return is_measured(device_type, operator)
 
 
-def is_measured(device_type: str, operator: str) -> bool:
-    """Whether a record shows this operator's kernel as right and faster on this device (`timm-dynamic check`)."""
-    return False
+@torch.compiler.assume_constant_result
+def is_measured(device_type: str, name: str) -> bool:
+    """Whether a kernel may run by default on this type of device: on a CPU, or where a record shows it as faster.
+
+    Args:
+        device_type: `"cuda"` is the current device.
+        name: Of an operator, or of a row: `"FAMILY: NAME"`.
+    """
+    return device_type == "cpu" or (device_type == "cuda" and name in records.names_on(device_type))
 
 
 _warned: set[str] = set()

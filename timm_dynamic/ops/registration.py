@@ -1,6 +1,7 @@
 """The one way in which an operator is registered with PyTorch."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,17 @@ from timm_dynamic.ops.kernels import NAMESPACE
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 Gradient = Callable[..., Sequence[Tensor | None]]
+
+
+class Operator(NamedTuple):
+    """What a registered operator is checked against."""
+
+    definition: Callable
+    differentiable: bool
+    implementation: Callable | None = None
+
+
+OPERATORS: dict[str, Operator] = {}
 
 
 def register(
@@ -42,6 +54,7 @@ def register(
         differentiable: False for an operator that writes into its input, or is private to a kernel's inference.
     """
     qualified = f"{NAMESPACE}::{name}"
+    OPERATORS[name] = Operator(definition, differentiable, implementation)
     torch.library.define(qualified, schema, tags=_TAGS)
     torch.library.impl(qualified, "CompositeExplicitAutograd")(implementation or definition)
     torch.library.register_fake(qualified)(fake)
@@ -68,7 +81,7 @@ def _register_autograd(qualified: str, definition: Callable, gradient: Gradient 
         nothing = (None,) * (ctx.count + len(ctx.options))
         if grad is None:
             return nothing
-        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor no second time
+        saved = ctx.saved_tensors  # once: checkpointing forbids more
         inputs, outputs = saved[: ctx.count], saved[ctx.count :]
         needs = [bool(need) for need in ctx.needs_input_grad[: ctx.count]]
         if gradient is None or torch.is_grad_enabled():  # create_graph

@@ -1,6 +1,6 @@
 // What CUDA's header of this name declares, as far as the kernels here use it, for g++: kernels run
 // on the CPU, see
-// ../runtime.cpp. A thread is a fiber, __shared__ memory a static variable, for one block runs at a
+// ../runtime.h. A thread is a fiber, __shared__ memory a static variable, for one block runs at a
 // time.
 #pragma once
 

@@ -54,7 +54,7 @@ def forward(
     size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     a_out = a_out[:, :, None, None].to(x.dtype)
     if len(x) == 1 and not _weight_order(rows):
-        gated = (weight * pairs.view(weight.shape)).to(x.dtype)
+        gated = (weight * pairs.view(weight.shape[1:])).to(x.dtype)
         out = F.conv2d(x, gated, None, stride, padding, dilation)
         rows.copy_(out.flatten(2).mT)
         return out.mul_(a_out).contiguous(memory_format=memory_format(x))

@@ -155,7 +155,7 @@ def product(x, attention, kernels, pairs, a_out, shift=None, low=NO_LIMITS[0], h
 
 def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:
     if attention is None:  # with weights no larger than a sample's map, and never those of all samples
-        n = max(1, min((len(x) + 1) // 2, x[0].numel() // kernels.numel()))
+        n = max(1, min((len(x) + 1) // 2, x.shape[1:].numel() // kernels.numel()))
     else:
         n = max(4, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // kernels[0].numel())
     for first in range(0, len(x), n):

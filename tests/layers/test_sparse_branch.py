@@ -163,7 +163,7 @@ class TestHooks:
         forward = type(fast[1]).overwrite
         with mock.patch.object(type(fast[1]), "overwrite", autospec=True, side_effect=forward) as spy:
             run(fast, x)
-        assert spy.call_count == 3
+        assert spy.call_count == (2 if name == "inverted" else 3)  # its first one would have to clamp
         for block in stage:
             x = run(block, x)
         torch.testing.assert_close(y, x)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from timm_dynamic.dispatch import has_hooks
-from timm_dynamic.ops.sparse.capacity import run_without_waiting
+from timm_dynamic.ops.sparse import capacity
 from timm_dynamic.optimize.fold import Folding
 from timm_dynamic.optimize.graph import CudaGraph
 from timm_dynamic.optimize.layout import choose_format
@@ -178,7 +178,7 @@ class _Inference(nn.Module):
 
     # Of a part that is cut out: `fast[1:]`.
     cuda_graph = None
-    _memory_format = torch.contiguous_format
+    _memory_format = "contiguous"
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -197,9 +197,9 @@ class _Inference(nn.Module):
                 return self.cuda_graph.run(super().__call__, self, *self._formatted(args))
             forward = functools.partial(super().__call__, *self._formatted(args), **kwargs)
             first = args[0] if args and isinstance(args[0], Tensor) else None
-            if first is None or any(map(has_hooks, self.modules())):  # they would see what runs again
+            if first is None or not capacity.has_kernels(first) or any(map(has_hooks, self.modules())):
                 return forward()
-            return run_without_waiting(forward, first)
+            return capacity.run_without_waiting(forward)  # which hooks would see run again
 
     def _formatted(self, args: tuple) -> tuple:
         if self._memory_format == "contiguous" or torch._C._functorch.peek_interpreter_stack() is not None:

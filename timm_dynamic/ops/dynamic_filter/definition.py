@@ -88,11 +88,11 @@ def ddf_with_heads(
 def _ddf(tensors: tuple[Tensor, Tensor, Tensor], options: tuple[int, int, int, str]) -> Tensor:
     tensors = tuple(t.to(autocast_dtype(t)) if t.is_floating_point() else t for t in tensors)
     _check(*tensors, *options)
-    run = torch.ops.timm_dynamic.ddf if runs_kernel("ddf", tensors[0]) else _definition
+    run = torch.ops.timm_dynamic.ddf if runs_kernel("ddf", tensors[0]) else definition
     return run(*tensors, *options)
 
 
-def _definition(
+def definition(
     features: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
@@ -250,7 +250,7 @@ def _flops_of_gradients(grad, features, channel_filter, spatial_filter, kernel_s
 
 _INPUTS = "Tensor features, Tensor channel_filter, Tensor spatial_filter"
 _OPTIONS = "int kernel_size, int dilation, int stride, str kernel_combine"
-register("ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _definition, _fake, gradient=_gradient, flops=_flops)
+register("ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", definition, _fake, gradient=_gradient, flops=_flops)
 register(
     "ddf_backward",
     f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",

@@ -17,6 +17,8 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
     channel_norm = layer.channel_branch[4]
     if channel_norm.std is None or channel_norm.mean is not None or layer.spatial_branch[1].std is not None:
         return "a filter norm has other parameters than the layer gives it"
+    if any(conv.bias is None for conv in (layer.spatial_branch[0], layer.channel_branch[1], layer.channel_branch[3])):
+        return "a convolution has no bias"
     if any(p.dtype != x.dtype or not p.is_contiguous() for p in layer.parameters()):
         return f"a parameter is not {x.dtype}, or not contiguous"
     return None if has_kernel("cpu", "pooled_heads") else "the CPU kernels are not loaded"

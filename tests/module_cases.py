@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_dynamic.families import FAMILIES
 from timm_dynamic.layers.base import DynamicLayer
+from timm_dynamic.models.dynconv_resnet import SparseBasicBlock
 
 LAYERS = sorted(name for name, family in FAMILIES.items() if family.layer is not None)
 NETWORKS = sorted(FAMILIES)
@@ -71,13 +72,13 @@ def leaves(model):
     }
 
 
-def leaves_of_layers(model):
-    """Those that are part of a dynamic layer; of a network without such layers, all."""
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, DynamicLayer)]
+def leaves_of_layers(model, count=None):
+    """Those that are part of a dynamic layer, or of a block with a mask; of so many layers only."""
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, (DynamicLayer, SparseBasicBlock))]
     return {
         name: part
         for name, part in leaves(model).items()
-        if not layers or any(name.startswith(f"{layer}.") for layer in layers)
+        if any(name.startswith(f"{layer}.") for layer in layers[:count])
     }
 
 

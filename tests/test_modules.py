@@ -64,7 +64,7 @@ class TestHooks:
     @EVERY_NETWORK
     def test_on_one_part_alone(self, family, training):
         model, x = make_network(family), images()
-        for name, part in leaves_of_layers(model).items():
+        for name, part in leaves_of_layers(model, 1).items():
             if training or in_eval(name):
                 calls = []
                 handle = part.register_forward_hook(lambda *args, calls=calls: calls.append(1))
@@ -75,7 +75,7 @@ class TestHooks:
     @EVERY_NETWORK
     def test_a_hook_that_changes_the_output_counts(self, family):
         model, x = make_network(family), images()
-        for name, part in leaves_of_layers(model).items():
+        for name, part in leaves_of_layers(model, 1).items():
             if in_eval(name):
                 before = run(model, x)
                 handle = part.register_forward_hook(lambda m, a, y: y + torch.linspace(1, 5, y.shape[1]).view(-1, *[1] * (y.ndim - 2)))
@@ -244,7 +244,7 @@ class TestReplacedParts:
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        for name, part in leaves_of_layers(make_network(family)).items():
+        for name, part in leaves_of_layers(make_network(family), 1).items():
             if type(part) is nn.Conv2d and in_eval(name):
                 one, other, third = (make_network(family) for _ in range(3))
                 one.get_submodule(name).__class__ = Conv2d

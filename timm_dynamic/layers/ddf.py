@@ -266,7 +266,7 @@ def _channel_branch(in_channels: int, kernel_size: int, se_ratio: float, nonline
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(1),
         nn.Conv2d(in_channels, hidden, 1, **dd),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
         nn.Conv2d(hidden, in_channels * kernel_size**2, 1, **dd),
         FilterNorm(in_channels, kernel_size, "channel", nonlinearity, running_std=True, **dd),
     )

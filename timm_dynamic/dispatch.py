@@ -114,9 +114,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
 def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
     """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None.
 
-    Args:
-        layer: With `parts`.
-        x: An input that parameters are to be like, in dtype and device; None: any.
+    With an input, also parts whose parameters have another dtype or device.
     """
     if any(_GLOBAL_HOOKS):
         return "global hooks"

@@ -22,6 +22,7 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 _PLAIN = (Tensor, nn.Parameter)
+_CHANNELS_LAST = torch.channels_last
 # Called with every layer, its input and what runs, by `explain`.
 _observer: ContextVar[Callable[[nn.Module, Tensor, Implementation | None], None] | None] = ContextVar(
     "observer", default=None
@@ -107,11 +108,14 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
         return reason
     if kernels.is_watched():
         return "a dispatch mode looks at the operations"
-    return changed_part(layer)
+    return changed_part(layer, x)
 
 
-def changed_part(layer: nn.Module) -> str | None:
-    """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None."""
+def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
+    """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None.
+
+    With an input, also parts whose parameters have another dtype or device.
+    """
     if any(_GLOBAL_HOOKS):
         return "global hooks"
     for kind, name in layer.parts:
@@ -120,17 +124,28 @@ def changed_part(layer: nn.Module) -> str | None:
             return f"{name} is a {type(part).__name__}, not the layer's {kind.__name__}"
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return f"hooks on {name}"
-        if "forward" in part.__dict__:
+        if "forward" in part.__dict__ or "_conv_forward" in part.__dict__:
             return f"{name} has another forward"
         for parameter in part._parameters.values():
-            if parameter is not None and type(parameter) not in _PLAIN:
-                return f"{name} has a {type(parameter).__name__}"
+            reason = parameter is not None and _unusual_parameter(parameter, x)
+            if reason:
+                return f"{name} has {reason}"
     return None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at what a module takes and gives."""
     return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
+
+
+def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
+    if type(parameter) not in _PLAIN:
+        return f"a {type(parameter).__name__}"
+    if x is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
+        return f"parameters of {parameter.dtype} on {parameter.device}, the input is {x.dtype} on {x.device}"
+    if parameter.is_contiguous() or (parameter.ndim == 4 and parameter.is_contiguous(memory_format=_CHANNELS_LAST)):
+        return None
+    return "parameters that are not contiguous"
 
 
 def _part(layer: nn.Module, name: str) -> nn.Module | None:

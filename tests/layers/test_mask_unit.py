@@ -201,7 +201,9 @@ def test_bad_input(shape):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("x", [X.float(), X.float().to(memory_format=torch.channels_last)], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(
+    "x", [X.float(), X.float().to(memory_format=torch.channels_last)], ids=["NCHW", "channels_last"]
+)
 def test_follows_its_parts(x):
     """Changed, replaced, hooked or quantised: they are what counts."""
     layer, seen = MaskUnit(8, 2).eval(), []

@@ -16,7 +16,6 @@ from sparse_blocks import (
     give_mask,
     inverted,
     make,
-    optimized,
     randomize,
     run,
 )

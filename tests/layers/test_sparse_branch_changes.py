@@ -109,7 +109,9 @@ def edits_of_data(block):
 
 
 def vector_to_parameters(block):
-    torch.nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in block.parameters())).double(), block.parameters())
+    torch.nn.utils.vector_to_parameters(
+        torch.randn(sum(p.numel() for p in block.parameters())).double(), block.parameters()
+    )
 
 
 def hook_that_moves(block):

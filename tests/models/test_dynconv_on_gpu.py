@@ -98,7 +98,10 @@ def no_waiting(reads):
         return values
 
     wrapped = executor.neighbour_table
-    with mock.patch.object(capacity, "_read", read), mock.patch.object(executor, "neighbour_table", wraps=wrapped) as tables:
+    with (
+        mock.patch.object(capacity, "_read", read),
+        mock.patch.object(executor, "neighbour_table", wraps=wrapped) as tables,
+    ):
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield

@@ -28,7 +28,7 @@ class KernelAttention(nn.Module):
         hidden = max(1, in_channels // reduction)
         dd = {"device": device, "dtype": dtype}
         self.to_scores = nn.Sequential(
-            nn.Linear(in_channels, hidden, **dd), nn.ReLU(inplace=True), nn.Linear(hidden, num_kernels, **dd)
+            nn.Linear(in_channels, hidden, **dd), nn.ReLU(), nn.Linear(hidden, num_kernels, **dd)
         )
 
     def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Parameter-efficient dynamic convolution: a weight that every sample scales by output, by input and by tap.
 
-Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021; parameters have their names.
+Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021; parameters have its names.
 """
 
 import math

@@ -85,7 +85,7 @@ class Progress(State):
         Args:
             layer: Its number, from 1.
         """
-        if not self.counts or recomputing():
+        if not self.counts or recomputing() or not may_be_changed(self.forwards):
             return
         again = self.forwards[layer] == self.forwards[0]
         self.forwards[0].add_(again)
@@ -132,6 +132,13 @@ def has_progress(model: nn.Module) -> bool:
 def recomputing() -> bool:
     """Whether the backward pass runs a layer again, for gradient checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_changed(buffer: Tensor) -> bool:
+    """Whether `torch.func` lets a call change a buffer: one that the transformed function has been given."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(buffer)
 
 
 def share_progress(model: nn.Module) -> Progress | None:

@@ -63,22 +63,22 @@ class CudaGraph:
                 no tensor, or it has masks and there are no CUDA kernels for x.
         """
         with self._lock:
-            own = self._input
-            if own is None:
+            first = self._input
+            if first is None:
                 problem = _problem_with(model, x)
                 if problem is not None:
                     raise ValueError(problem)
                 self._autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
                 with torch.inference_mode(False):
-                    own = self._input = x.clone()
+                    first = self._input = x.clone()
                 self._graph = _Graph(x.device)
-            if (x.shape, x.dtype, x.device) != (own.shape, own.dtype, own.device):
+            if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
-                    f"the graph was captured for {list(own.shape)}, {own.dtype}, {own.device}; got {list(x.shape)}, "
-                    f"{x.dtype}, {x.device}: optimize the model for these, too"
+                    f"the graph was captured for {list(first.shape)}, {first.dtype}, {first.device}; "
+                    f"got {list(x.shape)}, {x.dtype}, {x.device}: optimize the model for these, too"
                 )
             with torch.inference_mode(False), torch.no_grad(), self._graph.in_order():
-                own.copy_(x)
+                first.copy_(x)
                 if not self._graph.replay():  # there is none yet, or the last capture failed
                     return self._capture(forward, model)
                 if self._capacities.suffice(self._counts):
@@ -117,7 +117,7 @@ class _Graph:
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
-        # Its own: graphs of one stream share cuBLAS's workspace, which the end of one of them may free.
+        # Not shared: graphs of one stream share cuBLAS's workspace, which the end of one of them may free.
         self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
 
     def drop(self) -> None:

@@ -23,14 +23,30 @@ def _norm_problem(norm: nn.Module, name: str) -> str | None:
     return None
 
 
+def _is_pointwise(conv: nn.Conv2d, stride: tuple[int, int]) -> bool:
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), stride, (0, 0), 1)
+
+
+def _part_problem(layer) -> str | None:
+    """What a part does that the rows do not, which read weights and the layer's attributes."""
+    conv, q, p = layer.conv, layer.q, layer.p
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    if any(getattr(conv, name) != getattr(layer, name) for name in names):
+        return "conv has other arguments than the layer"
+    if not (_is_pointwise(q, layer.stride) and _is_pointwise(p, (1, 1))):
+        return "q and p are other than pointwise"
+    linears = (layer.fc[0], layer.fc[1].fc[0], layer.fc_phi, layer.fc_scale)
+    if q.bias is not None or any(linear.bias is not None for linear in linears):
+        return "a part has a bias that the layer did not give it"
+    return None
+
+
 def _input_problem(layer, x: Tensor) -> str | None:
     if layer.padding_mode != "zeros" or layer.explicit_padding is not None:
         return f"padding {layer.padding!r} in mode {layer.padding_mode!r}"
     if x.numel() == 0:
         return "the input is empty"
-    if layer.conv.weight.dtype != x.dtype:
-        return f"the input is {x.dtype}, the parameters {layer.conv.weight.dtype}"
-    return _norm_problem(layer.bn1, "bn1") or _norm_problem(layer.bn2, "bn2")
+    return _part_problem(layer) or _norm_problem(layer.bn1, "bn1") or _norm_problem(layer.bn2, "bn2")
 
 
 def _cannot_run_in_one_call(layer, x: Tensor) -> str | None:

@@ -13,7 +13,9 @@ from timm_dynamic.ops.sample_conv.training import factors, forward, is_product, 
 _MOST_SAMPLES = 32
 
 
-def _cannot(layer, x: Tensor) -> str | None:
+def _cannot(layer, x: Tensor, linears) -> str | None:
+    if any(linear.bias is None for linear in linears):
+        return "a linear layer has no bias"
     if layer.training:
         return "the layer is in training mode"
     if not x.is_contiguous():
@@ -41,7 +43,9 @@ def _kernel_problem(layer, x: Tensor, kernels: Tensor) -> str | None:
 def _cannot_gate(layer, x: Tensor) -> str | None:
     if layer.rank != 1:
         return f"the gates are of rank {layer.rank}"
-    return _kernel_problem(layer, x, layer.weight) or _cannot(layer, x)
+    heads = layer.attn
+    linears = (heads.fc_share, heads.fc_inp, heads.fc_oup, heads.fc_k)
+    return _kernel_problem(layer, x, layer.weight) or _cannot(layer, x, linears)
 
 
 def _gate(layer, x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def _gate(layer, x: Tensor) -> Tensor:
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:
-    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x)
+    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x, layer.attention.to_scores[::2])
 
 
 def _mix(layer, x: Tensor) -> Tensor:

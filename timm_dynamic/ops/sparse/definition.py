@@ -41,7 +41,7 @@ def panel_width(columns: int, device_type: str) -> int:
 
 
 def pack_matrix(matrix: Tensor) -> Tensor:
-    """`[K, N]` as `gather_conv` takes it: in panels of columns, `[panels, K, width]`, the last one filled with zeros."""
+    """`[K, N]` as `gather_conv` takes it: in panels of columns, `[panels, K, width]`, zeros behind the last one."""
     K, N = matrix.shape
     width = panel_width(N, matrix.device.type)
     return F.pad(matrix, (0, -N % width)).view(K, -1, width).transpose(0, 1).contiguous()

@@ -34,6 +34,10 @@ class _AttachLoss(torch.autograd.Function):
             attached = torch.full((), number * ctx.scale, dtype=ctx.dtype, device=grad.device)
         return grad, attached * ctx.weight if isinstance(ctx.weight, Tensor) else attached, None, None
 
+
+class _AttachLossForwards(_AttachLoss):
+    """The same, for forward-mode differentiation, which torch.compile does not take."""
+
     @staticmethod
     def jvp(ctx, x_tangent: Tensor, *others) -> Tensor:
         return x_tangent.view_as(x_tangent)
@@ -53,7 +57,8 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | 
         weight: Of the loss: a number, or a tensor of the shape of `loss` without a gradient.
         scale: Factor of the gradient. The value of a tensor is that which it has in the backward pass.
     """
-    return _AttachLoss.apply(x, loss, weight, scale)
+    plain = torch.compiler.is_compiling() or not transforms()
+    return (_AttachLoss if plain else _AttachLossForwards).apply(x, loss, weight, scale)
 
 
 def store(buffer: Tensor, value: Tensor) -> None:

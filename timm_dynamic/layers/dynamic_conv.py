@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive, in_dtype_of
 from timm_dynamic.layers.progress import Progress
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import no_autocast
@@ -91,6 +92,7 @@ class DynamicConv2d(DropInConv2d):
         *((nn.Linear, "attention.to_scores.0"), (nn.ReLU, "attention.to_scores.1")),
         (nn.Linear, "attention.to_scores.2"),
     )
+    weight = stand_in_weight(conv_weight_shape)
     routing_limit = None  # it sums to 1
     __jit_unused_properties__ = ["weight", "bias"]
 
@@ -148,18 +150,15 @@ class DynamicConv2d(DropInConv2d):
             noise[0] = 0
             self.kernels_weights.copy_(noise)
             self.kernels_weights[0].add_(conv.weight)
-            if self.kernels_bias is not None:
-                self.kernels_bias[1:] = 0
             for parameter in self.attention.to_scores[2].parameters():
                 parameter.div_(_HOTTEST)
         else:
             self.kernels_weights.copy_(conv.weight + noise)
         self.kernels_weights.requires_grad_(conv.weight.requires_grad)
-
-    @property
-    def weight(self) -> Tensor:
-        """That of an even mixture, `[out_channels, in_channels / groups, *kernel_size]`."""
-        return self.kernels_weights[0] if self.around_mean else self.kernels_weights.mean(0)
+        if self.kernels_bias is not None:
+            self.kernels_bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
+            if self.around_mean:
+                self.kernels_bias[1:] = 0
 
     @property
     def bias(self) -> Tensor | None:

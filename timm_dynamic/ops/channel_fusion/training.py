@@ -103,8 +103,8 @@ class FusedConvolution(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx, grad: Tensor) -> list[Tensor | None]:
-    inputs = ctx.saved_tensors[:13]
-    statistics = ctx.saved_tensors[-4:]
+    saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+    inputs, statistics = saved[:13], saved[-4:]
 
     def function(x, weight, bias, q, p, weight1, bias1, weight2, bias2, *heads):
         norms: list[Norm] = []

@@ -3,7 +3,8 @@
     python benchmarks/models.py [--paths] [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] \
         [--minutes N] [--longest N] [--output FILE]
 
-Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory. On a CPU what
+Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory; in evaluation also
+those of the inference copies that `timm_dynamic.optimize` makes of model and twin, in the same rounds. On a CPU what
 a process gets of memory and caches decides a good part of a ratio: every case runs in several processes, one after the
 other over all cases, and the median counts. On a GPU everything is channels_last, in bfloat16, eager and compiled.
 
@@ -53,8 +54,8 @@ def cases(device: str, paths: bool) -> list[str]:
         found = eager + [f"{case} --torchcompile" for case in eager]
     else:
         found = [
-            "--mode eval --batch-size 1 --num-warm-iter 3 --num-bench-iter 40",
-            "--mode eval --batch-size 16 --num-warm-iter 3 --num-bench-iter 9",
+            "--mode eval --batch-size 1 --num-warm-iter 3 --num-bench-iter 40 --optimize",
+            "--mode eval --batch-size 16 --num-warm-iter 3 --num-bench-iter 9 --optimize",
             "--mode train --batch-size 16 --num-warm-iter 3 --num-bench-iter 6",
         ]
     return [case + " --backends kernel reference" * paths for case in found]
@@ -80,7 +81,8 @@ def combine(samples: list[list[dict]]) -> list[dict]:
     """One row for each of several processes' rows: medians of their medians and of their ratios."""
     rows = []
     for same in zip(*samples, strict=True):
-        row = {**same[0], **{key: median(r[key] for r in same) for key in ("median_ms", "p10_ms", "p90_ms")}}
+        times = [key for key in ("median_ms", "p10_ms", "p90_ms", "optimized_ms", "optimized_ratio") if key in same[0]]
+        row = {**same[0], **{key: median(r[key] for r in same) for key in times}}
         row["time_ratios"] = [r["time_ratio"] for r in same]
         row["time_ratio"] = median(row["time_ratios"])
         rows.append(row)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_dynamic.ops import backend_info, ddf, ddf_reference
+from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.dynamic_filter.definition import definition
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
 
@@ -85,16 +86,16 @@ def candidates(case: Case, inputs: Inputs) -> dict[str, tuple[Callable[[], Tenso
     """Name to (forward, what it is differentiated for)."""
     x, c, s, weight, _ = inputs
     K, stride = case.kernel_size, case.stride
-    ours, conv = (x, c, s), (x, weight)
+    ours, conv, options = (x, c, s), (x, weight), (K, 1, stride, "mul")
     found = {
-        "kernel": (lambda: ddf(x, c, s, K, 1, stride), ours),
+        "kernel": (lambda: torch.ops.timm_dynamic.ddf(x, c, s, *options), ours),
         "depthwise": (lambda: F.conv2d(x, weight, None, stride, K // 2, 1, case.shape[1]), conv),
     }
     if case.everything:
         torch.compiler.reset()
-        compiled = torch.compile(ddf_reference)
-        found["reference"] = (lambda: ddf_reference(x, c, s, K, 1, stride), ours)
-        found["compiled reference"] = (lambda: compiled(x, c, s, K, 1, stride), ours)
+        compiled = torch.compile(definition)
+        found["reference"] = (lambda: definition(x, c, s, *options), ours)
+        found["compiled reference"] = (lambda: compiled(x, c, s, *options), ours)
         found["unfold"] = (lambda: unfolded(x, c, s, K, stride), ours)
     return found
 

@@ -7,7 +7,8 @@ HEAD = """
 ## {title} on {where}
 
 `{command}`, `results/{file}`, {machine}; {settings}. The static twin is timm's model as it is. Time and memory are
-ratios to it, in the same process; memory is the peak of a step with the weights. {processes}{paths}
+ratios to it, in the same process; memory is the peak of a step with the weights. "Optimized" is the inference copy that
+`timm_dynamic.optimize` makes, of the model and of the twin alike. {processes}{paths}
 
 ![Ratios of time and of MACs]({picture})
 """
@@ -19,8 +20,8 @@ the compiled twin."""
 TABLE = """
 `{model}` / `{twin}`, {macs:.2f}x the MACs:
 
-| mode | batch | | ms | p10-p90 | time | of each process | MB | memory | MACs |
-|---|---|---|---|---|---|---|---|---|---|
+| mode | batch | | ms | p10-p90 | time | of each process | optimized, ms | beside the optimized twin | MB | memory | MACs |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 FAILED = "\nNot measured:\n\n"
 # What to draw: in strong colours what runs eagerly.
@@ -98,10 +99,11 @@ def _table(model: str, cases: list[list[dict]]) -> str:
     text = TABLE.format(model=model, twin=ours["baseline"], macs=ours["macs_ratio"])
     for row in (row for rows in cases for row in rows):
         each = ", ".join(f"{ratio:.2f}" for ratio in sorted(row["time_ratios"]))
+        optimized = f"{row['optimized_ms']:.1f} | {row['optimized_ratio']:.2f}" if "optimized_ms" in row else " | "
         text += (
             f"| {row['mode']} | {row['batch_size']} | {what(row)} | {row['median_ms']:.1f} | "
             f"{row['p10_ms']:.1f}-{row['p90_ms']:.1f} | {row['time_ratio']:.2f} | "
-            f"{each if row['model'] != row['baseline'] else ''} | {row['peak_memory'] / 1e6:.0f} | "
+            f"{each if row['model'] != row['baseline'] else ''} | {optimized} | {row['peak_memory'] / 1e6:.0f} | "
             f"{row['memory_ratio']:.2f} | {row['macs_ratio']:.2f} |\n"
         )
     return text

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import timm
 import torch
+from timm_dynamic.layers.folding import folded_copy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_dynamic
 from timm_dynamic.families import static_twin
 from timm_dynamic.layers import SparseBranch
-from timm_dynamic.layers.folding import folded_copy
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
 

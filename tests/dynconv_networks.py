@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 
+from timm_dynamic import optimize
 from timm_dynamic.layers.progress import Progress
 
 # Small networks of every kind of block: model, its arguments, size of its images.
@@ -64,8 +65,8 @@ class PatternMask(nn.Module):
 
 
 def build_with_share(kind, share, **kwargs):
-    """With `PatternMask`s, and sparse execution."""
-    model = build(kind, **kwargs)
+    """Optimized, with `PatternMask`s and sparse execution."""
+    model = optimize(build(kind, **kwargs), image(kind, 1), memory_format=torch.channels_last)
     for block in model.masked_blocks():
         block.masker = PatternMask(block.masker.stride, share)
     model.execution = "sparse"

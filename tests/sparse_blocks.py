@@ -1,14 +1,16 @@
 """Blocks with masks, and running them, for the tests."""
 
+import copy
 from unittest import mock
 
 import torch
 from timm.models.resnet import downsample_avg, downsample_conv
 from torch import nn
 
+from timm_dynamic.layers import SparseBranch
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import table
 
 
 def basic(stride=1, shortcut=None, **kwargs):
@@ -84,15 +86,26 @@ def run(block, x, execution="sparse", sparse_runs=True):
     """The output; which of the two executions it was is checked."""
     for module in block.modules():
         module.execution = execution
-    with mock.patch.object(sparse, "scatter_conv_", wraps=sparse.scatter_conv_) as spy:
+    with mock.patch.object(table, "execute", wraps=table.execute) as spy:
         y = block(x)
     assert spy.called == (execution == "sparse" and sparse_runs and x.numel() > 0)
     return y
 
 
+def optimized(block):
+    """Its form for inference, of a copy."""
+    return copy.deepcopy(block).optimized().eval().requires_grad_(False)
+
+
 def assert_sparse_is_dense(block, x, sparse_runs=True, **close):
+    """And so is the form for inference, if there is one."""
     before = x.clone()
     y = run(block, x, sparse_runs=sparse_runs)
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(y, run(block, x, "dense"), equal_nan=True, **close)
+    if isinstance(block, SparseBranch) and sparse_runs and torch.is_autocast_enabled("cpu") is False:
+        form = optimized(block)
+        for execution in ("sparse", "sparse", "dense"):
+            torch.testing.assert_close(run(form, x, execution), y, equal_nan=True, **close)
+            torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
     return y

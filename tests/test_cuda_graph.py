@@ -12,8 +12,7 @@ import torch
 from dynconv_networks import build, build_with_share, dense, every_kind, image
 
 from timm_dynamic import optimize
-from timm_dynamic.layers import capacity
-from timm_dynamic.layers.folding import kept_for
+from timm_dynamic.ops.sparse import capacity
 from timm_dynamic.optimize import graph as module
 from timm_dynamic.optimize.graph import CudaGraph
 
@@ -27,8 +26,7 @@ class Recorder:
         self.fails = False
 
     def seen(self):
-        kept = [kept_for(block) for block in self.model.masked_blocks()]
-        return [one[2].seen for one in kept if one is not None]
+        return [block.seen for block in self.model.masked_blocks()]
 
     def __call__(self, device):
         return Recorded(self)
@@ -73,6 +71,10 @@ class Graphed:
         return self.graph.overflows
 
 
+def optimized():
+    return optimize(build(), image(), memory_format=torch.channels_last)
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     """As if this were a GPU, with capacities that the small maps here fill only in part."""
@@ -80,7 +82,7 @@ def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(module, "_Graph", recorder)
     monkeypatch.setattr(module, "_problem_with", lambda model, x: None)
-    monkeypatch.setattr(capacity, "serves", lambda x: True)
+    monkeypatch.setattr(capacity, "has_kernels", lambda x: True)
     monkeypatch.setattr(capacity, "_MULTIPLE", 4)
     return recorder
 
@@ -150,7 +152,7 @@ class TestCalls:
             assert recorder.captures == captures
 
     def test_results_and_inputs_are_the_callers(self, recorder):
-        recorder.model, x = build(), image()
+        recorder.model, x = optimized(), image()
         before = x.clone()
         graph = Graphed(recorder.model, x)
         with torch.inference_mode():
@@ -161,7 +163,7 @@ class TestCalls:
         assert torch.equal(y, kept) and torch.equal(x, before) and not y.requires_grad
 
     def test_autocast_is_that_of_the_capture(self, recorder):
-        recorder.model, x = build().float(), image().float()
+        recorder.model, x = optimized().float(), image().float()
         with torch.autocast("cpu", torch.bfloat16):
             graph = Graphed(recorder.model, x)
         assert graph(x).dtype == torch.bfloat16
@@ -171,14 +173,14 @@ class TestCalls:
 
     @pytest.mark.parametrize("change", [lambda x: x[:1], torch.Tensor.float, lambda x: x.to("meta")])
     def test_other_inputs(self, change, recorder):
-        recorder.model, x = build(), image()
+        recorder.model, x = optimized(), image()
         graph, other = Graphed(recorder.model, x), change(x)
         message = f"captured for [2, 3, 32, 32], torch.float64, cpu; got {list(other.shape)}, {other.dtype}"
         with pytest.raises(ValueError, match=re.escape(message)):
             graph(other)
 
     def test_models_without_graphs(self, recorder):
-        recorder.model, x = build(), image()
+        recorder.model, x = optimized(), image()
         recorder.model.layer1.register_forward_hook(lambda *args: None)
         with pytest.raises(ValueError, match="has some inside: remove them"):
             Graphed(recorder.model, x)

@@ -62,3 +62,10 @@ def test_no_other_list_of_files_of_models():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     files = {path.stem for path in (ROOT / "timm_dynamic" / "models").glob("*.py")} - {"__init__"}
     assert files <= {name.rpartition(".")[2] for name in loaded}
+
+
+def test_the_architecture_page_has_the_layers_and_operators(script):
+    tables, page = script("tables"), ROOT / "docs" / "architecture.md"
+    texts = tables.written()[page]
+    assert tables.parts(page.read_text()) == texts and len(texts) == 2
+    assert texts["operators"].count("\n| `") <= 18  # the design's bound

@@ -12,7 +12,7 @@ import timm_dynamic
 from timm_dynamic.families import FAMILIES
 from timm_dynamic.inspect import ponder_cost, routing_entropy
 from timm_dynamic.layers import DCDConv2d, DCDLinear, DDFConv2d, DynamicConv2d, MaskUnit, PEDConv2d
-from timm_dynamic.ops import factored_conv2d_reference, mixed_conv2d_reference
+from timm_dynamic.ops import mixed_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -42,15 +42,18 @@ class TestWhatTheLayersUsed:
         timm_dynamic.set_progress(layer, 8, 10)  # a temperature of 4.2
         attention, output = recorded(layer, x[:2], x[2:])
         assert attention.shape == (5, 4) and not torch.allclose(attention, attention[:1])
-        torch.testing.assert_close(mixed_conv2d_reference(x, attention, layer.kernels_weights), output)
+        torch.testing.assert_close(mixed_conv2d(x, attention, layer.kernels_weights), output)
 
     @pytest.mark.parametrize("rank", [1, 2])
     def test_gates(self, rank):
         layer, x = PEDConv2d(8, 6, 3, groups=2, bias=False, rank=rank).double().eval(), torch.randn(5, 8, 7, 7).double()
         gates, output = recorded(layer, x)
         assert gates.shape == (5, (4 + 6 + 9) * rank)
-        a_in, a_out, a_tap = gates.unflatten(1, (-1, rank)).split((4, 6, 9), 1)
-        torch.testing.assert_close(factored_conv2d_reference(x, layer.weight, a_in, a_tap, a_out, groups=2), output)
+        terms = []
+        for term in gates.unflatten(1, (-1, rank)).unbind(2):
+            a_in, a_out, a_tap = term.split((4, 6, 9), 1)
+            terms.append(mixed_conv2d(x, None, layer.weight[None], groups=2, a_in=a_in, a_tap=a_tap, a_out=a_out))
+        torch.testing.assert_close(sum(terms), output)
 
     @pytest.mark.parametrize("size", [1, 16])
     def test_scale(self, size):

@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from module_cases import LAYERS, NETWORKS, close, images, leaves, leaves_of_layers, make_layer, make_network, randomise, settle
+from module_cases import (
+    LAYERS,
+    NETWORKS,
+    close,
+    images,
+    leaves,
+    leaves_of_layers,
+    make_layer,
+    make_network,
+    randomise,
+    settle,
+)
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -78,7 +89,9 @@ class TestHooks:
         for name, part in leaves_of_layers(model, 1).items():
             if in_eval(name):
                 before = run(model, x)
-                handle = part.register_forward_hook(lambda m, a, y: y + torch.linspace(1, 5, y.shape[1]).view(-1, *[1] * (y.ndim - 2)))
+                handle = part.register_forward_hook(
+                    lambda m, a, y: y + torch.linspace(1, 5, y.shape[1]).view(-1, *[1] * (y.ndim - 2))
+                )
                 changed = run(model, x)
                 handle.remove()
                 assert not torch.allclose(changed, before, rtol=1e-4), name
@@ -116,7 +129,9 @@ class TestPruning:
                 method(part, "weight", 0.5)
         steps(model, x)
         zeros = [
-            (part.weight == 0).float().mean() for part in leaves(model).values() if isinstance(part, (nn.Conv2d, nn.Linear))
+            (part.weight == 0).float().mean()
+            for part in leaves(model).values()
+            if isinstance(part, (nn.Conv2d, nn.Linear))
         ]
         assert min(zeros) > 0.4
         pruned = run(model, x)
@@ -286,7 +301,9 @@ class TestReplacedParts:
     def test_with_other_arguments(self, family, change, training):
         layer, x = make_layer(family), images(channels=8, size=8)
         for name, part in leaves(layer).items():
-            if type(part) is nn.Conv2d and (part.kernel_size != (1, 1) or "stride" in change and "dilation" not in change):
+            if type(part) is nn.Conv2d and (
+                part.kernel_size != (1, 1) or "stride" in change and "dilation" not in change
+            ):
                 changed = copy.deepcopy(layer).train(training)
                 conv = changed.get_submodule(name)
                 for key, value in change.items():
@@ -295,7 +312,11 @@ class TestReplacedParts:
                     conv.weight = nn.Parameter(conv.weight[:, :4].clone())
                 if "stride" in change and "dilation" not in change:
                     for other in changed.modules():
-                        if type(other) is nn.Conv2d and other.stride == (1, 1) and other.in_channels == conv.in_channels:
+                        if (
+                            type(other) is nn.Conv2d
+                            and other.stride == (1, 1)
+                            and other.in_channels == conv.in_channels
+                        ):
                             other.stride = (2, 2)
                 try:
                     expected = copy.deepcopy(changed).formula(x)
@@ -392,7 +413,9 @@ class TestNorms:
         for part in model.modules():
             if isinstance(part, nn.modules.batchnorm._NormBase):
                 part.eval().requires_grad_(False)
-        before = {name: value.clone() for name, value in model.named_buffers() if "running" in name or "tracked" in name}
+        before = {
+            name: value.clone() for name, value in model.named_buffers() if "running" in name or "tracked" in name
+        }
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
         model(x).square().mean().backward()
         optimizer.step()

@@ -61,9 +61,17 @@ class TestFunc:
             return functional_call(layer, (params, copy.deepcopy(dict(layer.named_buffers()))), (x,)).pow(3).mean()
 
         params = of(layer)
-        for dx in (grad(loss, 1)(params, x), jacrev(loss, 1)(params, x), vjp(lambda x: loss(params, x), x)[1](1.0 + 0 * x.sum())[0]):
+        for dx in (
+            grad(loss, 1)(params, x),
+            jacrev(loss, 1)(params, x),
+            vjp(lambda x: loss(params, x), x)[1](1.0 + 0 * x.sum())[0],
+        ):
             close(dx, expected[0], 1e-9)
-        for found in (grad(loss)(params, x), jacrev(loss)(params, x), vjp(lambda p: loss(p, x), params)[1](1.0 + 0 * x.sum())[0]):
+        for found in (
+            grad(loss)(params, x),
+            jacrev(loss)(params, x),
+            vjp(lambda p: loss(p, x), params)[1](1.0 + 0 * x.sum())[0],
+        ):
             close(joined(found.values()), joined(expected[1:]), 1e-9)
 
     @EVERY_LAYER
@@ -192,7 +200,9 @@ class TestGraphsOfGradients:
         step = 1e-5
         values = [loss((factor + k * step).detach(), layer) for k in (-1, 0, 1)]
         close(first.detach(), (values[2] - values[0]) / (2 * step), 1e-5)
-        slopes = [gradients(loss(t, layer), t)[0] for k in (-1, 1) for t in [(factor + k * step).detach().requires_grad_()]]
+        slopes = [
+            gradients(loss(t, layer), t)[0] for k in (-1, 1) for t in [(factor + k * step).detach().requires_grad_()]
+        ]
         close(second, (slopes[1] - slopes[0]) / (2 * step), 1e-4)
 
     @EVERY_NETWORK
@@ -251,4 +261,3 @@ class TestGraphsOfGradients:
                     (value,) = gradients(value, factor, create_graph=True)
                 results.append(value.detach())
         close(results[1], results[0], 1e-8)
-

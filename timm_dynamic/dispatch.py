@@ -13,7 +13,7 @@ from timm_dynamic.ops import kernels
 from timm_dynamic.ops.implementation import Implementation, Situation, situation_of
 from timm_dynamic.ops.kernels import FORMULA, KERNEL
 
-__all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "use"]
+__all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "has_hooks", "use"]
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -66,8 +66,7 @@ def _choose(layer: nn.Module, x: Tensor) -> Implementation | None:
             situation.device in row.devices
             and situation.gradients == row.gradients
             and row.reason_against(layer, x, situation) is None
-            and row.pays(layer, x) is None
-            and _unmeasured(layer, row, situation) is None
+            and _not_worth_it(layer, x, row, situation) is None
         ):
             return row
     return None
@@ -82,6 +81,11 @@ def _forced(layer: nn.Module, x: Tensor, wanted: str, reason: str | None) -> Imp
     if reason is not None:
         raise ValueError(f"{wanted!r} of {layer.family} cannot run: {reason}")
     return row
+
+
+def _not_worth_it(layer: nn.Module, x: Tensor, row: Implementation, situation: Situation) -> str | None:
+    """Why the formula is to be preferred where a row could run, in words, or None."""
+    return None if row.name == layer.preferred else row.pays(layer, x) or _unmeasured(layer, row, situation)
 
 
 def _unmeasured(layer: nn.Module, row: Implementation, situation: Situation) -> str | None:
@@ -110,9 +114,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
 def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
     """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None.
 
-    Args:
-        layer: With `parts`.
-        x: An input that parameters are to be like, in dtype and device; None: any.
+    With an input, also parts whose parameters have another dtype or device.
     """
     if any(_GLOBAL_HOOKS):
         return "global hooks"
@@ -129,6 +131,11 @@ def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
             if reason:
                 return f"{name} has {reason}"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what a module takes and gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
 
 
 def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
@@ -207,8 +214,6 @@ def _lines(name: str, layer: nn.Module, x: Tensor, chosen: Implementation | None
     lines = [f"{name} ({type(layer).__name__}): {chosen.name if chosen else FORMULA}"]
     for row in layer.implementations:
         if row is not chosen:
-            reason = unusual or row.reason_against(layer, x, situation) or row.pays(layer, x)
-            lines.append(
-                f"    not {row.name}: {reason or _unmeasured(layer, row, situation) or 'another one comes first'}"
-            )
+            reason = unusual or row.reason_against(layer, x, situation) or _not_worth_it(layer, x, row, situation)
+            lines.append(f"    not {row.name}: {reason or 'another one comes first'}")
     return lines

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
+import timm_dynamic
 from timm_dynamic.cli import benchmark, main
-from timm_dynamic.ops import _library
+from timm_dynamic.ops import kernels
 
 QUICK = ["--img-size", "32", "--num-warm-iter", "1", "--num-bench-iter", "2", "--device", "cpu"]
 PAIR = ["--models", "test_ddf_resnet", "--baseline", "test_resnet"]
@@ -82,7 +83,7 @@ def test_report(run):
     assert dynamic["macs_ratio"] == total[0] / total[1]
     assert rows[3]["time_ratio"] == rows[3]["median_ms"] / rows[2]["median_ms"]  # of the same batch size
     assert static["backend"] == "torch"
-    assert dynamic["backend"] == ("C++" if _library._status["cpu"] == "loaded" else "reference")
+    assert dynamic["backend"] == ("C++" if kernels._status["cpu"] == "loaded" else "reference")
 
 
 def test_medians_come_from_the_samples(run, monkeypatch):
@@ -169,9 +170,9 @@ def test_amp_and_channels_last_reach_the_model(run, monkeypatch, flags, dtype, e
 def test_backends(run, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(kwargs) or model)
-    monkeypatch.setitem(_library._status, "cpu", "loaded")  # the operator serves, binary or not
+    monkeypatch.setitem(kernels._status, "cpu", "loaded")  # the operator serves, binary or not
     forced = []
-    monkeypatch.setattr(benchmark, "reference_only", lambda: forced.append(1) or _library.reference_only())
+    monkeypatch.setattr(benchmark, "use", lambda way: forced.append(way) or timm_dynamic.use(way))
     rows = run(*PAIR, "--backends", "kernel", "reference", "compiled-reference")["rows"]
     assert [(row["model"], row["backend"], row["execution"]) for row in rows] == [
         ("test_resnet", "torch", "eager"),
@@ -180,12 +181,12 @@ def test_backends(run, monkeypatch, capsys):
         ("test_ddf_resnet", "reference", "compile inductor"),
     ]
     assert compiled == [{"backend": "inductor", "dynamic": False}]
-    assert len(forced) == 2 * (1 + 2 + 1)  # two candidates: warm-up, timed, memory
+    assert forced == ["formula"] * 2 * (1 + 2 + 1)  # two candidates: warm-up, timed, memory
     assert "*: torch.compile, inductor" in capsys.readouterr().out
 
 
 def test_without_kernels_the_row_says_reference(run, monkeypatch, capsys):
-    monkeypatch.setitem(_library._status, "cpu", "not built: test")
+    monkeypatch.setitem(kernels._status, "cpu", "not built: test")
     rows = run(*PAIR, "--backends", "kernel", "reference")["rows"]
     assert [row["backend"] for row in rows] == ["torch", "reference"]  # once: it would be the same code
     assert "reference: kernels not built: test" in capsys.readouterr().out

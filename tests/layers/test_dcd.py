@@ -311,7 +311,7 @@ class TestClassifier:
         phi, scale = factors(layer, x)
         u = norm(F.linear(x, layer.q.weight), layer.bn1, training)
         v = norm(torch.einsum("blm,bm->bl", phi, u), layer.bn2, training) + u
-        expected = scale * F.linear(x, layer.weight, layer.bias) + F.linear(v, layer.p.weight)
+        expected = scale * F.linear(x, layer.linear.weight, layer.bias) + F.linear(v, layer.p.weight)
         output = layer(x)
         torch.testing.assert_close(output, expected)
         torch.testing.assert_close(gradients(layer, x, output), gradients(layer, x, expected))

@@ -1,10 +1,12 @@
 """DynamicConv2d, against the paper's formulas and nn.Conv2d itself."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import assert_same_step
 from timm.layers import Conv2dSame
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import timm_dynamic
 from timm_dynamic.layers import DynamicConv2d, load_reference
 from timm_dynamic.layers.progress import share_progress
-from timm_dynamic.ops import backend_info
 
 # Positional arguments after in_channels=8, out_channels=12: kernel_size, stride, padding, dilation, groups, bias, mode
 CASES = {
@@ -73,6 +74,18 @@ class TestFormula:
     def test_shape_of_the_convolution(self, name, size):
         x = torch.randn(2, 8, *size)
         assert DynamicConv2d(8, 12, *CASES[name])(x).shape == nn.Conv2d(8, 12, *CASES[name])(x).shape
+
+    @pytest.mark.parametrize("name", CASES)
+    @torch.no_grad()
+    def test_around_the_mean(self, name):
+        layer = DynamicConv2d(8, 12, *CASES[name], num_kernels=3, around_mean=True).double()
+        other = DynamicConv2d(8, 12, *CASES[name], num_kernels=3).double()
+        other.attention.load_state_dict(layer.attention.state_dict())
+        for ours, theirs in ((layer.kernels_weights, other.kernels_weights), (layer.kernels_bias, other.kernels_bias)):
+            if ours is not None:
+                theirs.copy_(ours[0] + torch.cat([-ours[1:].sum(0, keepdim=True), ours[1:]]))
+        x = torch.randn(2, 8, 9, 6, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), other(x))
 
     def test_no_sample(self):
         for kernel_size in (1, 3):
@@ -148,14 +161,28 @@ class TestFromConv:
         difference = (layer(x) - conv(x)).abs().max() / conv(x).std()
         assert 0 < difference < 1e-3
 
-    def test_noise_and_biases(self):
+    @torch.no_grad()
+    def test_kernels_and_their_mean(self):
         conv = nn.Conv2d(64, 64, 3)
         layer = DynamicConv2d.from_conv(conv)
+        assert torch.equal(layer.weight, conv.weight) and torch.equal(layer.bias, conv.bias)
+        apart = layer.kernels_weights[1:] / conv.weight.std()
+        assert apart.std().item() == pytest.approx(1e-4, rel=0.05) and not layer.kernels_bias[1:].any()
+        layer = DynamicConv2d.from_conv(conv, around_mean=False)
         for kernel, bias in zip(layer.kernels_weights, layer.kernels_bias, strict=True):
-            noise = (kernel - conv.weight).double().std() / conv.weight.std()
-            assert noise.item() == pytest.approx(1e-4, rel=0.05)
+            assert ((kernel - conv.weight).double().std() / conv.weight.std()).item() == pytest.approx(1e-4, rel=0.05)
             assert torch.equal(bias, conv.bias)
-        assert not torch.equal(layer.kernels_weights[0], layer.kernels_weights[1])
+        torch.testing.assert_close(layer.weight, layer.kernels_weights.mean(0))
+        torch.testing.assert_close(layer.bias, conv.bias)
+
+    @pytest.mark.parametrize("num_kernels", [1, 2, 4, 8])
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.01), partial(torch.optim.Adam, lr=1e-3)])
+    def test_first_step_is_the_convolutions(self, optimizer, kernel_size, num_kernels):
+        conv = nn.Conv2d(16, 24, kernel_size, padding=kernel_size // 2).double()
+        layer = DynamicConv2d.from_conv(conv, num_kernels=num_kernels)
+        x, target = torch.rand(8, 16, 7, 7).double(), torch.randn(8, 24, 7, 7).double()
+        assert_same_step(layer, conv, x, target, optimizer)
 
     def test_a_single_weight(self):
         assert DynamicConv2d.from_conv(nn.Conv2d(1, 1, 1)).kernels_weights.isfinite().all()
@@ -291,17 +318,55 @@ class TestInOtherHands:
             torch.testing.assert_close(p.grad, grad)
 
 
-@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
+@pytest.mark.parametrize("around_mean", [False, True])
+@pytest.mark.parametrize("arguments", [(1,), (3, 2, 1), (3, 1, "same", 1, 4), (1, 1, 0, 1, 1, False)], ids=str)
 @torch.no_grad()
-def test_with_a_norm_behind():
-    torch.manual_seed(0)
-    x, norm = torch.randn(5, 8, 7, 6), (*torch.randn(2, 12), -0.1, 0.2)
-    layer = DynamicConv2d(8, 12, 1, bias=False).eval()
-    layer.set_progress(2, 20)  # a temperature
-    for own in (x, x[:, :, ::2], x[:1]):
-        expected = layer(own).mul_(norm[0][:, None, None]).add_(norm[1][:, None, None]).clamp_(-0.1, 0.2)
-        torch.testing.assert_close(layer.forward_normed(own, norm), expected, rtol=1e-5, atol=1e-5)
-    assert layer.forward_normed(x.to(memory_format=torch.channels_last), norm) is None
-    for options in ({"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 4}, {"bias": True}):
-        layer = DynamicConv2d(8, 12, **({"kernel_size": 1, "bias": False} | options)).eval()
-        assert layer.forward_normed(x, norm) is None
+class TestInference:
+    def make(self, arguments, around_mean):
+        layer = DynamicConv2d(8, 12, *arguments, around_mean=around_mean).eval()
+        layer.set_progress(2, 20)
+        return layer, torch.randn(3, 8, 9, 6)
+
+    def test_in_one_call(self, arguments, around_mean):
+        layer, x = self.make(arguments, around_mean)
+        layer.limits = (-0.1, 0.3)
+        for some in (x, x[:1]):
+            with timm_dynamic.use(dy="one call"):
+                actual = layer(some)
+            with timm_dynamic.use("formula"):
+                torch.testing.assert_close(actual, layer(some), rtol=1e-5, atol=1e-5)
+        for other in (x[..., ::2], x.to(memory_format=torch.channels_last), x[:0], x.repeat(40, 1, 1, 1)):
+            assert layer(other).isfinite().all()
+
+    def test_absorb(self, arguments, around_mean):
+        layer, x = self.make(arguments, around_mean)
+        scale, shift = torch.randn(2, 12)
+        expected = layer(x) * scale[:, None, None] + shift[:, None, None]
+        torch.testing.assert_close(layer.absorb(scale, shift)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_parts_are_called():
+    layer, x = DynamicConv2d(8, 12, 3).eval(), torch.randn(2, 8, 5, 5)
+    called = []
+    for name in ("attention", "attention.to_scores", "attention.to_scores.0", "attention.to_scores.2"):
+        handle = layer.get_submodule(name).register_forward_hook(lambda *args: called.append(args[0]))
+        layer(x)
+        handle.remove()
+        assert called.pop() is layer.get_submodule(name) and not called
+    torch.testing.assert_close(
+        torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})(x), layer(x), rtol=0.1, atol=0.1
+    )
+
+
+def test_per_sample_gradients():
+    layer, x = DynamicConv2d(8, 12, 3).double(), torch.randn(3, 8, 5, 5).double()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(layer, parameters, sample[None]).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    layer(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad)

@@ -1,7 +1,6 @@
 """MaskUnit: the authors' formulas, the gradient, the noise and their schedule."""
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_dynamic import set_progress
-from timm_dynamic.layers import MaskUnit, load_reference, mask_unit
+from timm_dynamic.layers import MaskUnit, load_reference
 
 KINDS = [(kernel_size, stride) for kernel_size in (1, 3) for stride in (1, 2)]
 X = torch.randn(3, 8, 9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -38,7 +37,7 @@ class TestFormulas:
     def test_evaluation(self, kernel_size, stride):
         layer = unit(kernel_size, stride).eval()
         logits = logits_by_the_formulas(layer, X)
-        torch.testing.assert_close(layer.logits(X), logits)
+        torch.testing.assert_close(layer.maskconv(X), logits)
         mask = layer(X)
         assert torch.equal(mask, (logits >= 0).double()) and 0 < mask.mean() < 1
         assert torch.equal(layer.train().routing(X), mask)
@@ -64,7 +63,7 @@ class TestFormulas:
         assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == state
         other = unit(kernel_size, stride)
         load_reference(other, layer.state_dict())
-        assert torch.equal(other.logits(X), layer.logits(X))
+        assert torch.equal(other.maskconv(X), layer.maskconv(X))
 
     def test_initialisation_is_pytorchs(self, kernel_size, stride):
         layer = MaskUnit(8, stride, kernel_size)
@@ -202,21 +201,21 @@ def test_bad_input(shape):
 
 
 @torch.no_grad()
-def test_weights_for_the_kernel_are_kept_until_they_change(monkeypatch):
-    """As on a GPU, with the reference in the place of the kernel."""
-    unit, x = MaskUnit(5, 2).double().eval(), torch.randn(3, 5, 7, 6).double()
+@pytest.mark.parametrize(
+    "x", [X.float(), X.float().to(memory_format=torch.channels_last)], ids=["NCHW", "channels_last"]
+)
+def test_follows_its_parts(x):
+    """Changed, replaced, hooked or quantised: they are what counts."""
+    layer, seen = MaskUnit(8, 2).eval(), []
     changes = (
-        lambda: unit.maskconv.conv.weight.mul_(-1),
-        lambda: unit.load_state_dict(MaskUnit(5, 2).state_dict()),
-        lambda: nn.init.constant_(unit.maskconv.fc.bias, 1e4),
-        lambda: setattr(unit.maskconv, "fc", nn.Linear(5, 1).double()),
+        lambda: layer.maskconv.conv.weight.data.mul_(-1),
+        lambda: nn.init.constant_(layer.maskconv.fc.bias, 1e4),
+        lambda: setattr(layer.maskconv, "fc", nn.Linear(8, 1)),
+        lambda: layer.maskconv.fc.register_forward_hook(lambda *args: seen.append(args)),
     )
-    pack = mock.Mock(wraps=mask_unit.pack_mask_weights)
-    monkeypatch.setattr(mask_unit, "pack_mask_weights", pack)
-    for count, change in enumerate((lambda: None, *changes), 1):
+    for change in changes:
         change()
-        expected = unit(x)
-        with monkeypatch.context() as patch:
-            patch.setattr(mask_unit, "learned_mask_serves", lambda *args: True)
-            assert torch.equal(unit(x), expected) and torch.equal(unit.routing(x), expected)
-        assert pack.call_count == count
+        assert torch.equal(layer(x).double(), (logits_by_the_formulas(layer, x) >= 0).double())
+    assert len(seen) == 1
+    quantised = torch.ao.quantization.quantize_dynamic(MaskUnit(8, 2).eval(), {nn.Linear})
+    assert quantised(x).shape == (3, 1, 5, 4)

@@ -3,16 +3,18 @@
 import copy
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import assert_same_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import timm_dynamic
 from timm_dynamic.layers import PEDConv2d, load_reference
 from timm_dynamic.layers.auxiliary import warn_about_float16
-from timm_dynamic.ops import backend_info
 from timm_dynamic.training import auxiliary_loss
 
 CONVS = {
@@ -38,7 +40,7 @@ def _seed():
 
 def like(conv, **kwargs):
     """A fresh layer, its linear layers random enough to matter."""
-    layer = PEDConv2d.from_conv(conv.double(), **kwargs)
+    layer = PEDConv2d.from_conv(conv.double(), **({"neutral_gates": False} | kwargs))
     for p in layer.attn.parameters():
         nn.init.normal_(p)
     return layer
@@ -106,10 +108,12 @@ def test_randomness():
 class TestDropIn:
     @pytest.mark.parametrize("name", CONVS)
     @pytest.mark.parametrize("rank", [1, 3])
-    def test_from_conv(self, name, rank):
+    @pytest.mark.parametrize("neutral", [True, False])
+    def test_from_conv(self, name, rank, neutral):
         conv = CONVS[name]().double().eval()
-        layer = PEDConv2d.from_conv(conv, rank=rank)
+        layer = PEDConv2d.from_conv(conv, rank=rank, neutral_gates=neutral)
         assert not layer.training
+        assert torch.equal(layer.weight, conv.weight if neutral else conv.weight * (8 / rank))
         for x in (X, X[:1], X[:0], X[..., :6]):
             torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-12)
         names = (
@@ -123,6 +127,15 @@ class TestDropIn:
             "padding_mode",
         )
         assert all(getattr(layer, key) == getattr(conv, key) for key in names)
+
+    @pytest.mark.parametrize("rank", [1, 3])
+    @pytest.mark.parametrize("kernel_size", [1, 3])
+    @pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.01), partial(torch.optim.Adam, lr=1e-3)])
+    def test_first_step_is_the_convolutions(self, optimizer, kernel_size, rank):
+        conv = nn.Conv2d(16, 24, kernel_size, padding=kernel_size // 2).double()
+        layer = PEDConv2d.from_conv(conv, rank=rank, noise_std=0)
+        x, target = torch.rand(8, 16, 7, 7).double(), torch.randn(8, 24, 7, 7).double()
+        assert_same_step(layer, conv, x, target, optimizer)
 
     def test_state_dict_is_the_authors(self):
         layer = PEDConv2d(32, 6, 3, groups=2, rank=2, bias=False, reduction=8)
@@ -305,27 +318,55 @@ def test_onnx_with_a_dynamic_batch(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(output), layer(inputs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
-@pytest.mark.parametrize(
-    ("arguments", "options"),
-    [
-        ((6, 10, 3, 1, 1), {"bias": False}),
-        ((6, 9, 3, (1, 2), 1, 1, 3), {}),
-        ((8, 12, 1), {"bias": True}),
-        ((4, 6, 3), {"padding": "same", "padding_mode": "reflect", "dilation": 2}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("neutral", [False, True])
+@pytest.mark.parametrize("name", ["plain", "depthwise", "1x1", "many outputs", "reflect", "circular, grouped"])
 @torch.no_grad()
-def test_with_a_norm_behind(arguments, options):
-    torch.manual_seed(0)
-    layer = PEDConv2d(*arguments, **options).eval()
-    x, scale, shift = torch.randn(1, arguments[0], 13, 11), *torch.randn(2, arguments[1])
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        layer = layer.to(memory_format=memory_format)
-        y = layer.forward_normed(x, (scale, shift, -0.1, 0.2))
-        assert (y is None) == (memory_format == torch.channels_last and layer.kernel_size != (1, 1))
-        expected = (layer(x) * scale[:, None, None] + shift[:, None, None]).clamp(-0.1, 0.2)
-        torch.testing.assert_close(expected if y is None else y, expected, rtol=1e-5, atol=1e-5)
-    assert layer.forward_normed(x.repeat(2, 1, 1, 1), (scale, shift, 0, 1)) is None  # several samples
-    assert layer.forward_normed(x[:, :, :1, :1], (scale, shift, 0, 1)) is None  # few positions
+class TestInference:
+    def test_in_one_call(self, name, neutral):
+        layer, x = like(CONVS[name](), neutral_gates=neutral).float().eval(), X.float()
+        layer.limits = (-0.1, 0.3)
+        for some in (x, x[:1], x[:1, :, :3, :3]):
+            with timm_dynamic.use(ped="one call"):
+                actual = layer(some)
+            with timm_dynamic.use("formula"):
+                torch.testing.assert_close(actual, layer(some), rtol=1e-5, atol=1e-5)
+
+    def test_absorb(self, name, neutral):
+        layer = like(CONVS[name](), neutral_gates=neutral, rank=2).eval()
+        scale, shift = torch.randn(2, layer.out_channels, dtype=X.dtype)
+        expected = layer(X) * scale[:, None, None] + shift[:, None, None]
+        torch.testing.assert_close(layer.absorb(scale, shift)(X), expected)
+
+
+@torch.no_grad()
+def test_parts_are_called():
+    layer, x = like(nn.Conv2d(8, 12, 3)).float().eval(), X.float()
+    called = []
+    for name in ("attn", "attn.fc_share", "attn.fc_inp", "attn.fc_oup", "attn.fc_k"):
+        handle = layer.get_submodule(name).register_forward_hook(lambda *args: called.append(args[0]))
+        layer(x)
+        handle.remove()
+        assert called.pop() is layer.get_submodule(name) and not called
+    torch.testing.assert_close(
+        torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})(x), layer(x), rtol=0.1, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_transforms(training):
+    layer = like(nn.Conv2d(8, 12, 3), noise_std=0, rank=2).train(training)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, x).square().sum()
+
+    expected = torch.autograd.grad(loss(parameters, X), parameters.values(), allow_unused=True)
+    for key, grad in zip(parameters, expected, strict=True):
+        if grad is not None:
+            torch.testing.assert_close(torch.func.grad(loss)(parameters, X)[key], grad)
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, X[:, None])
+    torch.testing.assert_close(each["weight"].sum(0), expected[0])
+    tangent = torch.func.jvp(lambda x: loss(parameters, x), (X,), (torch.ones_like(X),))[1]
+    layer.aux_scale = 0
+    x = X.clone().requires_grad_()
+    torch.testing.assert_close(tangent, torch.autograd.grad(loss(parameters, x), x)[0].sum())

@@ -8,15 +8,26 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_blocks import BLOCKS, assert_sparse_is_dense, basic, bottleneck, give_mask, inverted, make, randomize, run
+from sparse_blocks import (
+    BLOCKS,
+    assert_sparse_is_dense,
+    basic,
+    bottleneck,
+    give_mask,
+    inverted,
+    make,
+    randomize,
+    run,
+)
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import downsample_conv
 from torch import nn
 
-from timm_dynamic.layers import SparseStage, folding, load_reference, sparse_branch
+import timm_dynamic
+from timm_dynamic.layers import SparseStage, load_reference
 from timm_dynamic.layers.budget import Budget
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import executor, table
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -66,11 +77,12 @@ class TestSparseIsDense:
         assert_sparse_is_dense(block, x * math.nan)
 
     def test_large_batches_run_in_parts(self, name, monkeypatch):
-        monkeypatch.setattr(sparse_branch, "_WIDE_BYTES", 2 * 7 * 9 * 48 * 8)  # two samples of the inverted residual
+        monkeypatch.setattr(executor, "_WIDE_BYTES", 2 * 7 * 9 * 48 * 8)  # two samples of the inverted residual
         block, x = make(name), torch.randn(4, 24, 7, 9).double()
         give_mask(block, x)
-        with mock.patch.object(sparse, "neighbour_table", wraps=sparse.neighbour_table) as spy:
-            assert_sparse_is_dense(block, x)
+        with mock.patch.object(executor, "neighbour_table", wraps=executor.neighbour_table) as spy:
+            run(block, x)
+        assert_sparse_is_dense(block, x)
         assert spy.call_count == (2 if name.startswith("inverted") else 1)
 
     def test_garbage_where_nothing_is_computed(self, name):
@@ -88,7 +100,7 @@ class TestSparseIsDense:
 
     def test_gradients_are_dense(self, name):
         block, x = make(name), torch.randn(2, 24, 6, 6).double()
-        with mock.patch.object(sparse, "scatter_conv_") as spy:
+        with mock.patch.object(table, "execute") as spy:
             block(x).sum().backward()
         assert not spy.called and all(p.grad is not None for key, p in block.named_parameters() if "masker" not in key)
 
@@ -104,20 +116,18 @@ class TestSparseIsDense:
 
 
 def test_blocks_without_masks_run_in_parts(monkeypatch):
-    sizes = []
-
-    def recording(block):
-        folded = folding.folded_copy(block)
-        folded.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-        return folded
-
-    monkeypatch.setattr(sparse_branch, "folded_copy", recording)
-    monkeypatch.setattr(sparse_branch, "_WIDE_BYTES", 2 * 8 * 6 * 144 * 4)  # two samples
+    """In an optimized model; not where somebody looks."""
+    monkeypatch.setattr(executor, "_WIDE_BYTES", 2 * 8 * 6 * 144 * 4)  # two samples
     plain = randomize(InvertedResidual(24, 32, stride=2, exp_ratio=6.0))
     stage, x = SparseStage(plain).eval(), torch.randn(5, 24, 8, 6)
-    with torch.no_grad():
-        torch.testing.assert_close(stage(x), plain(x), rtol=1e-5, atol=1e-5)
+    fast, sizes = timm_dynamic.optimize(stage, x, memory_format=torch.channels_last), []
+    with mock.patch.object(type(fast[0]), "forward", autospec=True, side_effect=type(fast[0]).forward) as spy:
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
+        sizes = [len(call.args[1]) for call in spy.call_args_list if call.args[0] is fast[0]]
     assert sizes == [2, 2, 1]
+    fast[0].conv_dw.register_forward_hook(lambda module, args, y: sizes.append(len(y)))
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert sizes == [2, 2, 1, 5]
 
 
 @pytest.mark.parametrize("act", [nn.SiLU, nn.LeakyReLU], ids=lambda act: act.__name__)
@@ -134,16 +144,26 @@ def test_other_norms_run_densely():
 
 class TestHooks:
     def stage(self, name="bottleneck"):
-        return SparseStage(make("bottleneck, convolved shortcut"), *(make(name) for _ in range(3)))
+        return SparseStage(make("bottleneck, convolved shortcut"), *(make(name) for _ in range(3))).eval()
 
     x = torch.randn(2, 24, 9, 9, generator=torch.Generator().manual_seed(0)).double()
 
     @pytest.mark.parametrize("name", ["basic", "bottleneck", "inverted"])
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
     def test_a_stage_is_its_blocks(self, name, layout):
-        """It overwrites what is between the blocks, not what is its own or others'."""
+        """An optimized one overwrites what is between the blocks, not what is others'."""
         stage, x = self.stage(name), self.x.to(memory_format=layout)
-        y = assert_sparse_is_dense(stage, x)
+        y, before = assert_sparse_is_dense(stage, x), x.clone()
+        fast = timm_dynamic.optimize(stage, x)
+        for one in (fast, fast[1:]):
+            inputs = x if one is fast else fast[0](x)
+            own = inputs.clone()
+            torch.testing.assert_close(run(one, inputs), y)
+            assert torch.equal(inputs, own) and torch.equal(x, before)
+        forward = type(fast[1]).overwrite
+        with mock.patch.object(type(fast[1]), "overwrite", autospec=True, side_effect=forward) as spy:
+            run(fast, x)
+        assert spy.call_count == (2 if name == "inverted" else 3)  # its first one would have to clamp
         for block in stage:
             x = run(block, x)
         torch.testing.assert_close(y, x)
@@ -151,15 +171,17 @@ class TestHooks:
     @pytest.mark.parametrize("before", [False, True])
     @pytest.mark.parametrize("index", range(4))
     def test_what_hooks_saw_stays(self, index, before):
-        stage, seen = self.stage(), []
-        if before:
-            stage[index].register_forward_pre_hook(lambda module, args: seen.extend(args))
-        else:
-            stage[index].register_forward_hook(lambda module, args, out: seen.append(out))
-        y = run(stage, self.x)
-        torch.testing.assert_close(y, run(stage, self.x, "dense"))
-        assert len(seen) == 2
-        torch.testing.assert_close(*seen)
+        stage = self.stage()
+        for one in (stage, timm_dynamic.optimize(stage, self.x)):
+            seen = []
+            if before:
+                one[index].register_forward_pre_hook(lambda module, args, seen=seen: seen.extend(args))
+            else:
+                one[index].register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+            y = run(one, self.x)
+            torch.testing.assert_close(y, run(one, self.x, "dense"))
+            assert len(seen) == 2
+            torch.testing.assert_close(*seen)
 
     @pytest.mark.parametrize("name", ["conv1", "bn2", "conv3", "act3", "act2", "downsample", "downsample.0"])
     def test_hooks_within_a_block_are_called(self, name):

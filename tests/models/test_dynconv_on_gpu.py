@@ -9,11 +9,10 @@ from dynconv_networks import SMALL, build, build_with_share, dense, every_kind, 
 from on_gpu import DEVICE, needs_gpu
 from torch import nn
 
-from timm_dynamic import optimize
-from timm_dynamic.layers import capacity
+from timm_dynamic import optimize, use
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBasicBlock, SparseBottleneck
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import capacity, executor
 
 pytestmark = needs_gpu()
 
@@ -21,7 +20,7 @@ pytestmark = needs_gpu()
 @pytest.fixture(autouse=True)
 def _setup():
     torch.manual_seed(0)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), use("kernel"):
         yield
 
 
@@ -46,7 +45,7 @@ class TestBlocks:
     @torch.no_grad()
     def run(self, block, x, execution):
         block.execution = execution
-        with mock.patch.object(sparse, "scatter_rows_", wraps=sparse.scatter_rows_) as spy:
+        with mock.patch.object(executor, "scatter_rows_", wraps=executor.scatter_rows_) as spy:
             y = block(x)
         assert spy.called == (execution == "sparse")
         return y
@@ -98,13 +97,17 @@ def no_waiting(reads):
         torch.cuda.set_sync_debug_mode("error")
         return values
 
-    with mock.patch.object(capacity, "_read", read), mock.patch.object(sparse, "neighbour_table") as exact:
+    wrapped = executor.neighbour_table
+    with (
+        mock.patch.object(capacity, "_read", read),
+        mock.patch.object(executor, "neighbour_table", wraps=wrapped) as tables,
+    ):
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert not exact.called
+    assert all(len(call.args) == 7 for call in tables.call_args_list)  # with a capacity
 
 
 def networks(kind, share, dtype):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.test_ddf_cuda import LAYOUTS, NAMES, TOLERANCE, inputs, run
 
-from timm_dynamic.ops import ddf_reference
+from timm_dynamic.ops.dynamic_filter.definition import definition
 
 pytestmark = cuda_on_host.needs_compiler
 operators = cuda_on_host.operators("dynamic_filter")
@@ -29,7 +29,7 @@ def check(operators, shape, options, dtype, layout, seed, filters=FILTERS[0], pr
     how = {"seed": seed, "processors": processors}
     out = operators.ddf(features, channel, spatial, *options, **how)
     grads = operators.ddf_backward(grad, features, channel, spatial, *options, [True] * 3, **how)
-    for name, actual, wanted in zip(NAMES, (out, *grads), run(ddf_reference, expected, options), strict=True):
+    for name, actual, wanted in zip(NAMES, (out, *grads), run(definition, expected, options), strict=True):
         assert actual.dtype == dtype and actual.shape == wanted.shape, name
         scale = wanted.abs().max().clamp(min=1).item() if wanted.numel() else 1.0
         torch.testing.assert_close(

@@ -8,13 +8,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_dynamic.ops import backend_info, sparse
-from timm_dynamic.ops._library import operators_only
+from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.registration import OPERATORS
+from timm_dynamic.ops.sparse import definition as sparse
 
 needs_kernels = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 OPS = torch.ops.timm_dynamic
 RELU6 = (0.0, 6.0)
 NO_LIMITS = (-math.inf, math.inf)
+
+
+def defined(name):
+    """An operator's definition."""
+    return OPERATORS[name].definition
+
+
 # Of products: M, T, C, N. Few rows; tiles that are not full; more rows, inputs or outputs than one block of the kernel.
 SIZES = [(m, 9, 5, 7) for m in range(21)]
 SIZES += [(13, 1, 24, n) for n in (1, 16, 24, 48, 64, 96, 130)]
@@ -50,7 +58,7 @@ def in_float64(matrix):
 class TestProducts:
     def test_gather_conv(self, size, limits):
         source, rows, matrix, bias = product(*size)
-        expected = sparse.gather_conv_reference(source.double(), rows, in_float64(matrix), bias.double(), *limits)
+        expected = defined("gather_conv")(source.double(), rows, in_float64(matrix), bias.double(), *limits)
         source[0] = math.nan
         check(OPS.gather_conv(source, rows, sparse.pack_matrix(matrix), bias, *limits), expected)
 
@@ -72,7 +80,7 @@ class TestProducts:
         out = torch.randn(len(rows) + 3, size[3])
         expected = out.double()
         others = (source.double(), rows, in_float64(matrix), bias.double(), *limits)
-        sparse.scatter_conv_reference_(expected, positions, *others)
+        defined("scatter_conv_")(expected, positions, *others)
         untouched = torch.ones(len(out), dtype=torch.bool)
         untouched[positions[positions >= 0].long()] = False
         before = out[untouched]
@@ -88,7 +96,7 @@ class TestProducts:
 @pytest.mark.parametrize("M", [0, 1, 2, 15, 16, 17, 40])
 def test_gather_depthwise(M, C, limits):
     source, rows, weight, bias = torch.randn(30, C), table(M, 9, 30), torch.randn(9, C), torch.randn(C)
-    expected = sparse.gather_depthwise_reference(source.double(), rows, weight.double(), bias.double(), *limits)
+    expected = defined("gather_depthwise")(source.double(), rows, weight.double(), bias.double(), *limits)
     source[0] = math.nan
     check(OPS.gather_depthwise(source, rows, weight, bias, *limits), expected)
 
@@ -116,9 +124,8 @@ def test_pack_matrix(N):
 
 @pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
 @pytest.mark.parametrize("M", [0, 1, 9])
-def test_products_of_three_parts(monkeypatch, M, limits):
-    """As on a GPU: every element by the definition; only the parts are dispatched."""
-    monkeypatch.setattr(sparse, "_NO_KERNEL", {"cpu": sparse._NO_KERNEL["cuda"]})
+def test_products_of_three_parts(M, limits):
+    """As on a GPU: every element by the definition."""
     source, rows, matrix, bias = (t.double() if t.is_floating_point() else t for t in product(M, 3, 5, 7))
     out, positions = torch.randn(M + 4, 7).double(), torch.randperm(M + 4)[:M].int()
     expected, scattered = torch.empty(M, 7).double(), out.clone()
@@ -126,17 +133,10 @@ def test_products_of_three_parts(monkeypatch, M, limits):
         taps = [source[at] if at >= 0 else torch.zeros(5).double() for at in rows[m].tolist()]
         expected[m] = bias + torch.cat(taps) @ matrix
         scattered[positions[m]] = (out[positions[m]] + expected[m]).clamp(*limits)
-    args = [t.float() if t.is_floating_point() else t for t in (source, rows, matrix[None], bias)]
-    calls = []
-    for name in ("gather_rows", "scatter_rows_", "gather_conv", "scatter_conv_"):
-        own = getattr(OPS, name)
-        monkeypatch.setattr(OPS, name, lambda *a, own=own, name=name: calls.append(name) or own(*a), raising=False)
-    with operators_only():
-        check(sparse.gather_conv(*args, *limits), expected.clamp(*limits))
-        actual = out.float()
-        sparse.scatter_conv_(actual, positions, *args, *limits)
-    check(actual, scattered)
-    assert calls == ["gather_rows", "gather_rows", "scatter_rows_"]
+    args = (source, rows, matrix[None], bias)
+    check(sparse.gather_conv(*args, *limits), expected.clamp(*limits))
+    sparse.scatter_conv_(out, positions, *args, *limits)
+    check(out, scattered)
 
 
 SMALL = st.integers(1, 3)
@@ -167,13 +167,13 @@ def test_tables_make_convolutions(case, density, seed):
     mask = torch.rand(B, 1, *output) < density
     if B > 1:
         mask[0] = False
-    positions, needed, table, _ = expected = sparse.neighbour_table_reference(mask, (H, W), *window)
+    positions, needed, table, _ = expected = defined("neighbour_table")(mask, (H, W), *window)
     assert all(t.dtype == torch.int32 for t in expected)
     assert torch.equal(positions, mask.flatten().nonzero()[:, 0].int())
-    own = sparse.window_table_reference(positions, (H, W), output, *window)
+    own = defined("window_table")(positions, (H, W), output, *window)
     if backend_info()["cpu"] == "loaded":
         for own_mask in (mask, mask.float()):
-            for one, other in zip(OPS.neighbour_table(own_mask, [H, W], *window), expected, strict=True):
+            for one, other in zip(OPS.neighbour_table(own_mask, [H, W], *window, None), expected, strict=True):
                 assert torch.equal(one, other) and one.dtype == torch.int32
         assert torch.equal(OPS.window_table(positions, [H, W], output, *window), own)
         some = torch.cat([positions, positions.new_full((2,), -1)])
@@ -207,12 +207,12 @@ def test_tables_of_fixed_sizes(case, density, room, seed):
     torch.manual_seed(seed)
     mask, inputs = torch.rand(B, 1, *output) < density, B * H * W
     for capacity in ((round(room[0] * mask.numel()), round(room[1] * inputs)), (mask.numel(), inputs)):
-        fixed = sparse.neighbour_table_reference(mask, (H, W), *window, capacity)
-        for one, other in zip(sparse.fixed_neighbour_table(mask, (H, W), *window, capacity), fixed, strict=True):
+        fixed = defined("neighbour_table")(mask, (H, W), *window, capacity)
+        for one, other in zip(sparse.neighbour_table(mask, (H, W), *window, capacity), fixed, strict=True):
             assert torch.equal(one, other) and one.dtype == torch.int32
         positions, needed, table, counts = (t.tolist() for t in fixed)
         assert (len(positions), len(needed), len(table)) == (capacity[0], capacity[1], capacity[0])
-        exact = [t.tolist() for t in sparse.neighbour_table_reference(mask, (H, W), *window)]
+        exact = [t.tolist() for t in defined("neighbour_table")(mask, (H, W), *window)]
         everything = capacity[1] == inputs
         assert counts == [len(exact[0]), len(exact[1])]
         for m in range(capacity[0]):
@@ -243,7 +243,7 @@ def arguments(dtype=torch.float32):
         "scatter_conv_": (torch.randn(8, 7, dtype=dtype), torch.arange(6).int(), *conv),
         "gather_depthwise": (source, rows, torch.randn(9, 5, dtype=dtype), bias[:5].contiguous(), *RELU6),
         "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
-        "neighbour_table": (mask, [5, 7], *window),
+        "neighbour_table": (mask, [5, 7], *window, None),
         "neighbour_table with a capacity": (mask, [5, 7], *window, [9, 40]),
     }
 
@@ -259,7 +259,7 @@ def test_opcheck(name):
 def test_other_dtypes_are_left_to_the_reference(name, dtype):
     args = arguments(dtype)[name]
     copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    result, expected = getattr(sparse, name)(*args), sparse._OPERATORS[name][0](*copies)
+    result, expected = getattr(sparse, name)(*args), defined(name)(*copies)
     if name.startswith("scatter"):
         result, expected = args[0], copies[0]
     assert torch.equal(result, expected) and result.dtype == dtype

@@ -35,8 +35,8 @@ class _AttachLoss(torch.autograd.Function):
         return grad, attached * ctx.weight if isinstance(ctx.weight, Tensor) else attached, None, None
 
 
-class _AttachLossForwards(_AttachLoss):
-    """The same, for forward-mode differentiation, which torch.compile does not take."""
+class _AttachLossToTangents(_AttachLoss):
+    """In forward mode; torch.compile knows no function with a `jvp`."""
 
     @staticmethod
     def jvp(ctx, x_tangent: Tensor, *others) -> Tensor:
@@ -57,8 +57,8 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | 
         weight: Of the loss: a number, or a tensor of the shape of `loss` without a gradient.
         scale: Factor of the gradient. The value of a tensor is that which it has in the backward pass.
     """
-    plain = torch.compiler.is_compiling() or not transforms()
-    return (_AttachLoss if plain else _AttachLossForwards).apply(x, loss, weight, scale)
+    function = _AttachLoss if torch.compiler.is_compiling() else _AttachLossToTangents
+    return function.apply(x, loss, weight, scale)
 
 
 def store(buffer: Tensor, value: Tensor) -> None:

@@ -25,6 +25,7 @@ class DynamicLayer(nn.Module):
         family: Name of the family, for `timm_dynamic.use`.
         implementations: The faster ways, first the preferred one.
         parts: Type and name of every submodule that these read instead of calling it.
+        preferred: Name of an implementation that need not pay, or None.
         limits: Of the output, lower and upper, where `timm_dynamic.optimize` has put an activation into the layer.
     """
 
@@ -32,6 +33,7 @@ class DynamicLayer(nn.Module):
     family = ""
     implementations = ()
     parts = ()
+    preferred = None
     limits = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -75,8 +75,7 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
         padding: `dilation * (kernel_size // 2)`, or `"same"` with stride 1: Q reads what the central tap reads.
         bias: Add one to `conv`; it is scaled too.
         latent_dim: L; by default the root of the number of pooled features, `in_channels * pool_size**2`.
-        hidden_dim: Length of z; by default a sixteenth of the larger one of L**2 and the number of pooled features, at
-            least 4.
+        hidden_dim: Length of z; by default a sixteenth of L**2 or of the number of pooled features, and at least 4.
         pool_size: The input is average-pooled to `[B, in_channels, pool_size, pool_size]`.
 
     Shape:

@@ -10,69 +10,10 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
+from timm_dynamic.layers.filter_norm import FilterNorm, check_maps
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.dynamic_filter.definition import ddf_with_heads
-from timm_dynamic.ops.dynamic_filter.filter_norm import filter_norm
 from timm_dynamic.ops.dynamic_filter.table import TABLE
-
-
-@register_notrace_module
-class FilterNorm(nn.Module):
-    """Standardise every K x K filter over its taps, then scale it.
-
-    Each filter loses its mean and is divided by (unbiased standard deviation + 1e-10): `timm_dynamic.ops.filter_norm`.
-
-    Args:
-        in_channels: Number of filters at a position.
-        kernel_size: K, at least 2.
-        filter_type: `"spatial"` or `"channel"`: which of the two factors these filters are.
-        nonlinearity: What follows, for `torch.nn.init.calculate_gain`; the scale is gain / K.
-        running_std: Learn the scale, one number a tap (parameter `std`); else it is the constant gain / K.
-        running_mean: Learn an offset as well, one number a tap (parameter `mean`).
-
-    Shape:
-        `[B, in_channels*K*K, H, W]`, filters one after the other, to the same.
-
-    Raises:
-        ValueError: If an argument has an unusable value.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        kernel_size: int,
-        filter_type: str,
-        nonlinearity: str = "linear",
-        running_std: bool = False,
-        running_mean: bool = False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        if kernel_size < 2:
-            raise ValueError(f"kernel_size must be at least 2 (one tap has no deviation), got {kernel_size}")
-        if filter_type not in ("spatial", "channel"):
-            raise ValueError(f'filter_type must be "spatial" or "channel", got {filter_type!r}')
-        self.in_channels = in_channels
-        self.taps = kernel_size**2
-        scale = _gain(nonlinearity) / kernel_size
-        self.scale = 1.0 if running_std else scale
-        size = in_channels * self.taps
-        dd = {"device": device, "dtype": dtype}
-        self.std = nn.Parameter(torch.randn(size, **dd) * scale) if running_std else None
-        self.mean = nn.Parameter(torch.zeros(size, **dd)) if running_mean else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        _check_input("x", x, self.in_channels * self.taps)
-        dtype = x.dtype
-        if (self.std is not None or self.mean is not None) and dtype != torch.float64:
-            x = x.float()  # round once, at the end
-        out = filter_norm(x, self.taps, self.scale)
-        if self.std is not None:
-            out = out * self.std.reshape(-1, 1, 1)
-        if self.mean is not None:
-            out = out + self.mean.reshape(-1, 1, 1)
-        return out.to(dtype)
 
 
 @register_notrace_module
@@ -287,12 +228,12 @@ class DDFUpPack(nn.Module):
 
     def forward(self, x: Tensor, joint_x: Tensor | None = None) -> Tensor:
         """Upsample `x`, `[B, C, H, W]`, guided by `joint_x`, `[B, joint_channels, H, W]`, if the layer is joint."""
-        _check_input("x", x, self.in_channels)
+        check_maps("x", x, self.in_channels)
         guide = x
         if self.joint_channels >= 1:
             if joint_x is None:
                 raise ValueError(f"joint_x, [B, {self.joint_channels}, H, W], is missing: joint_channels was given")
-            _check_input("joint_x", joint_x, self.joint_channels)
+            check_maps("joint_x", joint_x, self.joint_channels)
             if joint_x.shape[0] != x.shape[0] or joint_x.shape[2:] != x.shape[2:]:
                 raise ValueError(
                     f"joint_x must have the batch and size of x, {list(x.shape)}, got {list(joint_x.shape)}"
@@ -340,18 +281,3 @@ def _check(in_channels: int, kernel_size: int, head: int, se_ratio: float, kerne
         raise ValueError(f"se_ratio must not be negative, got {se_ratio}")
     if kernel_combine not in ("mul", "add"):
         raise ValueError(f'kernel_combine must be "mul" or "add", got {kernel_combine!r}')
-
-
-def _check_input(name: str, x: Tensor, channels: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{name} must be [B, {channels}, H, W], got shape {list(x.shape)}")
-
-
-def _gain(nonlinearity: str) -> float:
-    try:
-        return nn.init.calculate_gain(nonlinearity)
-    except ValueError:
-        raise ValueError(
-            f'nonlinearity must be a name that torch.nn.init.calculate_gain knows ("relu", "linear", ...), '
-            f"got {nonlinearity!r}"
-        ) from None

@@ -7,16 +7,14 @@ named as in T. Ardelean et al.'s implementation.
 import math
 
 import torch
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d, check_positive, in_dtype_of
+from timm_dynamic.layers.base import DropInConv2d, check_positive
+from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
-from timm_dynamic.ops.pooled_heads.definition import average
-from timm_dynamic.ops.precision import no_autocast
 from timm_dynamic.ops.sample_conv.table import MIXED
 
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.
@@ -26,38 +24,6 @@ _EPOCHS = 10
 
 def _annealed(epoch: float, epochs: float) -> float:
     return min(math.floor(epoch), _EPOCHS - 1) / (_EPOCHS - 1)
-
-
-class KernelAttention(nn.Module):
-    """How much of every kernel a sample gets: `softmax(MLP(GAP(x)) / temperature)`, section 3.2 of the paper.
-
-    Computed in float32, or float64 for float64 inputs: float16 cannot hold the scores of large activations.
-
-    Args:
-        in_channels: C.
-        num_kernels: N.
-        reduction: The hidden layer is `C // reduction` wide, at least 1.
-
-    Shape:
-        `[B, C, H, W]` to `[B, N]`.
-    """
-
-    def __init__(self, in_channels: int, num_kernels: int, reduction: int, device=None, dtype=None):
-        super().__init__()
-        hidden = max(1, in_channels // reduction)
-        dd = {"device": device, "dtype": dtype}
-        self.to_scores = nn.Sequential(
-            nn.Linear(in_channels, hidden, **dd), nn.ReLU(), nn.Linear(hidden, num_kernels, **dd)
-        )
-
-    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
-        pooled = average(x)
-        if torch.jit.is_scripting():
-            scores = self.to_scores(pooled.to(x.dtype))
-        else:
-            with no_autocast(x):
-                scores = in_dtype_of(pooled, self.to_scores)
-        return F.softmax(scores if temperature is None else scores / temperature, 1)
 
 
 @register_notrace_module
@@ -117,6 +83,7 @@ class DynamicConv2d(DropInConv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         check_positive(num_kernels=num_kernels, reduction=reduction)
         self.num_kernels, self.around_mean = num_kernels, around_mean
+        self.hottest = _HOTTEST  # for TorchScript
         dd = {"device": device, "dtype": dtype}
         kernel_shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.kernels_weights = nn.Parameter(torch.empty(num_kernels, *kernel_shape, **dd))
@@ -134,7 +101,7 @@ class DynamicConv2d(DropInConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":
-        """`DropInConv2d.from_conv`, with kernels around their mean."""
+        """As in the base class, with kernels around their mean."""
         return super().from_conv(conv, **{"around_mean": True, **kwargs})
 
     @torch.jit.unused
@@ -146,26 +113,24 @@ class DynamicConv2d(DropInConv2d):
         with Adam at the full pace, would come on top.
         """
         noise = 1e-4 * torch.randn_like(self.kernels_weights) * conv.weight.std(correction=0)
+        targets = [(self.kernels_weights, conv.weight, noise)]
+        if conv.bias is not None:
+            targets.append((self.kernels_bias, conv.bias, torch.zeros_like(self.kernels_bias)))
+        for kernels, kernel, apart in targets:
+            kernels.copy_(apart).requires_grad_(kernel.requires_grad)
+            if self.around_mean:
+                kernels[0] = kernel
+            else:
+                kernels.add_(kernel)
         if self.around_mean:
-            noise[0] = 0
-            self.kernels_weights.copy_(noise)
-            self.kernels_weights[0].add_(conv.weight)
             for parameter in self.attention.to_scores[2].parameters():
                 parameter.div_(_HOTTEST)
-        else:
-            self.kernels_weights.copy_(conv.weight + noise)
-        self.kernels_weights.requires_grad_(conv.weight.requires_grad)
-        if self.kernels_bias is not None:
-            self.kernels_bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
-            if self.around_mean:
-                self.kernels_bias[1:] = 0
 
     @property
     def bias(self) -> Tensor | None:
         """That of an even mixture, `[out_channels]`."""
-        if self.kernels_bias is None or self.around_mean:
-            return None if self.kernels_bias is None else self.kernels_bias[0]
-        return self.kernels_bias.mean(0)
+        biases = self.kernels_bias
+        return biases if biases is None else biases[0] if self.around_mean else biases.mean(0)
 
     def _apply(self, fn, recurse: bool = True):
         # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.
@@ -173,10 +138,10 @@ class DynamicConv2d(DropInConv2d):
 
     def temperature(self) -> Tensor | None:
         """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
-        return _HOTTEST + (1 - _HOTTEST) * self.progress(self.training) if self.progress.known else None
+        return self.hottest + (1 - self.hottest) * self.progress(self.training) if self.progress.known else None
 
     def formula(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not torch.jit.is_scripting():
             self.progress.count(self.number)
         coefficients = self.coefficients(self.attention(x, self.temperature()))
         options = (self.stride, self.zero_padding, self.dilation, self.groups)

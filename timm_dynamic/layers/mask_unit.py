@@ -8,10 +8,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.folding import KeepsFolded
+from timm_dynamic.layers.base import DynamicLayer, check_positive
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.ops.learned_mask import learned_mask_serves, pack_mask_weights
-from timm_dynamic.ops.mask_logits import mask_logits
+from timm_dynamic.ops.sparse.table import MASK
 
 _EPS = 1e-8
 _MILESTONES = (0.3, 0.6)  # of the training: where the second and the third temperature begin
@@ -31,7 +30,7 @@ class _Squeeze(nn.Module):
 
 
 @register_notrace_module
-class MaskUnit(KeepsFolded):
+class MaskUnit(DynamicLayer):
     """A mask of the positions that a residual branch computes: 1 where it does, else 0.
 
     The logits are `conv3x3(x; C -> 1) + linear(mean(x); C -> 1)`, or a 1x1 convolution. In eval mode the mask is
@@ -53,6 +52,11 @@ class MaskUnit(KeepsFolded):
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
     """
 
+    family = "dynconv"
+    implementations = MASK
+    parts = ((_Squeeze, "maskconv"), (nn.Conv2d, "maskconv.conv"), (nn.Linear, "maskconv.fc"))
+    absorb = None
+
     def __init__(
         self,
         in_channels: int,
@@ -65,9 +69,7 @@ class MaskUnit(KeepsFolded):
         gumbel_noise: bool = True,
     ):
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("stride", stride)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(in_channels=in_channels, stride=stride)
         if kernel_size not in (1, 3):
             raise ValueError(f"kernel_size must be 3 (with the mean over positions) or 1, got {kernel_size}")
         temperatures = (temperature,) if isinstance(temperature, (int, float)) else tuple(temperature)
@@ -91,35 +93,21 @@ class MaskUnit(KeepsFolded):
     def extra_repr(self) -> str:
         return f"{self.in_channels}, stride={self.stride}, kernel_size={self.kernel_size}"
 
-    def logits(self, x: Tensor) -> Tensor:
-        """`[B, 1, Ho, Wo]`."""
-        if not torch.jit.is_scripting():
-            if self.kernel_size == 3:
-                conv, fc = self.maskconv.conv, self.maskconv.fc
-                return mask_logits(x, conv.weight, conv.bias, fc.weight, fc.bias, self.stride)
-        return self.maskconv(x)
+    def formula(self, x: Tensor) -> Tensor:
+        logits = self.maskconv(x)
+        if self.training and not torch.jit.is_scripting():
+            self.progress.count(self.number)
+            return self._sample(logits).to(x.dtype)
+        return (logits >= 0).to(x.dtype)
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the mask of eval mode."""
-        return self._infer(x)
-
-    def _infer(self, x: Tensor) -> Tensor:
-        """The mask of eval mode."""
-        if not torch.jit.is_scripting():
-            if self.kernel_size == 3:
-                mask = self._by_kernel(x)
-                if mask is not None:
-                    return mask
-        return (self.logits(x) >= 0).to(x.dtype)
+        return (self.maskconv(x) >= 0).to(x.dtype)
 
     @torch.jit.unused
-    def _by_kernel(self, x: Tensor) -> Tensor | None:
-        conv, fc = self.maskconv.conv, self.maskconv.fc
-        parameters = (conv.weight, conv.bias, fc.weight, fc.bias)
-        if not learned_mask_serves(x, *parameters):
-            return None
-        weights = self._keep(None, tuple, lambda: pack_mask_weights(*parameters))
-        return torch.ops.timm_dynamic.learned_mask(x, weights, self.stride)
+    def optimized(self) -> "MaskUnit":
+        """For `timm_dynamic.optimize`: nothing in it is to be changed."""
+        return self
 
     @torch.jit.unused
     def _sample(self, logits: Tensor) -> Tensor:
@@ -135,11 +123,3 @@ class MaskUnit(KeepsFolded):
             temperature = torch.where(done < milestone - 1e-9, temperature, later)
         soft = torch.sigmoid(logits / temperature.to(logits.dtype))
         return (soft >= 0.5).to(logits.dtype) + (soft - soft.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
-        if self.training and not torch.jit.is_scripting():
-            self.progress.count(self.number)
-            return self._sample(self.logits(x)).to(x.dtype)
-        return self._infer(x)

@@ -1,7 +1,6 @@
 """Parameter-efficient dynamic convolution: a weight that every sample scales by output, by input and by tap.
 
-Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021. Parameters are named as the
-authors' are, so that their weights load as they are.
+Hou and Kung, "Parameter Efficient Dynamic Convolution via Tensor Decomposition", BMVC 2021; parameters have its names.
 """
 
 import math
@@ -109,8 +108,8 @@ class PEDConv2d(State, DropInConv2d):
         inputs, taps = in_channels // groups, math.prod(self.kernel_size)
         self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size, **dd))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **dd)) if bias else None)
-        hidden = max(1, in_channels // reduction)
-        self.attn = Heads(in_channels, inputs * rank, out_channels * rank, taps * rank, hidden, **dd)
+        sizes = (in_channels, inputs * rank, out_channels * rank, taps * rank, max(1, in_channels // reduction))
+        self.attn = Heads(*sizes, **dd)
         # Of the last training forward, weighted; written in place, as torch.compile and checkpointing like it best.
         self.register_state("reconstruction", torch.zeros((), dtype=dtype, device="cpu"), device)
         self.reset_parameters()
@@ -129,13 +128,14 @@ class PEDConv2d(State, DropInConv2d):
         if not self.neutral_gates:
             self.weight.mul_(8 / self.rank)
         for head in (self.attn.fc_inp, self.attn.fc_oup, self.attn.fc_k):
-            head.weight.zero_()
-            head.bias.zero_()
+            nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
 
     def formula(self, x: Tensor) -> Tensor:
         a_in, a_out, a_tap = self.factors_of(average(x))
         if not torch.jit.is_scripting():
-            self._warn(x)
+            half = autocast_dtype(x) == torch.float16 and not torch.compiler.is_compiling()
+            if half and self.training and not isinstance(self.aux_scale, Tensor):
+                warn_about_float16("PED's reconstruction loss")
         weight, padded, rank = self.weight[None], self.pad(x), self.rank
         options = (self.stride, self.zero_padding, self.dilation, self.groups)
         y = mixed_conv2d(padded, None, weight, *options, a_in=a_in[0], a_tap=a_tap[0], a_out=a_out[0])
@@ -157,8 +157,7 @@ class PEDConv2d(State, DropInConv2d):
         return gates
 
     def gate(self, z: Tensor) -> Tensor:
-        gate = torch.sigmoid(z)
-        return 2 * gate if self.neutral_gates else gate
+        return 2 * torch.sigmoid(z) if self.neutral_gates else torch.sigmoid(z)
 
     @torch.jit.unused
     def _vary(self, values: list[Tensor], pooled: Tensor) -> list[Tensor]:
@@ -170,12 +169,6 @@ class PEDConv2d(State, DropInConv2d):
         store(self.reconstruction, RECONSTRUCTION_WEIGHT * loss)
         # Not to the output: autograd would forbid an activation that overwrites it, as in VGG.
         return [attach_loss(values[0], loss, RECONSTRUCTION_WEIGHT, self.aux_scale), *values[1:]]
-
-    @torch.jit.unused
-    def _warn(self, x: Tensor) -> None:
-        if self.training and not torch.compiler.is_compiling() and not isinstance(self.aux_scale, Tensor):
-            if autocast_dtype(x) == torch.float16:
-                warn_about_float16("PED's reconstruction loss")
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the gates of inputs, outputs and taps one after the other, without noise."""

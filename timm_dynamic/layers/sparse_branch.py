@@ -2,49 +2,96 @@
 
     out = act(shortcut(x) + mask(x) * branch(x))
 
-In training, and wherever gradients are wanted, the branch runs at every position and is multiplied by the mask. Else
-the active positions of the whole batch are gathered into rows, and only those are computed, with the batch norms folded
-into the convolutions.
+That is what training computes, the branch at every position. In inference its active positions are enough: see
+`timm_dynamic.ops.sparse`.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_dynamic.layers import capacity
+from timm_dynamic.dispatch import choose
+from timm_dynamic.layers.base import DynamicLayer
 from timm_dynamic.layers.budget import Budget, Cost
-from timm_dynamic.layers.folding import LIMITS, Folded, KeepsFolded, fold, folded_copy, has_hooks, is_foldable, rows_of
-from timm_dynamic.ops import sparse
-from timm_dynamic.ops._autocast import autocast_dtype
-from timm_dynamic.ops._library import counting_operations
+from timm_dynamic.ops.sparse.executor import Plan
+from timm_dynamic.ops.sparse.table import BLOCK, NAME, activation, branch_problem, make_plan, same_padding, step_problem
 
-EXECUTIONS = ("auto", "sparse", "dense")
-_MAX_ACTIVE = {True: 1.0, False: 0.25}  # with and without compiled CPU kernels
-# Inverted residuals are bound by memory: so many bytes of their wide maps at once, for the cache, and because freshly
-# mapped pages cost more than the arithmetic. Measured; residual blocks with dense convolutions gain nothing.
-_WIDE_BYTES = 4 * 2**20
+EXECUTIONS = ("auto", NAME, "dense")
+Steps = list[tuple[nn.Conv2d, nn.Module | None, nn.Module | None]]
 
 
-class SparseBranch(KeepsFolded):
+@register_notrace_module
+class SparseBranch(DynamicLayer):
     """Mixin of residual blocks with a mask.
 
     A block has the modules `masker`, a `MaskUnit` with the block's stride, and `downsample`, or None, on the shortcut;
-    and it defines `branch`, `finish` and `steps`. Its convolutions are padded such that only strides make maps smaller.
+    and it defines `branch`, `finish`, `steps` and `final_activation`. Its convolutions are padded such that only
+    strides make maps smaller.
 
     Attributes:
         execution: `"auto"`, `"sparse"` or `"dense"`: how eval mode runs; the results are the same. `"auto"` is sparse
-            up to a share of active positions, `max_active`, and dense under `torch.compile`.
-        max_active: That share; None: what was measured (`benchmarks/sparse.py`), 1 with the compiled CPU kernels, else
-            0.25.
+            where that is faster, and dense under `torch.compile`.
+        max_active: The share of active positions up to which `"auto"` is sparse; None: what was measured.
     """
 
     # Without annotations, which TorchScript would read.
+    family = "dynconv"
+    implementations = BLOCK
+    absorb = None
     execution = "auto"
     max_active = None
+    packed = False
+    seen = None
+    __jit_unused_properties__ = ["parts", "preferred"]
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The branch at every position."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the sum, which may be overwritten."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def steps(self) -> Steps:
+        """The convolutions of the branch, each with its batch norm and activation.
+
+        The second one reads neighbours of what the first one gave; one after it is pointwise.
+        """
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def final_activation(self) -> nn.Module | None:
+        """The activation that `finish` applies."""
+        raise NotImplementedError
+
+    def formula(self, x: Tensor) -> Tensor:
+        return self.dense(x, self.mask(x))
+
+    def mask(self, x: Tensor) -> Tensor:
+        """1 where the branch counts, else 0, `[B, 1, Ho, Wo]`; in training with the gradient of the budget."""
+        mask = self.masker(x)
+        if self.training and not torch.jit.is_scripting():
+            mask = self._with_budget(mask, x)
+        return mask
+
+    def dense(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The output for a mask, with the branch at every position."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.branch(x)
+        return self.finish(y * mask.to(y.dtype) + shortcut)
+
+    def _check_input(self, x: Tensor) -> None:
+        """What is in the block does it."""
+
+    @torch.jit.unused
+    def _with_budget(self, mask: Tensor, x: Tensor) -> Tensor:
+        budget = self._modules.get("budget")
+        return mask if budget is None else budget.attach(mask, self.cost(mask, x), self.number, self.closes)
 
     @torch.jit.unused
     def use_budget(self, budget: Budget, number: int, closes: bool) -> None:
@@ -57,52 +104,14 @@ class SparseBranch(KeepsFolded):
         self.budget, self.number, self.closes = budget, number, closes
         budget.blocks = number
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The branch at every position."""
-        raise NotImplementedError
+    @property
+    def parts(self) -> tuple[tuple[type, str], ...]:
+        """All that is in the branch."""
+        return _parts(self, ("masker", "budget", "downsample"))
 
-    def finish(self, x: Tensor) -> Tensor:
-        """What follows the sum, which may be overwritten."""
-        raise NotImplementedError
-
-    @torch.jit.unused
-    def steps(self) -> list[tuple[nn.Conv2d, nn.Module, nn.Module | None]]:
-        """The convolutions of the branch, each with its batch norm and activation.
-
-        The second one reads neighbours of what the first one gave; one after it is pointwise.
-        """
-        raise NotImplementedError
-
-    @torch.jit.unused
-    def final_activation(self) -> nn.Module | None:
-        """The activation that `finish` applies."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """The block's output; `overwrite`: it may take the place of x, which is the output of a block like this."""
-        mask = self.masker(x)
-        if not torch.jit.is_scripting():
-            if isinstance(x, Tensor):  # not a proxy of torch.fx
-                budget = self._modules.get("budget")
-                if self.training and budget is not None:
-                    mask = budget.attach(mask, self.cost(mask, x), self.number, self.closes)
-                plan = self._plan(x)
-                if plan is not None:
-                    y = _execute(self, plan, x, mask, overwrite)
-                    if y is not None:
-                        return y
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.branch(x)
-        return self.finish(y * mask.to(y.dtype) + shortcut)
-
-    @torch.jit.unused
-    def _pays_up_to(self, mask: Tensor) -> float:
-        """The share of active positions up to which sparse execution is the faster one."""
-        if self.execution == "sparse":
-            return 1.0
-        if self.max_active is not None:
-            return self.max_active
-        return _MAX_ACTIVE[mask.device.type == "cpu" and sparse.kernels_serve(mask)]
+    @property
+    def preferred(self) -> str | None:
+        return NAME if self.execution == NAME else None
 
     @torch.jit.unused
     def dilated(self, mask: Tensor, x: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ class SparseBranch(KeepsFolded):
         if conv.stride != (1, 1):
             spread = mask.new_zeros(len(mask), 1, *x.shape[2:])
             spread[:, :, :: conv.stride[0], :: conv.stride[1]] = mask
-        rows, columns = _same_padding(conv)  # more than max_pool2d itself would pad
+        rows, columns = same_padding(conv)  # more than max_pool2d itself would pad
         return F.max_pool2d(F.pad(spread, (columns, columns, rows, rows)), conv.kernel_size, 1, 0, conv.dilation)
 
     @torch.jit.unused
@@ -136,239 +145,98 @@ class SparseBranch(KeepsFolded):
         return Cost(executed, torch.full_like(executed, first * dilated.numel() + others * mask.numel()))
 
     @torch.jit.unused
-    def _plan(self, x: Tensor) -> "_Plan | None":
-        """How to run sparse, if the block is to and can."""
-        if self.training or not may_run_sparse(x, self.execution):
-            return None
-        dtype = autocast_dtype(x)
-        return self._keep(dtype, lambda: [self.masker], lambda: _make_plan(self, dtype))
-
-
-def may_run_sparse(x: Tensor, execution: str) -> bool:
-    """Whether this is inference of the kind that the sparse executor is for, of a model in eval mode."""
-    if execution == "dense" or torch.is_grad_enabled() or torch.jit.is_tracing() or counting_operations():
-        return False
-    if torch.compiler.is_compiling() and (execution == "auto" or torch.compiler.is_exporting()):
-        return False  # a graph of the dense form; "sparse" breaks it
-    return x.ndim == 4 and x.device.type in ("cpu", "cuda") and x.numel() > 0
-
-
-def _same_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    return tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-
-
-def _window(conv: nn.Conv2d) -> tuple[tuple[int, int], ...]:
-    """As the operators take it: kernel size, stride, dilation, padding."""
-    return conv.kernel_size, conv.stride, conv.dilation, _same_padding(conv)
-
-
-class _Plan(NamedTuple):
-    """How the executor runs a block."""
-
-    convs: list[Folded]
-    shortcut: Folded | None  # a 1x1 convolution at the end of the shortcut
-    before_shortcut: list[nn.Module]
-    first_window: tuple | None  # None: the first convolution is pointwise
-    second_window: tuple
-    depthwise: bool
-    low: float
-    high: float
-    seen: capacity.Seen
-
-
-def _make_plan(block: SparseBranch, dtype: torch.dtype) -> _Plan | None:
-    steps, final = block.steps(), block.final_activation()
-    if type(final) not in LIMITS or (final and has_hooks(final)) or not all(is_foldable(*step) for step in steps):
+    def plan(self, dtype: torch.dtype) -> Plan | None:
+        """The weights, folded and packed, if the block holds them so."""
         return None
-    first, second = steps[0][0], steps[1][0]
-    shortcut, before = None, []
-    if isinstance(block.downsample, nn.Sequential) and len(block.downsample) >= 2 and not has_hooks(block.downsample):
-        *before, conv, norm = block.downsample
-        if is_foldable(conv, norm, None) and conv.groups == 1 and conv.kernel_size == (1, 1):
-            shortcut = fold(conv, norm, None, dtype)
-            before.append(nn.AvgPool2d(1, conv.stride))  # leaves out what the stride does
-    pointwise = (first.kernel_size, first.stride) == ((1, 1), (1, 1))
-    return _Plan(
-        [fold(*step, dtype) for step in steps],
-        shortcut,
-        before,
-        None if pointwise else _window(first),
-        _window(second),
-        second.groups > 1,
-        *LIMITS[type(final)],
-        {},
+
+    @torch.jit.unused
+    def optimized(self) -> "PackedBlock | None":
+        """For `timm_dynamic.optimize`."""
+        return None if branch_problem(self) else PackedBlock(self)
+
+
+class PackedBlock(SparseBranch):
+    """A block for inference: norms folded into convolutions, whose weights are packed for the executor, too.
+
+    They are packed again by `load_state_dict`, `to` and copying, not after other changes.
+
+    Args:
+        block: Without a `branch_problem`.
+    """
+
+    packed = True
+
+    def __init__(self, block: SparseBranch):
+        super().__init__()
+        self.execution, self.max_active = block.execution, block.max_active
+        self.masker, self.downsample = block.masker, _folded_shortcut(block.downsample)
+        self.convs = nn.Sequential()
+        for conv, norm, act in block.steps():
+            self.convs.append(fuse_conv_bn_eval(conv, norm))
+            self.convs.append(activation(norm, act) or nn.Identity())
+        self.act = block.final_activation() or nn.Identity()
+        self._named = _parts(self, ("masker",))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plans: dict[torch.dtype, Plan] = {}
+        self.seen = {}  # how many positions were active, by the device and shape of the input
+
+    @property
+    def parts(self) -> tuple[tuple[type, str], ...]:
+        return self._named
+
+    @torch.jit.unused
+    def plan(self, dtype: torch.dtype) -> Plan:
+        if dtype not in self._plans:
+            with torch.inference_mode(False):
+                self._plans[dtype] = make_plan(self, dtype)
+        return self._plans[dtype]
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.convs(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+    @torch.jit.unused
+    def steps(self) -> Steps:
+        modules = list(self.convs)
+        return [(conv, None, act) for conv, act in zip(modules[::2], modules[1::2], strict=True)]
+
+    @torch.jit.unused
+    def final_activation(self) -> nn.Module:
+        return self.act
+
+    @torch.jit.unused
+    def overwrite(self, x: Tensor) -> Tensor:
+        """The output, perhaps in the memory of x, which is the output of such a block with the same activation."""
+        row = choose(self, x)
+        return self.formula(x) if row is None else row.run(self, x, overwrite=True)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_plans": {}, "seen": {}}
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _parts(block: nn.Module, called: tuple[str, ...]) -> tuple[tuple[type, str], ...]:
+    """Type and name of every module within, but for those that are called."""
+    return tuple(
+        (type(part), f"{key}.{name}" if name else key)
+        for key, child in block._modules.items()
+        if child is not None and key not in called
+        for name, part in child.named_modules()
     )
 
 
-class _Tables(NamedTuple):
-    """What `sparse.neighbour_table` gives."""
-
-    positions: Tensor
-    needed: Tensor
-    table: Tensor
-
-
-@torch.compiler.disable
-def _execute(block: SparseBranch, plan: _Plan, x: Tensor, mask: Tensor, overwrite: bool) -> Tensor | None:
-    """The block at the active positions, in channels_last; None if it is faster at all positions."""
-    limit, tables = block._pays_up_to(mask), None
-    if x.device.type == "cpu" and capacity.current() is None:
-        if limit < 1 and mask.mean().item() > limit:
-            return None
-    else:
-        tables = _whole_tables(plan, x, mask, limit)
-        if tables is None:
-            return None
-    dtype = plan.convs[0].bias.dtype
-    x = x.contiguous(memory_format=torch.channels_last)
-    in_place = overwrite and block.downsample is None and x.dtype == dtype
-    out = x if in_place else _shortcut(block, plan, x)
-    if tables is not None:
-        _add_branch_by_parts(plan, x, mask, out, tables)
-    else:
-        samples = _samples_at_once(x, len(plan.convs[0].bias)) if plan.depthwise else len(x)
-        for part in zip(*(tensor.split(samples) for tensor in (x, mask, out)), strict=True):
-            _add_branch(plan, *part)
-    return out if in_place or plan.low == -torch.inf else out.clamp_(plan.low, plan.high)
-
-
-def _middle(plan: _Plan, x: Tensor, mask: Tensor) -> torch.Size:
-    """The size of the map between the first two convolutions."""
-    _, stride, *_ = plan.second_window
-    return x.shape[2:] if stride != (1, 1) else mask.shape[2:]
-
-
-def _whole_tables(plan: _Plan, x: Tensor, mask: Tensor, limit: float) -> _Tables | None:
-    """Tables for a whole batch, with at most one wait for the device; None if more than this share is active."""
-    middle, capacities, key = _middle(plan, x, mask), capacity.current(), (x.device, x.shape)
-    totals = mask.numel(), len(x) * middle.numel()
-    expected = None if capacities is None else capacities.expected(plan.seen, key, totals)
-    if expected is not None:
-        if expected[0] > limit * totals[0]:
-            return None
-        room = capacities.room(expected, totals)
-        *tables, counts = sparse.fixed_neighbour_table(mask, middle, *plan.second_window, room)
-        capacities.take(plan.seen, key, room, counts)
-    else:
-        tables = sparse.neighbour_table(mask, middle, *plan.second_window)
-        active, needed = map(len, tables[:2])
-        if capacities is not None:
-            capacity.remember(plan.seen, key, (active, needed))
-        if active > limit * totals[0]:
-            return None
-    return _Tables(*tables)
-
-
-def _add_branch_by_parts(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor, tables: _Tables) -> None:
-    """`_add_branch` as a GPU does it: gather, product, ..., product, scatter."""
-    first, second, *others = plan.convs
-    middle, needed = _middle(plan, x, mask), tables.needed
-    table = needed[:, None]
-    if plan.first_window:
-        table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
-    elif len(needed) == len(x) * middle.numel():
-        table = None  # all, in their order
-    y = sparse.product(rows_of(x).to(first.bias.dtype), table, first.weight, first.bias)
-    limits = first.low, first.high
-    if plan.depthwise:
-        y, limits = sparse.gather_depthwise(y.clamp_(*limits), tables.table, *second), sparse.NO_LIMITS
-    else:
-        y, limits = sparse.product(y, tables.table, second.weight, second.bias, limits), (second.low, second.high)
-    for last in others:
-        y = sparse.product(y, None, last.weight, last.bias, limits)
-    sparse.scatter_rows_(rows_of(out), tables.positions, y, plan.low, plan.high)
-
-
-def _add_branch(plan: _Plan, x: Tensor, mask: Tensor, out: Tensor) -> None:
-    """Add the branch to `out`, in place, and apply the block's activation, at the active positions."""
-    first, second, *others = plan.convs
-    middle = _middle(plan, x, mask)
-    positions, needed, table = sparse.neighbour_table(mask, middle, *plan.second_window)
-    first_table = needed[:, None]
-    if plan.first_window:
-        first_table = sparse.window_table(needed, x.shape[2:], middle, *plan.first_window)
-    y, final = sparse.gather_conv(rows_of(x).to(first.bias.dtype), first_table, *first), second
-    if others:
-        gather = sparse.gather_depthwise if plan.depthwise else sparse.gather_conv
-        y, table, final = gather(y, table, *second), None, others[0]
-    sparse.scatter_conv_(rows_of(out), positions, y, table, final.weight, final.bias, plan.low, plan.high)
-
-
-def _samples_at_once(x: Tensor, width: int) -> int:
-    """How many samples of a batch to run together, of which there are maps of this width in between."""
-    if x.device.type != "cpu":
-        return len(x)
-    return max(1, _WIDE_BYTES // (x.shape[2:].numel() * width * x.element_size()))
-
-
-def _shortcut(block: SparseBranch, plan: _Plan, x: Tensor) -> Tensor:
-    """What the shortcut gives, in channels_last and memory of its own."""
-    dtype = plan.convs[0].bias.dtype
-    if block.downsample is None:
-        return x.to(dtype, copy=True)
-    if plan.shortcut is None:
-        y = block.downsample(x)
-        return y.to(dtype, memory_format=torch.channels_last, copy=y is x)
-    for module in plan.before_shortcut:
-        x = module(x)
-    x = x.to(dtype, memory_format=torch.channels_last)
-    y = sparse.gather_conv(rows_of(x), None, *plan.shortcut)
-    return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-@register_notrace_module
-class SparseStage(KeepsFolded, nn.Sequential):
-    """A sequence of residual blocks, some of them with masks.
-
-    In sparse execution those work on one map, each in the memory of the one before; and the others run with their batch
-    norms folded. Not if somebody may look: a block with hooks, or before one with hooks, keeps its output, and one
-    with hooks inside its norms.
-
-    Attributes:
-        execution: As for `SparseBranch`.
-    """
-
-    execution = "auto"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if not self.training and not torch.compiler.is_compiling() and may_run_sparse(x, self.execution):
-                return self._run_sparse(x)
-        for block in self:
-            x = block(x)
-        return x
-
-    @torch.jit.unused
-    def _run_sparse(self, x: Tensor) -> Tensor:
-        others = self._keep(None, self._masked, self._fold_others)
-        before = None
-        for name, block in self._modules.items():
-            plain = not isinstance(block, SparseBranch)
-            # What comes before has the same limits: a shortcut without convolution needs no clamping.
-            own = not (plain or has_hooks(block)) and isinstance(before, SparseBranch) and not has_hooks(before)
-            own = own and type(before.final_activation()) is type(block.final_activation())
-            if own:
-                x = block.forward(x, overwrite=True)
-            elif plain and x.dtype == autocast_dtype(x) == torch.float32 and name in others:
-                folded, width = others[name]
-                parts = x.contiguous(memory_format=torch.channels_last).split(_samples_at_once(x, width))
-                x = torch.cat([folded(part) for part in parts]) if len(parts) > 1 else folded(parts[0])
-            else:
-                x = block(x)
-            before = block
-        return x
-
-    @torch.jit.unused
-    def _masked(self) -> list[nn.Module]:
-        return [block for block in self if isinstance(block, SparseBranch)]
-
-    @torch.jit.unused
-    def _fold_others(self) -> dict[str, tuple[nn.Module, int]]:
-        """Copies of the blocks without masks that nobody looks into, and the width of their widest map."""
-        others = {name: block for name, block in self._modules.items() if not isinstance(block, SparseBranch)}
-        seen = {name for name, block in others.items() if any(map(has_hooks, block.modules()))}
-        return {name: (folded_copy(block), _width(block)) for name, block in others.items() if name not in seen}
-
-
-def _width(block: nn.Module) -> int:
-    return max((conv.out_channels for conv in block.modules() if isinstance(conv, nn.Conv2d)), default=1)
+def _folded_shortcut(downsample: nn.Module | None) -> nn.Module | None:
+    if type(downsample) is not nn.Sequential or len(downsample) < 2 or step_problem(*downsample[-2:], None):
+        return downsample
+    return nn.Sequential(*downsample[:-2], fuse_conv_bn_eval(*downsample[-2:]))

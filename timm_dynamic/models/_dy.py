@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.layers.progress import share_progress
 from timm_dynamic.models._cfg import imagenet_cfg
 
@@ -41,7 +40,6 @@ def make_dynamic(
         fan_out = layer.out_channels * layer.kernels_weights[0, 0, 0].numel() // layer.groups
         nn.init.normal_(layer.kernels_weights, std=(2 / fan_out) ** 0.5)
         model.set_submodule(name, layer)
-    fold_stages(model)
     anneal(model, anneal_steps)
 
 

@@ -1,6 +1,5 @@
 """What the networks with learned masks share."""
 
-import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -11,16 +10,12 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import SparseBranch, SparseStage
 from timm_dynamic.layers.budget import Budget
-from timm_dynamic.layers.capacity import run_without_waiting
-from timm_dynamic.layers.folded_stage import AffineNorm
-from timm_dynamic.layers.folding import KeepsFolded, is_foldable, normed_pairs
 from timm_dynamic.layers.progress import KEY, share_progress
-from timm_dynamic.layers.sparse_branch import EXECUTIONS, may_run_sparse
+from timm_dynamic.layers.sparse_branch import EXECUTIONS
 from timm_dynamic.models._cfg import imagenet_cfg
-from timm_dynamic.ops._autocast import autocast_dtype
 
 
-class MaskedModel(KeepsFolded):
+class MaskedModel(nn.Module):
     """Mixin of timm models whose residual branches have masks; it goes before the timm model.
 
     In training, the budget loss (see `timm_dynamic.training.budget_loss`) is attached to the masks (see `Budget`).
@@ -76,7 +71,7 @@ class MaskedModel(KeepsFolded):
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {value!r}")
         self._execution = value
         for module in self.modules():
-            if isinstance(module, (SparseBranch, SparseStage)):
+            if isinstance(module, SparseBranch):
                 module.execution = value
 
     @property
@@ -91,46 +86,6 @@ class MaskedModel(KeepsFolded):
         self._max_active = value
         for block in self.masked_blocks():
             block.max_active = value
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if isinstance(x, Tensor):  # not a proxy of torch.fx
-                if not self.training and self.budget >= 0 and may_run_sparse(x, self.execution):
-                    return self._forward_folded(x)
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.unused
-    def _forward_folded(self, x: Tensor) -> Tensor:
-        """With the norms outside the stages folded, too."""
-        model = self
-        if x.dtype == autocast_dtype(x) == torch.float32:
-            model = self._keep(None, self._stages, self._fold_outside)
-
-        def forward() -> Tensor:
-            return self.forward_head(model.forward_features(x))
-
-        return forward() if torch.compiler.is_compiling() else run_without_waiting(forward, self, x)
-
-    @torch.jit.unused
-    def _stages(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, SparseStage)]
-
-    @torch.jit.unused
-    def _fold_outside(self) -> "MaskedModel":
-        """The model with its own norms in the place of the convolutions' outputs: to the bit what they give."""
-        model = copy.copy(self)
-        model._modules = dict(self._modules)
-        for parent, name, norm_name in normed_pairs(self):
-            if parent is not self:
-                continue
-            conv, norm = getattr(self, name), getattr(self, norm_name)
-            act_name = norm_name.replace("bn", "act")  # a ResNet's
-            act = self._modules.get(act_name)
-            if is_foldable(conv, norm, act):
-                model._modules[norm_name] = AffineNorm(norm, act)
-                if act is not None:
-                    model._modules[act_name] = nn.Identity()
-        return model
 
 
 def _drop_progress(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d
-from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 from timm_dynamic.models.dcd_resnet import DynamicClassifier, dcd_cfg, load_authors
 
@@ -59,7 +58,6 @@ class DCDMobileNetV2(DynamicClassifier, EfficientNet):
             if isinstance(block, InvertedResidual):
                 for name in ("conv_pw", "conv_pwl"):
                     setattr(block, name, _make_dynamic(getattr(block, name), fc_squeeze))
-        fold_stages(self)
 
 
 def _make_dynamic(conv: nn.Conv2d, fc_squeeze: int) -> DCDConv2d:

@@ -16,7 +16,6 @@ from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d, DCDLinear
 from timm_dynamic.layers.base import rename
-from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
@@ -138,7 +137,6 @@ class DCDResNet(DynamicClassifier, ResNet):
         super().__init__(*args, **kwargs)
         if small_stem:
             use_small_stem(self)
-        fold_stages(self)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

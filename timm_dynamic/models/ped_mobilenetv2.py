@@ -9,7 +9,6 @@ from timm.models.efficientnet import EfficientNet
 
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 from timm_dynamic.models.ped_resnet import checkpoint_filter_fn, make_dynamic, ped_cfg, split_options
 
@@ -35,7 +34,6 @@ class PEDMobileNetV2(EfficientNet):
         for block in self.modules():
             if isinstance(block, InvertedResidual):
                 make_dynamic(block, ("conv_pw", "conv_dw", "conv_pwl"), options)
-        fold_stages(self)
 
 
 default_cfgs = generate_default_cfgs({"ped_mobilenetv2.untrained": ped_cfg("conv_stem", "classifier")})

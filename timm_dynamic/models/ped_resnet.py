@@ -13,7 +13,6 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import PEDConv2d
-from timm_dynamic.layers.folded_stage import fold_stages
 from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
@@ -134,7 +133,6 @@ class PEDResNet(ResNet):
         super().__init__(*args, block_args=block_args, **kwargs)
         if small_stem:
             use_small_stem(self)
-        fold_stages(self)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> PEDResNet:

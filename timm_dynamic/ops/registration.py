@@ -81,7 +81,7 @@ def _register_autograd(qualified: str, definition: Callable, gradient: Gradient 
         nothing = (None,) * (ctx.count + len(ctx.options))
         if grad is None:
             return nothing
-        saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+        saved = ctx.saved_tensors  # once: checkpointing forbids more
         inputs, outputs = saved[: ctx.count], saved[ctx.count :]
         needs = [bool(need) for need in ctx.needs_input_grad[: ctx.count]]
         if gradient is None or torch.is_grad_enabled():  # create_graph

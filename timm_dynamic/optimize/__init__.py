@@ -25,12 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from timm_dynamic.dispatch import has_hooks
+from timm_dynamic.ops.sparse import capacity
 from timm_dynamic.optimize.fold import Folding
 from timm_dynamic.optimize.graph import CudaGraph
 from timm_dynamic.optimize.layout import choose_format
 from timm_dynamic.optimize.packed_conv import FORMATS, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted, listed
-from timm_dynamic.optimize.trace import Trace, has_hooks
+from timm_dynamic.optimize.trace import Trace
 
 __all__ = ["PackedConv2d", "optimize"]
 
@@ -174,6 +176,10 @@ def _ask(model: nn.Module, report: Report) -> tuple[nn.Module, list[nn.Module]]:
 class _Inference(nn.Module):
     """Mixin of optimized models."""
 
+    # Of a part that is cut out: `fast[1:]`.
+    cuda_graph = None
+    _memory_format = "contiguous"
+
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*self._formatted(args), **kwargs)
@@ -189,7 +195,11 @@ class _Inference(nn.Module):
                 if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
                     raise ValueError("a CUDA graph takes one tensor")
                 return self.cuda_graph.run(super().__call__, self, *self._formatted(args))
-            return super().__call__(*self._formatted(args), **kwargs)
+            forward = functools.partial(super().__call__, *self._formatted(args), **kwargs)
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            if first is None or not capacity.has_kernels(first) or any(map(has_hooks, self.modules())):
+                return forward()
+            return capacity.run_without_waiting(forward)  # which hooks would see run again
 
     def _formatted(self, args: tuple) -> tuple:
         if self._memory_format == "contiguous" or torch._C._functorch.peek_interpreter_stack() is not None:

@@ -7,9 +7,10 @@ from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBa
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from timm_dynamic.dispatch import has_hooks
 from timm_dynamic.optimize.packed_conv import FUSED, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted
-from timm_dynamic.optimize.trace import Trace, has_hooks
+from timm_dynamic.optimize.trace import Trace
 
 # Exact types: what a subclass does is not known.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, PackedConv2d)

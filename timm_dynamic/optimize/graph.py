@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dynamic.layers import SparseBranch, capacity
-from timm_dynamic.layers.capacity import Capacities
+from timm_dynamic.dispatch import has_hooks
+from timm_dynamic.layers import SparseBranch
 from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.sparse.capacity import Capacities, has_kernels
 
 _WARM_UPS = 3
 
@@ -62,22 +63,22 @@ class CudaGraph:
                 no tensor, or it has masks and there are no CUDA kernels for x.
         """
         with self._lock:
-            own = self._input
-            if own is None:
+            first = self._input
+            if first is None:
                 problem = _problem_with(model, x)
                 if problem is not None:
                     raise ValueError(problem)
                 self._autocast = torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type)
                 with torch.inference_mode(False):
-                    own = self._input = x.clone()
+                    first = self._input = x.clone()
                 self._graph = _Graph(x.device)
-            if (x.shape, x.dtype, x.device) != (own.shape, own.dtype, own.device):
+            if (x.shape, x.dtype, x.device) != (first.shape, first.dtype, first.device):
                 raise ValueError(
-                    f"the graph was captured for {list(own.shape)}, {own.dtype}, {own.device}; got {list(x.shape)}, "
-                    f"{x.dtype}, {x.device}: optimize the model for these, too"
+                    f"the graph was captured for {list(first.shape)}, {first.dtype}, {first.device}; "
+                    f"got {list(x.shape)}, {x.dtype}, {x.device}: optimize the model for these, too"
                 )
             with torch.inference_mode(False), torch.no_grad(), self._graph.in_order():
-                own.copy_(x)
+                first.copy_(x)
                 if not self._graph.replay():  # there is none yet, or the last capture failed
                     return self._capture(forward, model)
                 if self._capacities.suffice(self._counts):
@@ -96,7 +97,7 @@ class CudaGraph:
         """Gives the output for the input that is there."""
         self._graph.drop()
         self._output = self._counts = None
-        if capacity.any_hooks(model):
+        if any(has_hooks(module) for module in model.modules() if module is not model):
             raise ValueError("a CUDA graph calls no hooks, and the model has some inside: remove them first")
         y = self._run(forward, Capacities(exact=True))  # after which every block has seen masks
         if not isinstance(y, Tensor):
@@ -116,7 +117,7 @@ class _Graph:
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, None
-        # Its own: graphs of one stream share cuBLAS's workspace, which the end of one of them may free.
+        # Not shared: graphs of one stream share cuBLAS's workspace, which the end of one of them may free.
         self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
 
     def drop(self) -> None:
@@ -157,9 +158,13 @@ def _problem_with(model: nn.Module, x: Tensor) -> str | None:
     """Why there can be no graph for this input."""
     if x.device.type != "cuda":
         return f"a CUDA graph needs model and input on a CUDA device, got an input on {x.device}"
-    if any(isinstance(module, SparseBranch) for module in model.modules()) and not capacity.serves(x):
+    if not has_kernels(x) and any(_is_sparse(module) for module in model.modules()):
         return (
             "a graph of a model with masks needs the CUDA kernels, for float32, float16 or bfloat16; "
             f"got {x.dtype}, kernels {backend_info()['cuda']}"
         )
     return None
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, SparseBranch) and module.execution == "sparse"

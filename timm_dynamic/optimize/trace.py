@@ -12,14 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+from timm_dynamic.dispatch import has_hooks
+
 # Methods that read a tensor's memory past all operators.
 _MEMORY_READERS = {"numpy", "__array__", "tolist", "data_ptr", "untyped_storage", "__dlpack__", "share_memory_"}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what a module takes and gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
 
 
 class _Value:

@@ -103,7 +103,7 @@ class FusedConvolution(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx, grad: Tensor) -> list[Tensor | None]:
-    saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+    saved = ctx.saved_tensors
     inputs, statistics = saved[:13], saved[-4:]
 
     def function(x, weight, bias, q, p, weight1, bias1, weight2, bias2, *heads):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops.kernels import runs_kernel
+from timm_dynamic.ops.kernels import runs_kernel, transforms
 from timm_dynamic.ops.precision import accumulation_dtype, autocast_dtype
 from timm_dynamic.ops.registration import register
 
@@ -88,11 +88,11 @@ def ddf_with_heads(
 def _ddf(tensors: tuple[Tensor, Tensor, Tensor], options: tuple[int, int, int, str]) -> Tensor:
     tensors = tuple(t.to(autocast_dtype(t)) if t.is_floating_point() else t for t in tensors)
     _check(*tensors, *options)
-    run = torch.ops.timm_dynamic.ddf if runs_kernel("ddf", tensors[0]) else _definition
+    run = torch.ops.timm_dynamic.ddf if runs_kernel("ddf", tensors[0]) else definition
     return run(*tensors, *options)
 
 
-def _definition(
+def definition(
     features: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
@@ -110,7 +110,10 @@ def _definition(
     for k in range(kernel_size**2):
         weight = _combine(channel_filter[:, :, k, None, None], spatial_filter[:, k : k + 1], kernel_combine)
         out = out + weight * _tap(padded, k, kernel_size, dilation, stride, Ho, Wo)
-    return out.to(features.dtype).contiguous(memory_format=_memory_format(features))
+    out = out.to(features.dtype)
+    if not torch.compiler.is_compiling() and transforms():  # vmap does not know of memory formats
+        return out
+    return out.contiguous(memory_format=_memory_format(features))
 
 
 def _definition_of_gradients(
@@ -247,7 +250,7 @@ def _flops_of_gradients(grad, features, channel_filter, spatial_filter, kernel_s
 
 _INPUTS = "Tensor features, Tensor channel_filter, Tensor spatial_filter"
 _OPTIONS = "int kernel_size, int dilation, int stride, str kernel_combine"
-register("ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", _definition, _fake, gradient=_gradient, flops=_flops)
+register("ddf", f"({_INPUTS}, {_OPTIONS}) -> Tensor", definition, _fake, gradient=_gradient, flops=_flops)
 register(
     "ddf_backward",
     f"(Tensor grad, {_INPUTS}, {_OPTIONS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",

@@ -109,8 +109,8 @@ def sample_conv2d(
     x = x.to(autocast_dtype(x))
     weight = weight.to(x.dtype)
     _check_input(x, weight, stride, padding, dilation, groups)
-    if len(weight) != len(x):
-        raise ValueError(f"weight must be for {len(x)} samples, got {len(weight)}")
+    if weight.shape[0] != x.shape[0]:
+        raise ValueError(f"weight must be for {x.shape[0]} samples, got {weight.shape[0]}")
     run = convolve if runs_registered("sample_conv2d", x) else _convolve_columns
     with no_autocast(x):
         return run(x, weight, stride, padding, dilation, groups)
@@ -149,10 +149,8 @@ def _definition(
     if a_in is not None:
         x = x * a_in.to(x.dtype).repeat(1, groups)[:, :, None, None]
     if a_tap is not None:  # the taps become channels
-        x = (
-            columns_of(x, tuple(kernels.shape[3:]), *options)
-            * a_tap.to(x.dtype).repeat(1, x.shape[1])[:, :, None, None]
-        )
+        a_tap = a_tap.to(x.dtype).repeat(1, x.shape[1])[:, :, None, None]
+        x = columns_of(x, tuple(kernels.shape[3:]), *options) * a_tap
         kernels, options = kernels.flatten(2)[..., None, None], ((1, 1), (0, 0), (1, 1))
     if attention is None:
         y = F.conv2d(x, kernels[0].to(x.dtype), None, *options, groups)

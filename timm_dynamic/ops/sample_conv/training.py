@@ -67,12 +67,15 @@ def backward(
                 grad_kernels[0] = dkernel
         else:
             dpairs, da_out = (None, None) if pairs is None else (torch.empty_like(pairs), torch.empty_like(a_out))
-            dkernels = torch.zeros_like(kernels, memory_format=torch.contiguous_format) if needs[2] else None
+            dtype = kernels.dtype if pairs is None else pairs.dtype
+            dkernels = grad_kernels.zero_() if kernels.dtype == dtype else torch.zeros_like(grad_kernels, dtype=dtype)
             grad = grad.contiguous(memory_format=memory_format(x))
             for part in _parts(x, attention, kernels):
                 weight, mixed, gates = _weights(part, attention, kernels, pairs, a_out)
                 dx, dweight = gradients(grad[part], x[part], weight.to(x.dtype), *options, needs[0])
-                if needs[0]:
+                if needs[0] and len(dx) == len(x):
+                    grad_x = dx.contiguous(memory_format=memory_format(x))
+                elif needs[0]:
                     grad_x[part] = dx
                 dweight = dweight.to(weight.dtype)
                 if gates is not None:
@@ -81,14 +84,14 @@ def backward(
                     torch.bmm(a_out[part, None], dgates, out=dpairs[part, None])
                     if needs[2] or needs[1]:
                         dweight *= gates
-                dweight = dweight.flatten(1).to(kernels.dtype)
+                dweight = dweight.flatten(1)
                 if needs[1]:
-                    grad_attention[part] = torch.matmul(dweight, kernels.flatten(1).t())
+                    grad_attention[part] = torch.matmul(dweight, kernels.flatten(1).t().to(dtype))
                 if needs[2] and attention is None:
                     dkernels += dweight.view(-1, *kernels.shape[1:]).sum(0, keepdim=True)
                 elif needs[2]:
-                    dkernels.view(len(kernels), -1).addmm_(attention[part].to(kernels.dtype).t(), dweight)
-            if needs[2]:
+                    dkernels.view(len(kernels), -1).addmm_(attention[part].t().to(dtype), dweight)
+            if dkernels is not grad_kernels:
                 grad_kernels.copy_(dkernels)
         if dpairs is not None:
             _split_pairs(dpairs.unflatten(1, (kernels.shape[2], -1)), da_out, *given[:2], *grad_gates, needs[3:])
@@ -146,11 +149,12 @@ def is_product(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, gr
 
 
 def product(x, attention, kernels, pairs, a_out, shift=None, low=NO_LIMITS[0], high=NO_LIMITS[1]) -> Tensor:
-    """The 1x1 convolution of a contiguous `x`, plus `shift`, within limits."""
+    """The 1x1 convolution of a contiguous `x`, plus `shift`, within limits; without autograd."""
     kernels = kernels.flatten(2)
     weight = kernels[0] if attention is None else kernels
     attention = None if attention is None else attention.contiguous()
-    return torch.ops.timm_dynamic.channel_fusion(x, weight, attention, pairs, a_out, None, None, shift, low, high)
+    with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
+        return torch.ops.timm_dynamic.channel_fusion(x, weight, attention, pairs, a_out, None, None, shift, low, high)
 
 
 def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:

@@ -10,10 +10,9 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_dynamic.layers.folding import has_hooks
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import definition
 
 _HEAD_ROOM = 1.25  # times the most that was seen
 _MULTIPLE = 128  # rows that a GPU's matrix product computes together
@@ -118,9 +117,9 @@ def _read(counts: Tensor) -> list[list[int]]:
     return counts.tolist()
 
 
-def run_without_waiting(forward: Callable[[], Tensor], model: nn.Module, x: Tensor) -> Tensor:
-    """The output of `forward`, the network; it may have to run twice, which nobody but modules with hooks could see."""
-    if current() is not None or not serves(x) or any_hooks(model):
+def run_without_waiting(forward: Callable[[], Tensor]) -> Tensor:
+    """The output of `forward`, the network; it may have to run twice, so nobody may look into it."""
+    if current() is not None:
         return forward()
     with Capacities() as capacities:
         y = forward()
@@ -130,18 +129,6 @@ def run_without_waiting(forward: Callable[[], Tensor], model: nn.Module, x: Tens
     return y
 
 
-def serves(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """Whether there is something to wait for, and kernels that do not."""
-    return x.device.type == "cuda" and sparse.kernels_serve(x)
-
-
-def any_hooks(model: nn.Module) -> bool:
-    """Whether somebody looks into a model."""
-    modules: list[nn.Module | None] = list(model._modules.values())
-    while modules:
-        module = modules.pop()
-        if module is not None:
-            if has_hooks(module):
-                return True
-            modules.extend(module._modules.values())
-    return False
+    return x.device.type == "cuda" and x.is_floating_point() and definition.runs_kernel("neighbour_table", x)

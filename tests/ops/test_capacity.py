@@ -9,23 +9,48 @@ import torch
 from dynconv_networks import build, build_with_share, every_kind, image
 from torch import nn
 
-from timm_dynamic.layers import capacity
-from timm_dynamic.layers.capacity import Capacities
-from timm_dynamic.layers.folding import kept_for
-from timm_dynamic.ops import reference_only, sparse
+from timm_dynamic import optimize
+from timm_dynamic.ops.sparse import capacity, executor
+from timm_dynamic.ops.sparse.capacity import Capacities
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """With capacities that the small maps here fill only in part."""
     torch.manual_seed(0)
-    monkeypatch.setattr(capacity, "serves", lambda x: True)
+    monkeypatch.setattr(capacity, "has_kernels", lambda x: True)
     monkeypatch.setattr(capacity, "_MULTIPLE", 4)
 
 
-def counting(name):
-    own = getattr(sparse, name)
-    return mock.patch.object(sparse, name, wraps=own)
+class Counts:
+    """How often tables were made, with the sizes that masks ask for and with fixed ones, and branches were run."""
+
+    def __enter__(self):
+        self.patches = [mock.patch.object(executor, name, wraps=getattr(executor, name)) for name in self.names]
+        self.tables, self.steps, self.fused = (patch.__enter__() for patch in self.patches)
+        return self
+
+    def __exit__(self, *error):
+        for patch in self.patches:
+            patch.__exit__(*error)
+
+    names = ("neighbour_table", "_run_in_steps", "_run_fused")
+
+    @property
+    def rooms(self):
+        return [call.args[6] for call in self.tables.call_args_list if len(call.args) > 6]
+
+    @property
+    def fixed(self):
+        return len(self.rooms)
+
+    @property
+    def exact(self):
+        return self.tables.call_count - self.fixed
+
+    @property
+    def runs(self):
+        return self.steps.call_count + self.fused.call_count
 
 
 @torch.no_grad()
@@ -34,6 +59,12 @@ def dense(model, x):
     y = model(x)
     model.execution = "sparse"
     return y
+
+
+def optimized(kind="basic"):
+    model = optimize(build(kind), image(kind, 1), memory_format=torch.channels_last)
+    model.execution = "sparse"
+    return model
 
 
 @every_kind
@@ -46,10 +77,10 @@ class TestNetworks:
         blocks = len(model.masked_blocks())
         runs = []
         for share[0] in (0.2, 0.2, 0.21, 0.0, 0.9, 0.9, 0.2, 1.0, 1.0, 0.0):
-            with counting("neighbour_table") as exact, counting("fixed_neighbour_table") as fixed:
+            with Counts() as counts:
                 y = model(x)
-            runs.append((exact.call_count // blocks, fixed.call_count // blocks))
-            assert (exact.call_count % blocks, fixed.call_count % blocks) == (0, 0)
+            runs.append((counts.exact // blocks, counts.fixed // blocks))
+            assert (counts.exact % blocks, counts.fixed % blocks) == (0, 0)
             torch.testing.assert_close(y, dense(model, x))
         first, steady, again = (1, 0), (0, 1), (1, 1)
         assert runs == [first, steady, steady, steady, again, steady, steady, steady, steady, steady]
@@ -59,9 +90,9 @@ class TestNetworks:
         share = [0.2]
         model, x = build_with_share(kind, share), image(kind)
         for room, share[0] in ((0.0, 0.0), (1.0, 1.0), (1.0, 0.3), (0.9, 0.05)):
-            with Capacities(room) as capacities, counting("neighbour_table") as exact:
+            with Capacities(room) as capacities, Counts() as counts:
                 y = model(x)
-            assert not exact.called and capacities.suffice(capacities.counts())
+            assert not counts.exact and capacities.suffice(capacities.counts())
             torch.testing.assert_close(y, dense(model, x))
         share[0] = 0.5
         with Capacities(0.3) as capacities:
@@ -70,8 +101,7 @@ class TestNetworks:
 
     @torch.no_grad()
     def test_own_masks(self, kind):
-        model, x = build(kind), image(kind, 3)
-        model.execution = "sparse"
+        model, x = optimized(kind), image(kind, 3)
         for own in (x, x, -x, x * 3, x[:1], x[:1], x[..., 3:], x, x.to(memory_format=torch.channels_last)):
             torch.testing.assert_close(model(own), dense(model, own))
 
@@ -79,11 +109,11 @@ class TestNetworks:
     @torch.no_grad()
     def test_autocast(self, kind, dtype):
         model, x = build_with_share(kind, [0.3]).float(), image(kind).float()
-        with reference_only(), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
             for _ in range(2):
-                with counting("fixed_neighbour_table") as fixed:
+                with Counts() as counts:
                     y = model(x)
-            assert fixed.called and y.isfinite().all()
+            assert counts.fixed and y.isfinite().all()
             torch.testing.assert_close(y, dense(model, x), rtol=0.1 if dtype == torch.bfloat16 else 1e-4, atol=0.1)
 
     @torch.no_grad()
@@ -93,9 +123,9 @@ class TestNetworks:
         model, x = build_with_share(kind, share), image(kind)
         handle = model.masked_blocks()[1].register_forward_hook(lambda *args: seen.append(args))
         for share[0] in (0.2, 0.9):
-            with counting("fixed_neighbour_table") as fixed:
+            with Counts() as counts:
                 torch.testing.assert_close(model(x), dense(model, x))
-            assert not fixed.called
+            assert not counts.fixed
         assert len(seen) == 4
         handle.remove()
         model.register_forward_hook(lambda *args: seen.append(args))
@@ -110,14 +140,11 @@ class TestAuto:
     @torch.no_grad()
     def run(self, model, x):
         """How many blocks ran with exact tables, and with fixed ones."""
-        counts = [counting(name) for name in ("neighbour_table", "fixed_neighbour_table", "scatter_rows_")]
-        with counts[0] as exact, counts[1] as fixed, counts[2] as scatter:
-            with mock.patch.object(torch.Tensor, "mean", autospec=True, side_effect=torch.Tensor.mean) as mean:
-                y = model(x)
-        assert not any(call.args[0].shape[1] == 1 and call.args[0].ndim == 4 for call in mean.call_args_list)
+        with Counts() as counts:
+            y = model(x)
         torch.testing.assert_close(y, dense(model, x))
         model.execution = "auto"
-        return exact.call_count, fixed.call_count, scatter.call_count
+        return counts.exact, counts.fixed, counts.runs
 
     def test_share(self):
         share = [0.2]
@@ -141,19 +168,15 @@ class TestAuto:
 class TestState:
     """What was seen is no part of a model."""
 
-    def seen(self, model):
-        kept = [kept_for(block) for block in model.masked_blocks()]
-        return [one and one[2].seen for one in kept]
-
     @torch.no_grad()
     def test_copies(self):
-        model, x = build(), image()
-        model.execution, keys = "sparse", list(model.state_dict())
+        model, x = optimized(), image()
+        keys = list(model.state_dict())
         y = model(x)
         model(x)
-        assert all(len(seen) == 1 for seen in self.seen(model)) and list(model.state_dict()) == keys
+        assert all(len(block.seen) == 1 for block in model.masked_blocks()) and list(model.state_dict()) == keys
         other = copy.deepcopy(model)
-        assert self.seen(other) == [None] * 3
+        assert [block.seen for block in other.masked_blocks()] == [{}] * 3
         for _ in range(2):
             torch.testing.assert_close(other(x), y)
         nn.init.constant_(other.masked_blocks()[0].masker.maskconv.conv.bias, 1e9)
@@ -162,25 +185,32 @@ class TestState:
 
     @torch.no_grad()
     def test_starts_anew_with_other_weights(self):
+        model, x = optimized(), image()
+        for change in (lambda: model.load_state_dict(model.state_dict()), model.double):
+            model(x)
+            assert all(block.seen for block in model.masked_blocks())
+            change()
+            with Counts() as counts:
+                model(x)
+            assert counts.exact == 3
+
+    @torch.no_grad()
+    def test_a_plain_model_remembers_nothing(self):
         model, x = build(), image()
         model.execution = "sparse"
-        for change in (lambda: model.train().eval(), lambda: model.load_state_dict(model.state_dict()), model.double):
-            model(x)
-            assert all(self.seen(model))
-            change()
-            with counting("neighbour_table") as exact:
+        for _ in range(2):
+            with Counts() as counts:
                 model(x)
-            assert exact.call_count == 3
+            assert (counts.exact, counts.fixed) == (3, 0)
 
     @torch.no_grad()
     def test_many_shapes(self, monkeypatch):
         monkeypatch.setattr(capacity, "_MAX_SHAPES", 2)
-        model = build()
-        model.execution = "sparse"
+        model = optimized()
         for size in (8, 12, 16, 20, 8, 8):
             x = image()[..., :size]
             torch.testing.assert_close(model(x), dense(model, x))
-            assert all(1 <= len(seen) <= 2 for seen in self.seen(model))
+            assert all(1 <= len(block.seen) <= 2 for block in model.masked_blocks())
 
     def test_threads(self):
         """As the replicas of nn.DataParallel run."""
@@ -200,9 +230,9 @@ class TestState:
         model, x = build_with_share("basic", [0.3]), image()
         for call in (model.forward_features, lambda x: model.layer1(model.conv1(x))):
             for _ in range(2):
-                with counting("fixed_neighbour_table") as fixed:
+                with Counts() as counts:
                     call(x)
-                assert not fixed.called
+                assert not counts.fixed
 
 
 def test_room():
@@ -235,28 +265,28 @@ def test_forgets(monkeypatch):
     model(x)
     share[0] = 0.03
     for _ in range(6):
-        with mock.patch.object(sparse, "fixed_neighbour_table", wraps=sparse.fixed_neighbour_table) as fixed:
+        with Counts() as counts:
             torch.testing.assert_close(model(x), dense(model, x))
-        rooms.append([room / (2 * 32 * 32) for room in fixed.call_args_list[0].args[-1]])
+        rooms.append([room / (2 * 32 * 32) for room in counts.rooms[0]])
     assert rooms[0] == [1, 1] and rooms[-1][0] < 0.1 and rooms[-1][1] < 0.5
     model.execution, model.max_active, share[0] = "auto", 0.5, 1.0
     ran = []
     for _ in range(9):
-        with counting("neighbour_table") as exact, counting("scatter_rows_") as scatter:
+        with Counts() as counts:
             model(x)
-        ran.append((exact.call_count, scatter.call_count))
+        ran.append((counts.exact, counts.runs))
     share[0] = 0.1
     for _ in range(9):
         torch.testing.assert_close(model(x), dense(model, x))
         model.execution = "auto"
     assert set(ran[1:]) == {(0, 0), (3, 0)}  # everywhere; now and then blocks ask
-    with counting("scatter_rows_") as scatter:
+    with Counts() as counts:
         model(x)
-    assert scatter.call_count == 3
+    assert counts.runs == 3
 
 
 def what_was_seen(blocks):
-    return [{key: vars(recent)["_now"] for key, recent in kept_for(block)[2].seen.items()} for block in blocks]
+    return [{key: vars(recent)["_now"] for key, recent in block.seen.items()} for block in blocks]
 
 
 @torch.no_grad()

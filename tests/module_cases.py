@@ -84,4 +84,5 @@ def leaves_of_layers(model, count=None):
 
 def close(actual, expected, tolerance=1e-3):
     """Up to a share of what is largest."""
-    assert (actual - expected).abs().max() <= tolerance * expected.abs().max(), (actual, expected)
+    difference, largest = (actual - expected).abs().max(), expected.abs().max()
+    assert difference <= tolerance * largest, f"off by {difference} of {largest}"

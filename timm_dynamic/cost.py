@@ -1,5 +1,6 @@
 """What one image costs, in multiply-accumulates (MACs)."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -45,13 +46,8 @@ def count_macs(model: nn.Module, x: Tensor) -> Macs:
     with count_active(model) as active:
         flops = _flops(model, x)
     total = sum(flops["Global"].values())
-    # Whatever an nn.Conv2d runs is a convolution, a matrix product included.
-    modules = model.named_modules(prefix=type(model).__name__)
-    within = [name for name, module in modules if isinstance(module, nn.Conv2d)]
-    convolution = sum(flops["Global"][operator] for operator in flops["Global"] if _is_convolution(operator))
-    convolution += sum(
-        count for name in within for operator, count in flops.get(name, {}).items() if not _is_convolution(operator)
-    )
+    convolution = sum(count for operator, count in flops["Global"].items() if _is_convolution(operator))
+    convolution += sum(count for operator, count in flops[_WITHIN].items() if not _is_convolution(operator))
     biases = sum(block.positions for block in active.blocks.values())
     static, linear = (convolution // 2 + biases) // x.shape[0], (total - convolution) // 2 // x.shape[0]
     return Macs(static=static, executed=static - round(active.skipped_macs), linear=linear)
@@ -144,18 +140,49 @@ def count_active(model: nn.Module) -> Iterator[ActiveCount]:
             handle.remove()
 
 
+_WITHIN = "convolutions"
+
+
+class _Within:
+    """In the place of FlopCounterMode's tracker of modules, which hooks into those that other threads run.
+
+    Whatever an nn.Conv2d runs is a convolution, a matrix product included.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parents, self._thread = {"Global"}, threading.get_ident()
+        self._convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+    def __enter__(self) -> None:
+        self._handles = [module.register_forward_pre_hook(self._enter) for module in self._convolutions]
+        self._handles += [module.register_forward_hook(self._leave) for module in self._convolutions]
+
+    def __exit__(self, *args) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, *args) -> None:
+        if threading.get_ident() == self._thread:
+            self.parents.add(_WITHIN)
+
+    def _leave(self, *args) -> None:
+        if threading.get_ident() == self._thread:
+            self.parents.discard(_WITHIN)
+
+
 def _is_convolution(operator) -> bool:
     return "conv" in str(operator) or str(operator).startswith("timm_dynamic.")
 
 
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
-    """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by module and operator."""
+    """Floating-point operations of an evaluation forward, twice its multiply-accumulates, by operator: all, `_WITHIN`."""
     modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Within(model)
     try:
         with torch.no_grad(), counter:
             model.eval()(x)
     finally:
         for module, training in modes.items():
             module.training = training
-    return {"Global": {}, **counter.get_flop_counts()}
+    return {"Global": {}, _WITHIN: {}, **counter.get_flop_counts()}

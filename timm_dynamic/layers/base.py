@@ -174,14 +174,14 @@ class DropInConv2d(DynamicLayer):
             **kwargs,
         )
         with torch.no_grad():
-            if conv.bias is not None:
+            if isinstance(layer.bias, nn.Parameter):
                 layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
             layer.start_from(conv)
         return layer.train(conv.training)
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
-        """Take over what can be of the convolution that a new layer replaces, without gradients; its bias is taken."""
+        """Take over what can be of a convolution, without gradients; a `bias` that is a parameter is taken already."""
 
 
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:

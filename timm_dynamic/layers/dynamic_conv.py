@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import DropInConv2d, check_positive
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.progress import Progress
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.sample_conv.table import MIXED
 
@@ -57,6 +58,7 @@ class DynamicConv2d(DropInConv2d):
         *((nn.Linear, "attention.to_scores.0"), (nn.ReLU, "attention.to_scores.1")),
         (nn.Linear, "attention.to_scores.2"),
     )
+    weight = stand_in_weight(conv_weight_shape)
     routing_limit = None  # it sums to 1
     __jit_unused_properties__ = ["weight", "bias"]
 
@@ -123,11 +125,6 @@ class DynamicConv2d(DropInConv2d):
         if self.around_mean:
             for parameter in self.attention.to_scores[2].parameters():
                 parameter.div_(_HOTTEST)
-
-    @property
-    def weight(self) -> Tensor:
-        """That of an even mixture, `[out_channels, in_channels / groups, *kernel_size]`."""
-        return self.kernels_weights[0] if self.around_mean else self.kernels_weights.mean(0)
 
     @property
     def bias(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d, check_positive, copy_weight, in_dtype_of
+from timm_dynamic.layers.progress import State
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
@@ -39,7 +40,7 @@ class Heads(nn.Module):
 
 
 @register_notrace_module
-class PEDConv2d(DropInConv2d):
+class PEDConv2d(State, DropInConv2d):
     """Parameter-efficient dynamic convolution; takes the place of an `nn.Conv2d`.
 
     The weight of a sample is
@@ -110,7 +111,7 @@ class PEDConv2d(DropInConv2d):
         sizes = (in_channels, inputs * rank, out_channels * rank, taps * rank, max(1, in_channels // reduction))
         self.attn = Heads(*sizes, **dd)
         # Of the last training forward, weighted; written in place, as torch.compile and checkpointing like it best.
-        self.register_buffer("reconstruction", torch.zeros((), **dd), persistent=False)
+        self.register_state("reconstruction", torch.zeros((), dtype=dtype, device="cpu"), device)
         self.reset_parameters()
 
     reset_parameters = nn.Conv2d.reset_parameters  # of weight and bias

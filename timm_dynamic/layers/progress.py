@@ -19,13 +19,14 @@ _END = 2**52  # integers: casts of the model leave them alone. And every one up 
 
 
 class State(nn.Module):
-    """A module whose buffers keep their values after `to_empty` too, and are on no meta device."""
+    """A module whose non-persistent buffers keep their values after `to_empty` too, and are on no meta device."""
 
     def _apply(self, fn, recurse: bool = True):
-        for name, buffer in self._buffers.items():
+        states = {name: self._buffers.pop(name) for name in self._non_persistent_buffers_set}
+        super()._apply(fn, recurse)
+        for name, buffer in states.items():
             moved = fn(buffer)
-            if not moved.is_meta:
-                self._buffers[name] = buffer.to(moved)
+            self._buffers[name] = buffer if moved.is_meta else buffer.to(moved)
         return self
 
     def register_state(self, name: str, value: Tensor, device=None) -> None:

@@ -69,7 +69,7 @@ def refuse_weight(layer: nn.Module, name: str) -> None:
     """For `register_parameter`, which `layer.weight = parameter` calls.
 
     Raises:
-        ValueError: If `name` is an attribute that `stand_in_weight` made.
+        ValueError: If `name` is that of a weight or bias that the layer only shows.
     """
-    if name == "weight" and isinstance(getattr(type(layer), name, None), property):
+    if name in ("weight", "bias") and isinstance(getattr(type(layer), name, None), property):
         raise ValueError(_REFUSAL)

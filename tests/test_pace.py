@@ -1,0 +1,92 @@
+"""A layer in the place of a convolution starts as it and learns at its pace."""
+
+import copy
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from timm_dynamic.families import layers
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 1e-5),
+    "momentum": lambda p: torch.optim.SGD(p, 1e-5, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, 1e-5),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3),
+    "timm": lambda p: create_optimizer_v2(p, "lamb", lr=1e-4),
+}
+CASES = {"3x3": (3, 16, 16, 1), "1x1": (1, 64, 128, 1), "grouped": (3, 32, 32, 2)}
+
+
+def weights_of(layer, x):
+    """`[B, O, I, K, K]`: the weight of every sample, around which the layer is a convolution."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.weight.expand(len(x), *layer.weight.shape)
+    return {"ped": gated, "dy": mixed, "dcd": fused}[layer.family](layer, x)
+
+
+def gated(layer, x):
+    a_in, a_out, a_tap = (gate[0] for gate in layer.factors(x.mean((2, 3))))
+    taps = a_tap.unflatten(1, layer.kernel_size)
+    return layer.weight * a_out[:, :, None, None, None] * a_in[:, None, :, None, None] * taps[:, None, None]
+
+
+def mixed(layer, x):
+    return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.attention(x)), layer.kernels_weights)
+
+
+def fused(layer, x):
+    """BN2's and BN1's slopes stand for them."""
+    z, q = layer.fc(x.mean((2, 3))), layer.q(x).flatten(2)
+    phi, scale = layer.fc_phi(z).unflatten(1, (layer.latent_dim, -1)), layer.factors(x)[0]
+    first = slope(layer.bn1, q)
+    second = slope(layer.bn2, torch.bmm(phi, layer.bn1(q[..., None]).flatten(2)))
+    latent = second[:, None] * phi * first + torch.diag(first)
+    rest = layer.p.weight.flatten(1) @ latent @ layer.q.weight.flatten(1)
+    weights = scale[:, :, None, None, None] * layer.conv.weight
+    if layer.groups > 1:  # Q reads all channels
+        return weights
+    center = layer.kernel_size[0] // 2
+    return weights + nn.functional.pad(rest[..., None, None], (center,) * 4)
+
+
+def slope(norm, z):
+    return norm.weight / (z.var((0, 2), unbiased=False) + norm.eps).sqrt()
+
+
+def step_of(module, x, cotangent, optimizer):
+    module = copy.deepcopy(module)
+    before = weights_of(module, x).detach().clone()
+    optimizer = OPTIMIZERS[optimizer](module.parameters())
+    (module(x) * cotangent).sum().backward()
+    optimizer.step()
+    return (weights_of(module, x).detach() - before).flatten(1).norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", sorted(layers().keys() - {"ddf"}))
+def test_the_first_step_is_that_of_the_convolution(family, case, optimizer):
+    """By 0.8 to 1.25, on what a network's layers see: positive maps of unit size, in training mode."""
+    size, channels, outputs, groups = CASES[case]
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, outputs, size, padding=size // 2, groups=groups, dtype=torch.float64)
+    x, cotangent = torch.randn(8, channels, 10, 10).double().relu(), torch.randn(8, outputs, 10, 10).double()
+    options = {"noise_std": 0.0, "aux_scale": 0.0} if family == "ped" else {}
+    layer = layers()[family].from_conv(conv, **options).train()
+    static, ours = (step_of(module, x, cotangent, optimizer) for module in (conv, layer))
+    assert 0.8 < ours / static < 1.25
+
+
+@pytest.mark.parametrize("family", sorted(layers().keys() - {"ddf"}))
+def test_neutral_gates_are_one(family):
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float64), torch.randn(4, 8, 5, 5).double()
+    layer = layers()[family].from_conv(conv).eval()
+    if family == "ped":
+        assert all((gates == 1).all() for gates in layer.factors(x.mean((2, 3)))) and torch.equal(layer.weight, conv.weight)
+    elif family == "dcd":
+        assert (layer.routing(x) == 1).all() and torch.equal(layer.conv.weight, conv.weight)
+    else:
+        assert (layer.coefficients(layer.routing(x))[:, 0] == 1).all()
+        assert torch.equal(layer.kernels_weights[0], conv.weight) and torch.equal(layer.kernels_bias[0], conv.bias)

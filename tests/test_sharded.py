@@ -1,0 +1,76 @@
+"""Networks of every family in torch's ways to train on several devices, in one process."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from module_cases import NETWORKS, close, images, leaves, make_layer, make_network
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_dynamic.layers.base import DynamicLayer
+
+EVERY_NETWORK = pytest.mark.parametrize("family", NETWORKS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory):
+    store = dist.FileStore(os.fspath(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model, how):
+    mesh = init_device_mesh("cpu", (1,))
+    if how == "blocks":
+        for name in ("layer1", "layer2", "layer3"):
+            for block in getattr(model, name, ()):
+                fully_shard(block, mesh=mesh)
+    elif how == "layers":
+        for layer in [one for one in model.modules() if isinstance(one, DynamicLayer)]:
+            fully_shard(layer, mesh=mesh)
+    elif how == "leaves":
+        for part in leaves(model).values():
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("how", ["root", "blocks", "layers", "leaves"])
+@EVERY_NETWORK
+def test_fully_sharded(family, how):
+    model, x = make_network(family), images(4)
+    sharded = shard(copy.deepcopy(model), how)
+    optimizers = [torch.optim.SGD(one.parameters(), 1e-4) for one in (model, sharded)]
+    for _ in range(2):
+        with torch.no_grad():
+            close(sharded.eval()(x), model.eval()(x))
+        torch.manual_seed(0)
+        model.train()(x).square().mean().backward()
+        torch.manual_seed(0)
+        sharded.train()(x).square().mean().backward()
+        close(*(torch.cat([full(p.grad).flatten() for p in one.parameters()]) for one in (sharded, model)))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+@EVERY_NETWORK
+def test_distributed_data_parallel(family, static_graph):
+    model, x = make_network(family).train(), images(4)
+    wrapped = DistributedDataParallel(copy.deepcopy(model), static_graph=static_graph)
+    for _ in range(2):
+        for one in (model, wrapped):
+            one.zero_grad()
+            one(x).square().mean().backward()
+        close(*(torch.cat([p.grad.flatten() for p in one.parameters()]) for one in (wrapped, model)))
+    with torch.no_grad():
+        close(wrapped.eval()(x), model.eval()(x))

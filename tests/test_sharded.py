@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from module_cases import NETWORKS, close, images, leaves, make_layer, make_network
+from module_cases import NETWORKS, close, images, leaves, make_network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from dynconv_networks import build, every_kind, image, run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from timm_dynamic import auxiliary_loss, backend_info, count_macs, explain, optimize, use
 from timm_dynamic.families import static_twin
@@ -25,6 +27,14 @@ from timm_dynamic.ops.sparse import table
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("mesh") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def assert_same_in_all_executions(model, x, **close):
@@ -189,6 +199,23 @@ class TestStatic:
 
 @every_kind
 class TestExecution:
+    @pytest.mark.parametrize("how", ["whole", "blocks", "leaves"])
+    def test_fully_sharded(self, kind, how, mesh):
+        model, x = build(kind), image(kind)
+        expected = run(model, x, "dense")
+        parts = {
+            "whole": (),
+            "blocks": model.masked_blocks(),
+            "leaves": [m for m in model.modules() if isinstance(m, nn.Conv2d)],
+        }
+        for part in parts[how]:
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for execution in ("sparse", "auto", "dense"):
+            torch.testing.assert_close(run(model, x, execution), expected)
+        model.train()(x).square().mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
     def test_results_are_the_same(self, kind):
         model, x = build(kind), image(kind, 3)
         y = assert_same_in_all_executions(model, x)

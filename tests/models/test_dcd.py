@@ -170,11 +170,11 @@ class TestOptions:
         """timm's; the scale is 1, and a residual branch ends in a norm of zeros."""
         model = timm.create_model("dcd_resnet18")
         layer = model.layer4[1].conv2
-        assert layer.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.05)
+        assert layer.conv.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.05)
         assert layer.p.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
         assert not layer.fc_scale.weight.any() and not model.layer4[1].bn2.weight.any()
         layer = timm.create_model("dcd_mobilenetv2").blocks[5][0].conv_pw
-        assert layer.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
+        assert layer.conv.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
         assert layer.p.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
 
 

@@ -22,7 +22,7 @@ from ops.test_sparse_cuda import (
     table,
 )
 
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import definition as sparse
 
 pytestmark = cuda_on_host.needs_compiler
 operators = cuda_on_host.operators("sparse")
@@ -46,7 +46,7 @@ class TestRows:
     def test_gather_rows(self, operators, M, C, dtype):
         source, rows = 4 * torch.randn(40, C).to(dtype), table(M, 3, 40)
         for limits in (RELU6, NO_LIMITS):
-            expected = sparse.gather_rows_reference(source, rows, *limits)
+            expected = sparse._gather_rows(source, rows, *limits)
             unused = source.index_fill(0, torch.tensor(0), math.nan)
             for from_ in (unused, misaligned(unused)):
                 assert torch.equal(operators.gather_rows(from_, rows, *limits, seed=next(SEEDS)), expected)
@@ -62,7 +62,7 @@ class TestRows:
         out[0, 0] = math.nan
         for limits, place in ((RELU6, misaligned), (NO_LIMITS, torch.clone)):
             expected, actual = out.clone(), place(out.to(dtype))
-            sparse.scatter_rows_reference_(expected, positions, rows, *limits)
+            sparse._scatter_rows_(expected, positions, rows, *limits)
             operators.scatter_rows_(actual, positions, rows.to(dtype), *limits, seed=next(SEEDS))
             where_nan = expected.isnan()
             assert torch.equal(actual.isnan(), where_nan)
@@ -75,7 +75,7 @@ class TestRows:
         source, rows = randn(40, C, dtype=dtype), table(M, 9, 40)
         weight, bias = randn(9, C, dtype=dtype), randn(C, dtype=dtype)
         for limits, place in ((RELU6, misaligned), (NO_LIMITS, torch.clone)):
-            expected = sparse.gather_depthwise_reference(source, rows, weight, bias, *limits)
+            expected = sparse._gather_depthwise(source, rows, weight, bias, *limits)
             args = cast([source, rows, weight, bias], dtype)
             args[0][0] = math.nan
             args[0] = place(args[0])
@@ -84,16 +84,16 @@ class TestRows:
 
 def check_tables(operators, mask, size, window, padding):
     """`window`: kernel size, stride and dilation."""
-    expected = sparse.neighbour_table_reference(mask, size, *window, padding)
+    expected = sparse._neighbour_table(mask, size, *window, padding)
     signed = torch.where(mask, 1.0, -0.0)
     for own in (mask, signed, signed.half(), signed.bfloat16()):
-        actual = operators.neighbour_table(own, size, *window, padding, seed=next(SEEDS))
+        actual = operators.neighbour_table(own, size, *window, padding, None, seed=next(SEEDS))
         for one, other in zip(actual, expected, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
     outputs, inputs = mask.numel(), len(mask) * math.prod(size)
     rooms = [(0, 0), (outputs, inputs), (outputs // 2, inputs // 2), (outputs, inputs // 3), (outputs // 3, inputs)]
     for room, own in zip((*rooms, tuple(expected[3].tolist())), itertools.cycle((mask, signed, signed.half()))):
-        fixed = sparse.neighbour_table_reference(mask, size, *window, padding, room)
+        fixed = sparse._neighbour_table(mask, size, *window, padding, room)
         actual = operators.neighbour_table(own, size, *window, padding, room, seed=next(SEEDS))
         for one, other in zip(actual, fixed, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one, other)
@@ -101,7 +101,7 @@ def check_tables(operators, mask, size, window, padding):
     for positions in (expected[0], torch.cat([expected[0], expected[0].new_full((3,), -1)])):
         actual = operators.window_table(positions, *geometry, seed=next(SEEDS))
         assert actual.dtype == torch.int32
-        assert torch.equal(actual, sparse.window_table_reference(positions, *geometry))
+        assert torch.equal(actual, sparse._window_table(positions, *geometry))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])

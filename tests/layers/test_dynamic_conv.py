@@ -266,6 +266,7 @@ class TestInOtherHands:
         assert layer.to_empty(device="meta").kernels_weights.shape == (4, 8, 8, 3, 3)
 
     def test_compile(self):
+        torch._dynamo.reset()  # other tests have compiled the same forward
         layer = DynamicConv2d(8, 12, 3)
         compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(2, 8, 5, 5)
         with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):

@@ -101,7 +101,7 @@ class TestFasterWays:
             (lambda layer, x: (layer, x[:0]), "empty"),
             (lambda layer, x: (layer, x.to(memory_format=torch.channels_last)), "not contiguous"),
             (lambda layer, x: (layer.double(), x.double()), "float64"),
-            (lambda layer, x: (layer.half(), x), "a parameter"),
+            (lambda layer, x: (layer.half(), x), "float16"),
             (lambda layer, x: (layer.train(), x), "no gradient"),
         ],
     )

@@ -84,11 +84,14 @@ class TestFasterWays:
         ("batch", "size", "kernel_size", "stride", "head"),
         [(1, (9, 11), 3, 1, 1), (3, (7, 8), 5, 2, 2), (40, (5, 5), 3, 3, 4), (2, (1, 1), 3, 1, 1)],
     )
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
     @torch.no_grad()
-    def test_products(self, batch, size, kernel_size, stride, head, kernel_combine):
+    def test_products(self, memory_format, batch, size, kernel_size, stride, head, kernel_combine):
         layer = DDFConv2d(8, 8, kernel_size, stride, kernel_size // 2, head=head, kernel_combine=kernel_combine).eval()
         nn.init.normal_(layer.bias)
         x = torch.randn(batch, 8, *size)
+        if head == 1:
+            x = x.to(memory_format=memory_format)
         expected = copy.deepcopy(layer).double()(x.double())
         with use(ddf="products"):
             torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
@@ -99,14 +102,15 @@ class TestFasterWays:
         ("change", "reason"),
         [
             (lambda layer, x: (layer, x[:0]), "empty"),
-            (lambda layer, x: (layer, x.to(memory_format=torch.channels_last)), "not contiguous"),
+            (lambda layer, x: (layer, x.transpose(2, 3)), "not contiguous"),
+            (lambda layer, x: (DDFPack(8, head=2).eval(), x.to(memory_format=torch.channels_last)), "not contiguous"),
             (lambda layer, x: (layer.double(), x.double()), "float64"),
-            (lambda layer, x: (layer.half(), x), "has parameters"),
+            (lambda layer, x: (layer.half(), x), "float16"),
             (lambda layer, x: (layer.train(), x), "no gradient"),
         ],
     )
     def test_what_runs_by_the_formula(self, change, reason):
-        layer, x = change(DDFPack(8).eval(), torch.randn(2, 8, 6, 6))
+        layer, x = change(DDFPack(8).eval(), torch.randn(2, 8, 6, 5))
         if layer.channel_branch[1].weight.dtype == x.dtype:
             assert str(explain(layer, x)).startswith("DDFPack (DDFPack): formula")
         with torch.set_grad_enabled(layer.training), use(ddf="products"):

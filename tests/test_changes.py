@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from module_cases import LAYERS, NETWORKS, close, images, make_layer, make_network
+from module_cases import LAYERS, NETWORKS, close, images, make_network
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector, vector_to_parameters

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from module_cases import NETWORKS, close, images, leaves, make_layer, make_network
+from module_cases import NETWORKS, close, images, leaves, make_network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,7 @@ def process_group(tmp_path_factory):
 
 
 def shard(model, how):
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("all",))
     if how == "blocks":
         for name in ("layer1", "layer2", "layer3"):
             for block in getattr(model, name, ()):
@@ -40,9 +40,10 @@ def shard(model, how):
 
 
 @pytest.mark.parametrize("how", ["root", "blocks", "layers", "leaves"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @EVERY_NETWORK
-def test_fully_sharded(family, how):
-    model, x = make_network(family), images(4)
+def test_fully_sharded(family, dtype, how):
+    model, x = make_network(family, dtype), images(4, dtype=dtype)
     sharded = shard(copy.deepcopy(model), how)
     optimizers = [torch.optim.SGD(one.parameters(), 1e-4) for one in (model, sharded)]
     for _ in range(2):
@@ -52,7 +53,8 @@ def test_fully_sharded(family, how):
         model.train()(x).square().mean().backward()
         torch.manual_seed(0)
         sharded.train()(x).square().mean().backward()
-        close(*(torch.cat([full(p.grad).flatten() for p in one.parameters()]) for one in (sharded, model)))
+        if dtype == torch.float64:  # else a rounding may be the other side of a ReLU
+            close(*(torch.cat([full(p.grad).flatten() for p in one.parameters()]) for one in (sharded, model)))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

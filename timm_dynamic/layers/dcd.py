@@ -137,14 +137,11 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
-        """P and the scale's linear layer are zero: until they are trained, the output is that of `conv`.
-
-        What P reads is small, so that its first steps do not outpace those of the convolution (tests/test_pace.py).
-        """
+        """P and the scale's linear layer are zero: until they are trained, the output is that of `conv`."""
         copy_weight(conv, self.conv.weight)
-        for weight in (self.p.weight, self.fc_scale.weight):
-            weight.zero_()
-        for norm in (self.bn1, self.bn2):
+        self.p.weight.zero_()
+        self.fc_scale.weight.zero_()
+        for norm in (self.bn1, self.bn2):  # so that P's first steps do not outpace those of the convolution
             norm.weight.fill_(0.25)
 
     def formula(self, x: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
     python benchmarks/models.py [--paths] [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] \
         [--minutes N] [--longest N] [--output FILE]
 
-Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory; in evaluation also
-those of the inference copies that `timm_dynamic.optimize` makes of model and twin, in the same rounds. On a CPU what
-a process gets of memory and caches decides a good part of a ratio: every case runs in several processes, one after the
-other over all cases, and the median counts. On a GPU everything is channels_last, in bfloat16, eager and compiled.
+Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory; in evaluation
+also those of the inference copies that `timm_dynamic.optimize` makes of model and twin, in the same rounds. On a CPU
+what a process gets of memory and caches decides a good part of a ratio: every case runs in several processes,
+one after the other over all cases, and the median counts. On a GPU everything is channels_last, in bfloat16, eager and
+compiled.
 
 With `--paths` what serves without our kernels is timed too (the reference path), everything once more under
 torch.compile, beside the twin under the same; on a CPU at batch 1, 32 and 128 instead of 1 and 16 (training: 16, more

@@ -20,7 +20,7 @@ the compiled twin."""
 TABLE = """
 `{model}` / `{twin}`, {macs:.2f}x the MACs:
 
-| mode | batch | | ms | p10-p90 | time | of each process | optimized, ms | beside the optimized twin | MB | memory | MACs |
+| mode | batch | | ms | p10-p90 | time | of each process | optimized, ms | time | MB | memory | MACs |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 FAILED = "\nNot measured:\n\n"

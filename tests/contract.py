@@ -88,10 +88,6 @@ class ModelContract:
     @torch.no_grad()
     def test_head(self, name):
         model, x = timm.create_model(name).eval(), image(64, 64)
-        if hasattr(model, "execution"):
-            model.execution = (
-                "dense"  # sparse execution folds more norms in `forward` than in its parts, and rounds otherwise
-            )
         features, output = model.forward_features(x), model(x)
         torch.testing.assert_close(model.forward_head(features), output)
         pooled = model.forward_head(features, pre_logits=True)

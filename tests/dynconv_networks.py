@@ -56,6 +56,9 @@ class PatternMask(nn.Module):
         super().__init__()
         self.stride, self.share, self.patterns = stride, share, {}
 
+    def __deepcopy__(self, memo):
+        return PatternMask(self.stride, self.share)
+
     def forward(self, x):
         shape = (len(x), 1, *(-(-n // self.stride) for n in x.shape[2:]))
         if (shape, x.device) not in self.patterns:
@@ -64,10 +67,15 @@ class PatternMask(nn.Module):
         return (self.patterns[shape, x.device] < self.share[0]).to(x.dtype)
 
 
-def build_with_share(kind, share, **kwargs):
-    """Optimized, with `PatternMask`s and sparse execution."""
-    model = optimize(build(kind, **kwargs), image(kind, 1), memory_format=torch.channels_last)
+def plain_with_share(kind, share, **kwargs):
+    """With `PatternMask`s and sparse execution."""
+    model = build(kind, **kwargs)
     for block in model.masked_blocks():
         block.masker = PatternMask(block.masker.stride, share)
     model.execution = "sparse"
-    return model
+    return model.eval()
+
+
+def build_with_share(kind, share, **kwargs):
+    """Optimized, too."""
+    return optimize(plain_with_share(kind, share, **kwargs), image(kind, 1), memory_format=torch.channels_last)

@@ -175,7 +175,7 @@ def _is_convolution(operator) -> bool:
 
 
 def _flops(model: nn.Module, x: Tensor) -> dict[str, dict]:
-    """Floating-point operations of an evaluation forward, twice its multiply-accumulates: of all, and `_WITHIN`."""
+    """Floating-point operations of an evaluation forward, twice its MACs, by operator; and those within `_WITHIN`."""
     modes = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _Within(model)

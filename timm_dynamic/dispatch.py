@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 from timm_dynamic.ops import kernels
 from timm_dynamic.ops.implementation import Implementation, Situation, situation_of
 from timm_dynamic.ops.kernels import FORMULA, KERNEL
+from timm_dynamic.ops.precision import is_autocast
 
 __all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "has_hooks", "use"]
 
@@ -114,7 +115,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
 def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
     """Which part of a layer is not as the layer made it, so that it must be called and not read; in words, or None.
 
-    With an input, also parts whose parameters have another dtype or device.
+    With an input, also parts whose parameters are on another device, or of another dtype without autocast.
     """
     if any(_GLOBAL_HOOKS):
         return "global hooks"
@@ -141,7 +142,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
     if type(parameter) not in _PLAIN:
         return f"a {type(parameter).__name__}"
-    if x is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
+    if x is not None and (parameter.device != x.device or (parameter.dtype != x.dtype and not is_autocast(x))):
         return f"parameters of {parameter.dtype} on {parameter.device}, the input is {x.dtype} on {x.device}"
     if parameter.is_contiguous() or (parameter.ndim == 4 and parameter.is_contiguous(memory_format=_CHANNELS_LAST)):
         return None

@@ -12,18 +12,29 @@ import torch
 import torch.nn.functional as F
 from dynconv_networks import build, every_kind, image, run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from timm_dynamic import auxiliary_loss
+from timm_dynamic import auxiliary_loss, backend_info, count_macs, explain, optimize, use
 from timm_dynamic.families import static_twin
 from timm_dynamic.layers import MaskUnit, SparseStage
 from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models.dynconv_mobilenetv2 import SparseInvertedResidual
 from timm_dynamic.models.dynconv_resnet import SparseBottleneck, checkpoint_filter_fn
+from timm_dynamic.ops.sparse import table
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("mesh") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def assert_same_in_all_executions(model, x, **close):
@@ -188,6 +199,23 @@ class TestStatic:
 
 @every_kind
 class TestExecution:
+    @pytest.mark.parametrize("how", ["whole", "blocks", "leaves"])
+    def test_fully_sharded(self, kind, how, mesh):
+        model, x = build(kind), image(kind)
+        expected = run(model, x, "dense")
+        parts = {
+            "whole": (),
+            "blocks": model.masked_blocks(),
+            "leaves": [m for m in model.modules() if isinstance(m, nn.Conv2d)],
+        }
+        for part in parts[how]:
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for execution in ("sparse", "auto", "dense"):
+            torch.testing.assert_close(run(model, x, execution), expected)
+        model.train()(x).square().mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
     def test_results_are_the_same(self, kind):
         model, x = build(kind), image(kind, 3)
         y = assert_same_in_all_executions(model, x)
@@ -218,6 +246,9 @@ class TestExecution:
     def test_what_happens_to_the_model_is_seen(self, kind):
         model, x = build(kind), image(kind)
         run(model, x, "sparse")
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        assert_same_in_all_executions(model, x)
         model.reset_classifier(5)
         model.double()
         assert assert_same_in_all_executions(model, x).shape == (2, 5)
@@ -277,12 +308,12 @@ class TestExecution:
 
 @torch.no_grad()
 def test_compile():
-    """Whole graphs, but for explicitly sparse execution."""
+    """Whole graphs, of dense execution."""
     model, x = build(), image()
     expected = run(model, x, "dense")
     for execution in ("auto", "sparse"):
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=execution != "sparse")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         model.execution = execution
         torch.testing.assert_close(compiled(x), expected)
 
@@ -308,26 +339,75 @@ def test_script_and_trace(kind):
             torch.testing.assert_close(graph(x), model(x))
 
 
-class TestNormsOutsideTheStages:
-    @every_kind
-    def test_they_are_folded(self, kind):
-        model, x = build(kind).float(), image(kind).float()
+@every_kind
+class TestOptimized:
+    def test_equals_the_model(self, kind):
+        model, x = build(kind), image(kind, 3)
         expected = run(model, x, "dense")
-        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as spy:
-            torch.testing.assert_close(run(model, x, "auto"), expected)
-        assert not spy.called
+        fast = optimize(model, x)
+        torch.testing.assert_close(assert_same_in_all_executions(fast, x), expected)
+        assert "PackedBlock" in {type(block).__name__ for block in fast.masked_blocks()}
+        fast, x = optimize(model.float(), x.float()), x.float()
+        with mock.patch.object(F, "batch_norm") as norm:
+            for execution in ("sparse", "auto", "dense"):
+                torch.testing.assert_close(run(fast, x, execution), expected.float(), rtol=1e-3, atol=1e-4)
+        assert not norm.called
+        assert count_macs(fast, x) == count_macs(model, x)
 
-    def test_changes_and_hooks_are_noticed(self):
-        model, x, seen = build().float(), image().float(), []
-        before = run(model, x, "auto")
-        model.bn1.bias.data.add_(1)
-        model.eval()  # see README: what is changed through `.data`
-        after = run(model, x, "auto")
-        torch.testing.assert_close(after, run(model, x, "dense"))
-        assert not torch.allclose(before, after)
-        with torch.no_grad():
-            model.bn1.weight.mul_(2)
-        assert not torch.allclose(run(model, x, "auto"), after)
-        model.conv1.register_forward_hook(lambda *args: seen.append(args))
-        run(model, x, "auto")
-        assert len(seen) == 1
+    @torch.no_grad()
+    def test_what_runs(self, kind):
+        """Sparse without asking, but for what the user sets."""
+        model, x = build(kind).float(), image(kind).float()
+        fast = optimize(model, x)
+        blocks = len(fast.masked_blocks())
+        for execution, max_active, runs in (("auto", None, blocks), ("auto", 0.0, 0), ("sparse", 0.0, blocks)):
+            fast.execution, fast.max_active = execution, max_active
+            with mock.patch.object(table, "execute", wraps=table.execute) as spy:
+                fast(x)
+            assert spy.call_count == runs
+        fast.execution = "dense"
+        with use(dynconv="sparse"), pytest.raises(ValueError, match="its execution is 'dense'"):
+            fast(x)
+
+    @torch.no_grad()
+    def test_graphs(self, kind):
+        model, x = build(kind), image(kind)
+        fast, expected = optimize(model, x), run(model, x, "dense")
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), expected)
+        torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated
+            for graph in (torch.jit.script(fast), torch.jit.trace(fast, x)):
+                torch.testing.assert_close(graph(x), expected)
+
+    @torch.no_grad()
+    def test_half_precision(self, kind):
+        model, x = build(kind).float(), image(kind).float()
+        fast = optimize(model, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for execution in ("dense", "sparse"):
+                y = run(fast, x, execution)
+                assert y.isfinite().all() and y.dtype == run(model, x, execution).dtype
+
+    def test_hooks_are_called(self, kind):
+        """A block that has some is left, and so is what it reads and gives."""
+        model, x, calls = build(kind), image(kind), []
+        block = model.masked_blocks()[1]
+        for module in (block, block.masker, block.steps()[0][0]):
+            module.register_forward_hook(lambda module, *args: calls.append(module))
+        fast = optimize(model, x)
+        calls.clear()
+        torch.testing.assert_close(run(fast, x, "sparse"), run(model, x, "dense"))
+        assert len(calls) == 6
+
+
+@pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason="there are no CPU kernels here")
+@torch.no_grad()
+def test_where_a_plain_model_is_sparse():
+    """Where it pays to fold and pack the weights for one call: not in late stages at batch 1."""
+    model = timm.create_model("dynconv_resnet18").eval()
+    for batch, sparse in ((1, 6), (8, 8)):
+        lines = explain(model, torch.randn(batch, 3, 224, 224)).splitlines()
+        assert sum("SparseBasicBlock): sparse" in line for line in lines) == sparse
+        assert sum("SparseBasicBlock): formula" in line for line in lines) == 8 - sparse

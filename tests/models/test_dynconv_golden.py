@@ -5,7 +5,7 @@ import torch
 from dynconv_networks import run
 from golden import set_schedule
 
-from timm_dynamic import auxiliary_loss
+from timm_dynamic import auxiliary_loss, optimize
 
 
 def observe(model):
@@ -32,9 +32,13 @@ def model(case, tmp_path):
 
 @pytest.mark.parametrize("execution", ["dense", "sparse", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_masks_in_evaluation(case, model, dtype, execution):
+@pytest.mark.parametrize("optimized", [False, True])
+def test_masks_in_evaluation(case, model, dtype, execution, optimized):
+    model, x = model.to(dtype).eval(), case.input().to(dtype)
+    if optimized:
+        model = optimize(model, x, memory_format=torch.channels_last)
     counts = observe(model)
-    run(model.to(dtype).eval(), case.input().to(dtype), execution)
+    run(model, x, execution)
     assert counts == [[masks["hard_active"], masks["dilated_active"]] for masks in case.case["eval"]["masks"]]
 
 

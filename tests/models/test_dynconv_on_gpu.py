@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from dynconv_networks import SMALL, build, build_with_share, dense, every_kind, image
+from dynconv_networks import SMALL, build, build_with_share, dense, every_kind, image, plain_with_share
 from on_gpu import DEVICE, needs_gpu
 from torch import nn
 
@@ -110,9 +110,9 @@ def no_waiting(reads):
     assert all(len(call.args) == 7 for call in tables.call_args_list)  # with a capacity
 
 
-def networks(kind, share, dtype):
+def networks(kind, share, dtype, make=build_with_share):
     """On the GPU, with masks of this share, and a batch."""
-    model = build_with_share(kind, share).to(DEVICE, dtype)
+    model = make(kind, share).to(DEVICE, dtype)
     x = torch.randn(8, 3, SMALL[kind][2], SMALL[kind][2], device=DEVICE, dtype=dtype)
     return model, x.to(memory_format=torch.channels_last)
 
@@ -150,7 +150,7 @@ class TestNetworks:
     @torch.no_grad()
     def test_graph(self, kind, dtype):
         share, reads = torch.full((1,), 0.3, device=DEVICE), []
-        model, x = networks(kind, share, dtype)
+        model, x = networks(kind, share, dtype, plain_with_share)
         graph, overflows = optimize(model, x, cuda_graph=True), 0
         for active, fits in ((0.3, True), (0.1, True), (0.0, True), (0.99, False), (0.99, True), (0.2, True)):
             share.fill_(active)
@@ -168,7 +168,7 @@ class TestNetworks:
 
     @torch.no_grad()
     def test_graph_with_a_share(self, kind, dtype):
-        model, x = networks(kind, [0.1], dtype)
+        model, x = networks(kind, [0.1], dtype, plain_with_share)
         for room, overflows in ((1.0, 0), (0.0, 2)):
             graph = optimize(model, x, cuda_graph=True, share=room)
             for _ in range(2):

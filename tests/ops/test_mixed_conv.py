@@ -114,11 +114,14 @@ def test_output_and_gradients(name, factors, layout):
 
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("name", ["1x1", "1x1, small map", "dense", "small map", "depthwise", "one sample"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided arguments"])
 def test_single_precision(name, factors, layout):
     inputs, options = case_of(name, factors, dtype=torch.float32)
     double = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    inputs[0] = LAYOUTS[layout](inputs[0].detach()).requires_grad_()
+    if layout == "strided arguments":
+        inputs = [t if t is None else torch.stack([t.detach()] * 2, -1)[..., 0].requires_grad_() for t in inputs]
+    else:
+        inputs[0] = LAYOUTS[layout](inputs[0].detach()).requires_grad_()
     out, expected = run(*inputs, *options), written_out(*double, *options)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     grads = gradients(out.square().sum(), inputs)

@@ -62,8 +62,8 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float | Tensor, scale: float | 
 
 
 def store(buffer: Tensor, value: Tensor) -> None:
-    """Write what a buffer shows of the last forward, but within `torch.func`, which forbids it."""
-    if torch.compiler.is_compiling() or not transforms():
+    """Write what a buffer shows of the last forward, but within `torch.func`, which forbids it; "meta" has no value."""
+    if not value.is_meta and (torch.compiler.is_compiling() or not transforms()):
         buffer.copy_(value.detach())
 
 

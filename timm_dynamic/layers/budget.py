@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timm_dynamic.layers.auxiliary import attach_loss, warn_about_float16
+from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
 from timm_dynamic.layers.progress import Progress, State, recomputing
 
 BUDGET_WEIGHT = 10.0
@@ -117,8 +117,8 @@ class Budget(State):
                 }
             if before is not None:
                 new = torch.cat([new[: len(before)] - before, new[len(before) :]])
-            self.network_budget.copy_(BUDGET_WEIGHT * network)
-            self.block_budget.copy_(BUDGET_WEIGHT * block)
+            store(self.network_budget, BUDGET_WEIGHT * network)
+            store(self.block_budget, BUDGET_WEIGHT * block)
             if mask.dtype == torch.float16 and not torch.compiler.is_compiling():
                 if not isinstance(self.aux_scale, Tensor):
                     warn_about_float16("DynConv's budget loss")

@@ -10,8 +10,6 @@ from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.sample_conv.columns import in_weight_order
 from timm_dynamic.ops.sample_conv.training import factors, forward, is_product, product
 
-_MOST_SAMPLES = 32
-
 
 def _cannot(layer, x: Tensor, linears) -> str | None:
     if any(linear.bias is None for linear in linears):
@@ -25,11 +23,6 @@ def _cannot(layer, x: Tensor, linears) -> str | None:
     if not has_kernel("cpu", "pooled_heads"):
         return "the CPU kernels are not loaded"
     return None
-
-
-def _pays(layer, x: Tensor) -> str | None:
-    """Measured up to here (benchmarks/models.py, ped_resnet50 and dy_mobilenetv2, on a CPU)."""
-    return None if len(x) <= _MOST_SAMPLES else f"more than {_MOST_SAMPLES} samples were not measured"
 
 
 def _kernel_problem(layer, x: Tensor, kernels: Tensor) -> str | None:
@@ -96,6 +89,6 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
 
 
 # A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1 (ped_resnet50,
-# dy_mobilenetv2: benchmarks/models.py, on a CPU).
-GATED = (Implementation("one call", _gate, cannot=_cannot_gate, pays=_pays),)
-MIXED = (Implementation("one call", _mix, cannot=_cannot_mix, pays=_pays),)
+# dy_mobilenetv2: benchmarks/models.py, on a CPU); layers of 64 samples are no slower.
+GATED = (Implementation("one call", _gate, cannot=_cannot_gate),)
+MIXED = (Implementation("one call", _mix, cannot=_cannot_mix),)

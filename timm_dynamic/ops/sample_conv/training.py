@@ -131,7 +131,7 @@ def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, T
         x.new_ones((len(x), n), dtype=dtype) if gate is None else gate.to(dtype)
         for gate, n in zip((a_in, a_tap, a_out), sizes, strict=True)
     )
-    return (a_in[:, :, None] * a_tap[:, None]).flatten(1), a_out
+    return (a_in[:, :, None] * a_tap[:, None]).flatten(1).contiguous(), a_out.contiguous()
 
 
 def is_product(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, groups: int) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import choice
-from timm_dynamic.ops.precision import autocast_dtype, is_autocast
+from timm_dynamic.ops.precision import autocast_dtype
 from timm_dynamic.ops.sparse.definition import NO_LIMITS, runs_kernel
 from timm_dynamic.ops.sparse.executor import Geometry, Plan, execute, fold, make_tables, pointwise
 from timm_dynamic.ops.sparse.mask_logits import has_mask_kernel, mask_logits
@@ -104,11 +104,7 @@ def _cannot(layer, x: Tensor) -> str | None:
         return "the layer is in training mode"
     if x.ndim != 4 or x.numel() == 0:
         return "the input is empty or has no batch"
-    problem = None if layer.packed else branch_problem(layer)
-    if problem is not None:
-        return problem
-    dtype = layer.steps()[0][0].weight.dtype
-    return None if dtype == x.dtype or is_autocast(x) else f"the input is {x.dtype}, the parameters {dtype}"
+    return None if layer.packed else branch_problem(layer)
 
 
 def _pays(layer, x: Tensor) -> str | None:
@@ -172,8 +168,6 @@ def _shortcut(layer, plan: Plan, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _cannot_mask(unit, x: Tensor) -> str | None:
     if unit.training:
         return "the unit is in training mode"
-    if x.dtype != unit.maskconv.conv.weight.dtype:
-        return f"the input is {x.dtype}, the parameters {unit.maskconv.conv.weight.dtype}"
     return "the input is empty" if x.numel() == 0 else None
 
 

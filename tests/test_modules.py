@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from module_cases import LAYERS, NETWORKS, close, images, leaves, leaves_of_layers, make_layer, make_network, run, settle
+from module_cases import (
     LAYERS,
     NETWORKS,
     close,
@@ -13,6 +13,7 @@ from module_cases import LAYERS, NETWORKS, close, images, leaves, leaves_of_laye
     leaves_of_layers,
     make_layer,
     make_network,
+    run,
     settle,
 )
 from torch import nn

@@ -63,6 +63,16 @@ def images(batch=2, channels=3, size=32, dtype=None):
     return torch.randn(batch, channels, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
+def run(model, x, training=False):
+    """One call, with a backward pass in training."""
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        y = model(x)
+    if training:
+        y.square().mean().backward()
+    return y
+
+
 def leaves(model):
     """Modules without others that hold parameters, by name."""
     return {

@@ -84,9 +84,8 @@ def test_neutral_gates_are_one(family):
     conv, x = nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float64), torch.randn(4, 8, 5, 5).double()
     layer = layers()[family].from_conv(conv).eval()
     if family == "ped":
-        assert all((gates == 1).all() for gates in layer.factors(x.mean((2, 3)))) and torch.equal(
-            layer.weight, conv.weight
-        )
+        assert all((gates == 1).all() for gates in layer.factors(x.mean((2, 3))))
+        assert torch.equal(layer.weight, conv.weight)
     elif family == "dcd":
         assert (layer.routing(x) == 1).all() and torch.equal(layer.conv.weight, conv.weight)
     else:

@@ -25,13 +25,13 @@ def process_group(tmp_path_factory):
 
 
 def shard(model, how):
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("all",))
     if how == "blocks":
         for name in ("layer1", "layer2", "layer3"):
             for block in getattr(model, name, ()):
                 fully_shard(block, mesh=mesh)
     elif how == "layers":
-        for layer in [one for one in model.modules() if isinstance(one, DynamicLayer)]:
+        for layer in [one for one in model.modules() if isinstance(one, DynamicLayer)][::-1]:
             fully_shard(layer, mesh=mesh)
     elif how == "leaves":
         for part in leaves(model).values():
@@ -40,11 +40,12 @@ def shard(model, how):
 
 
 @pytest.mark.parametrize("how", ["root", "blocks", "layers", "leaves"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @EVERY_NETWORK
-def test_fully_sharded(family, how):
+def test_fully_sharded(family, dtype, how):
     if how == "layers" and family in ("dynconv", "ped"):
-        return  # a masked block contains its mask unit; PED's decoder is sharded again before its gradient comes
-    model, x = make_network(family), images(4)
+        pytest.skip("a masked block contains its mask unit; PED's decoder is sharded again before its gradient comes")
+    model, x = make_network(family, dtype), images(4, dtype=dtype)
     sharded = shard(copy.deepcopy(model), how)
     optimizers = [torch.optim.SGD(one.parameters(), 1e-4) for one in (model, sharded)]
     for _ in range(2):
@@ -54,7 +55,8 @@ def test_fully_sharded(family, how):
         model.train()(x).square().mean().backward()
         torch.manual_seed(0)
         sharded.train()(x).square().mean().backward()
-        close(*(torch.cat([full(p.grad).flatten() for p in one.parameters()]) for one in (sharded, model)))
+        if dtype == torch.float64:  # else a rounding may be the other side of a ReLU
+            close(*(torch.cat([full(p.grad).flatten() for p in one.parameters()]) for one in (sharded, model)))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

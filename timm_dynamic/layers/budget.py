@@ -70,7 +70,8 @@ class Budget(State):
     whatever runs the stages, and however many of them, has the gradient of the loss over all blocks that ran.
 
     The slopes of the loss are numbers of the forward that computed them. So nothing is to be computed again where
-    checkpointing runs a block again, whatever has run since.
+    checkpointing runs a block again, whatever has run since. Where it ran the block without a graph before
+    (`use_reentrant=True`), the block attaches its part then, with the slopes of the last forward.
 
     Args:
         budget: The share to execute.
@@ -88,7 +89,7 @@ class Budget(State):
         self.progress = Progress(False, device=device)
         for name in self.auxiliary_terms:
             self.register_state(name, torch.zeros((), device="cpu"), device)
-        self._running = _Running()
+        self._running, self._without_graph = _Running(), _Running()
 
     def attach(self, mask: Tensor, cost: Cost, number: int, closes: bool) -> Tensor:
         """The mask of a block in training, with a gradient attached if the block is the last one of a stage.
@@ -100,15 +101,20 @@ class Budget(State):
             closes: Whether it is the last masked block of its stage.
         """
         if recomputing():
-            return mask
-        costs, slopes, last = self._running.pop(_thread(), ([], None, 0))
+            slope = self._slope_of(number)
+            return mask if slope is None else attach_loss(mask, cost.executed, BUDGET_WEIGHT * slope, self.aux_scale)
+        costs, slopes, last = self._running.pop(_thread(), ({}, None, 0))
         if last >= number:  # of a forward that went no further
-            costs, slopes = [], None
-        costs = [*costs, cost]
+            costs, slopes = {}, None
+        costs = {**costs, number: cost}
         if closes:
-            executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
+            executed, total = (torch.stack(column) for column in zip(*costs.values(), strict=True))
             network, block, new = _loss(executed.detach(), total, self.budget, self.progress(True))
             before, slopes = slopes, new
+            if not torch.compiler.is_compiling():
+                self._without_graph[_thread()] = {
+                    key: slope for (key, one), slope in zip(costs.items(), new, strict=True) if not one[0].requires_grad
+                }
             if before is not None:
                 new = torch.cat([new[: len(before)] - before, new[len(before) :]])
             store(self.network_budget, BUDGET_WEIGHT * network)
@@ -120,3 +126,9 @@ class Budget(State):
         if number < self.blocks:
             self._running[_thread()] = costs, slopes, number
         return mask
+
+    def _slope_of(self, number: int) -> Tensor | None:
+        """For a block that ran without a graph in the last forward; the backward pass may have a thread of its own."""
+        forwards = self._without_graph
+        last = forwards.get(_thread()) or (next(iter(forwards.values())) if len(forwards) == 1 else {})
+        return last.get(number)

@@ -137,15 +137,10 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
-        """P and the scale's linear layer are zero: until they are trained, the output is that of `conv`.
-
-        What P reads is small, so that its first steps do not outpace those of the convolution (tests/test_pace.py).
-        """
+        """P and the scale's linear layer are zero: until they are trained, the output is that of `conv`."""
         copy_weight(conv, self.conv.weight)
-        for weight in (self.p.weight, self.fc_scale.weight):
-            weight.zero_()
-        for norm in (self.bn1, self.bn2):
-            norm.weight.fill_(0.25)
+        for part, value in ((self.p, 0), (self.fc_scale, 0), (self.bn1, 0.25), (self.bn2, 0.25)):
+            part.weight.fill_(value)  # of norms: so that P's first steps do not outpace those of the convolution
 
     def formula(self, x: Tensor) -> Tensor:
         scale, v = self.factors_of(x)

@@ -110,8 +110,7 @@ class PEDConv2d(State, DropInConv2d):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **dd)) if bias else None)
         sizes = (in_channels, inputs * rank, out_channels * rank, taps * rank, max(1, in_channels // reduction))
         self.attn = Heads(*sizes, **dd)
-        # Of the last training forward, weighted; written in place, as torch.compile and checkpointing like it best.
-        self.register_state("reconstruction", torch.zeros((), dtype=dtype, device="cpu"), device)
+        self.register_state("reconstruction", torch.zeros((), dtype=dtype, device="cpu"), device)  # the last, weighted
         self.reset_parameters()
 
     reset_parameters = nn.Conv2d.reset_parameters  # of weight and bias

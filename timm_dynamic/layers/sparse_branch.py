@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_dynamic.dispatch import choose
-from timm_dynamic.layers.base import DynamicLayer
+from timm_dynamic.layers.base import DropInConv2d, DynamicLayer
 from timm_dynamic.layers.budget import Budget, Cost
 from timm_dynamic.ops.sparse.executor import Plan
 from timm_dynamic.ops.sparse.table import BLOCK, NAME, activation, branch_problem, make_plan, same_padding, step_problem
@@ -116,7 +116,7 @@ class SparseBranch(DynamicLayer):
     @torch.jit.unused
     def dilated(self, mask: Tensor, x: Tensor) -> Tensor:
         """The positions at which the first convolution must run: those that the second one reads, `[B, 1, H, W]`."""
-        conv = _conv_in(self.steps()[1][0])
+        conv = _convolution(self.steps()[1][0])
         spread = mask
         if conv.stride != (1, 1):
             spread = mask.new_zeros(len(mask), 1, *x.shape[2:])
@@ -127,7 +127,7 @@ class SparseBranch(DynamicLayer):
     @torch.jit.unused
     def macs_per_position(self) -> tuple[int, int]:
         """Multiply-accumulates of an output position of the first convolution, and of the others together."""
-        convs = [_conv_in(conv) for conv, _, _ in self.steps()]
+        convs = [_convolution(conv) for conv, _, _ in self.steps()]
         first, *others = [math.prod(c.kernel_size) * c.in_channels // c.groups * c.out_channels for c in convs]
         return first, sum(others)
 
@@ -226,9 +226,9 @@ class PackedBlock(SparseBranch):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def _conv_in(module: nn.Module) -> nn.Conv2d:
-    """A convolution, or the one that an adapter wraps."""
-    return next(part for part in module.modules() if isinstance(part, nn.Conv2d))
+def _convolution(part: nn.Module) -> nn.Conv2d:
+    """A convolution, or the one that is wrapped, in an adapter for example."""
+    return next((one for one in part.modules() if isinstance(one, (nn.Conv2d, DropInConv2d))), part)
 
 
 def _parts(block: nn.Module, called: tuple[str, ...]) -> tuple[tuple[type, str], ...]:

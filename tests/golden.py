@@ -58,7 +58,9 @@ class Golden:
 
     def input(self, part: str = "eval") -> Tensor:
         """float32 input of the `eval` or `train` part: coarse blocks plus noise where it is an image."""
-        spec = self.case["input"] if part == "eval" else self.case["train"].get("input", self.case["input"])
+        spec, train = self.case["input"], self.case["train"]
+        if part == "train":
+            spec = next((one["input"] for one in (train, *self.parts("train").values()) if "input" in one), spec)
         random = np.random.RandomState(spec["seed"])
         if len(spec["shape"]) != 4:
             return torch.from_numpy(random.standard_normal(spec["shape"]).astype(np.float32))

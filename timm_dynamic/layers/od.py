@@ -63,13 +63,13 @@ class OmniAttention(nn.Module):
 
     def squeeze(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of `fc` with the norm behind it in evaluation."""
-        norm = self.bn
+        norm, weight, bias = self.bn, self.fc.weight, self.fc.bias
         if isinstance(norm, nn.Identity):
-            return self.fc.weight, self.fc.bias
+            return weight, bias
         scale = torch.rsqrt(norm.running_var + norm.eps)
         scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.running_mean * scale
-        return self.fc.weight * scale[:, None], shift if norm.bias is None else shift + norm.bias
+        shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * scale
+        return weight * scale[:, None], shift if norm.bias is None else shift + norm.bias
 
 
 @register_notrace_module
@@ -95,7 +95,7 @@ class ODConv2d(KernelMixture):
             first one are from it. `from_conv` sets it; the authors' networks do without.
 
     Shape:
-        As for `nn.Conv2d`; the input must be batched. In training, a batch of one is normalised with running statistics.
+        As for `nn.Conv2d`; the input must be batched. A batch of one is normalised with running statistics.
 
     Raises:
         ValueError: If an argument, or the input of the forward pass, has an unusable value.

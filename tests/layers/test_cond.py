@@ -45,6 +45,26 @@ def test_takes_the_place_of_a_convolution(neutral):
     assert moved.norm(dim=1).min() > 0 and (moved[1:] - moved[:1]).abs().max() > 0
 
 
+def test_graphs():
+    """Compiled, scripted, traced, and exported with a dynamic batch; and a network, scripted and compiled."""
+    layer, x = CondConv2d(8, 12, 3, 2, 1).eval(), torch.randn(4, 8, 9, 7)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    graphs = (
+        torch.compile(layer, backend="eager", fullgraph=True),
+        torch.jit.script(layer),
+        torch.jit.trace(layer, x),
+        torch.export.export(layer, (x,), dynamic_shapes=shapes).module(),
+    )
+    with torch.no_grad():
+        for graph in graphs:
+            for inputs in (x, x[:3]):
+                torch.testing.assert_close(graph(inputs), layer(inputs), rtol=1e-4, atol=1e-5)
+        network, x = timm.create_model("cond_efficientnet_b0_4e").eval(), torch.randn(2, 3, 48, 48)
+        expected = network(x)
+        torch.testing.assert_close(torch.jit.script(network)(x), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.compile(network, backend="eager", fullgraph=True)(x), expected)
+
+
 def test_parameternet_names():
     """Those of the DynamicConv that people copy."""
     layer = CondConv2d(8, 8, 3, bias=False)

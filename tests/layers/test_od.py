@@ -131,6 +131,24 @@ def test_authors_names():
     assert layer.weight.shape == (8, 8, 3, 3)
 
 
+@pytest.mark.parametrize("case", ["four kernels", "depthwise", "grouped"])
+def test_graphs(case):
+    """Compiled, scripted, traced, and exported with a dynamic batch."""
+    args, kwargs = CASES[case]
+    layer, x = ODConv2d(*args, **kwargs).eval(), torch.randn(4, args[0], 9, 7)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2)}}
+    graphs = (
+        torch.compile(layer, backend="eager", fullgraph=True),
+        torch.jit.script(layer),
+        torch.jit.trace(layer, x),
+        torch.export.export(layer, (x,), dynamic_shapes=shapes).module(),
+    )
+    with torch.no_grad():
+        for graph in graphs:
+            for inputs in (x, x[:3]):
+                torch.testing.assert_close(graph(inputs), layer(inputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kwargs", [{"num_kernels": 0}, {"reduction": 0.0}, {"reduction": 16}])
 def test_unusable_arguments(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):

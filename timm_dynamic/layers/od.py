@@ -12,8 +12,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import check_positive
+from timm_dynamic.layers.kernel_attention import OmniAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
-from timm_dynamic.layers.pooled_norm import normalize_pooled
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
@@ -27,49 +27,6 @@ _EPOCHS = 10
 
 def _annealed(epoch: float, epochs: float) -> float:
     return min(epoch / _EPOCHS, 1.0)
-
-
-class OmniAttention(nn.Module):
-    """The average-pooled input, `[B, channels]`, to the scores of inputs, outputs, taps and kernels.
-
-    One sample has no statistics to normalise it with: the norm takes the running ones for it, in training, too.
-
-    Args:
-        channels, hidden: Of the input, and between the linear layers.
-        outputs, taps, kernels: Numbers of scores; 0: there is no such head, and None for its scores.
-    """
-
-    def __init__(self, channels: int, hidden: int, outputs: int, taps: int, kernels: int, **dd):
-        super().__init__()
-        self.fc = nn.Linear(channels, hidden, bias=False, **dd)
-        self.bn = nn.BatchNorm1d(hidden, **dd)
-        self.channel_fc = nn.Linear(hidden, channels, **dd)
-        self.filter_fc = nn.Linear(hidden, outputs, **dd) if outputs else None
-        self.spatial_fc = nn.Linear(hidden, taps, **dd) if taps else None
-        self.kernel_fc = nn.Linear(hidden, kernels, **dd) if kernels else None
-
-    def heads(self) -> list[nn.Linear | None]:
-        return [self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc]
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        z = self.fc(pooled)
-        if torch.jit.is_scripting():
-            z = F.relu(self.bn(z))
-        else:
-            z = F.relu(normalize_pooled(self.bn, z))
-        outputs = None if self.filter_fc is None else self.filter_fc(z)
-        taps = None if self.spatial_fc is None else self.spatial_fc(z)
-        return self.channel_fc(z), outputs, taps, None if self.kernel_fc is None else self.kernel_fc(z)
-
-    def squeeze(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of `fc` with the norm behind it in evaluation."""
-        norm = self.bn
-        if isinstance(norm, nn.Identity):
-            return self.fc.weight, self.fc.bias
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.running_mean * scale
-        return self.fc.weight * scale[:, None], shift if norm.bias is None else shift + norm.bias
 
 
 @register_notrace_module
@@ -95,7 +52,7 @@ class ODConv2d(KernelMixture):
             first one are from it. `from_conv` sets it; the authors' networks do without.
 
     Shape:
-        As for `nn.Conv2d`; the input must be batched. In training, a batch of one is normalised with running statistics.
+        As for `nn.Conv2d`; the input must be batched. A batch of one is normalised with running statistics.
 
     Raises:
         ValueError: If an argument, or the input of the forward pass, has an unusable value.

@@ -1,6 +1,6 @@
 """A tiny ResNet with conditionally parameterized convolution (Yang et al., NeurIPS 2019, arXiv 1904.04971).
 
-timm's ResNet, with every convolution of the residual branches a `CondConv2d`; stem, shortcuts and classifier are static.
+timm's ResNet, with every convolution of the residual branches a `CondConv2d`; stem, shortcuts, classifier are static.
 """
 
 from timm.models import generate_default_cfgs, register_model

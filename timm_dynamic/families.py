@@ -32,6 +32,7 @@ class Family:
         twins: By model, the timm model with ordinary convolutions in the place of the dynamic ones.
         reported: The authors' ImageNet top-1 in percent: by tag of published weights, or by model if only the paper has
             it. (On another dataset if the tag says so.)
+        patterns: Of the names of its models, where they are others, such as `rednet*`.
         golden: Cases in tests/data whose name is not that of their model: the model, and its arguments.
     """
 
@@ -48,12 +49,13 @@ class Family:
     timed: tuple[str, ...] = ()
     twins: Mapping[str, str] = field(default_factory=dict)
     reported: Mapping[str, float] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
     golden: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
         """All of its models, without tags."""
-        return timm.list_models([f"{self.name}_*", f"test_{self.name}_*"])
+        return timm.list_models([f"{self.name}_*", f"test_{self.name}_*", *self.patterns])
 
     def _joined(self, other: "Family") -> "Family":
         facts = {}

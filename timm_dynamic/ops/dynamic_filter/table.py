@@ -24,7 +24,7 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
         return "a filter norm has other parameters than the layer gives it"
     if any(t is None or t.dtype != x.dtype for t in _parameters(layer)):
         return f"a parameter is missing or not {x.dtype}"
-    return None if has_kernel("cpu", "ddf") else "the CPU kernels are not loaded"
+    return None if has_kernel("cpu", "dynamic_filter") else "the CPU kernels are not loaded"
 
 
 def _infer(layer, x: Tensor) -> Tensor:

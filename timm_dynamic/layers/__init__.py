@@ -2,17 +2,21 @@
 
 from timm_dynamic.layers.auxiliary import attach_loss
 from timm_dynamic.layers.base import load_reference
+from timm_dynamic.layers.cot import CoTLayer
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d
 from timm_dynamic.layers.filter_norm import FilterNorm
 from timm_dynamic.layers.kernel_attention import KernelAttention
+from timm_dynamic.layers.lsnet import SKA, LSConv
 from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.ped import PEDConv2d
 from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.layers.sparse_stage import SparseStage
 
 __all__ = [
+    "SKA",
+    "CoTLayer",
     "DCDConv2d",
     "DCDLinear",
     "DDFConv2d",
@@ -21,6 +25,7 @@ __all__ = [
     "DynamicConv2d",
     "FilterNorm",
     "KernelAttention",
+    "LSConv",
     "MaskUnit",
     "PEDConv2d",
     "SparseBranch",

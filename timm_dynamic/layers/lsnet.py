@@ -92,6 +92,7 @@ class LKP(nn.Module):
         return x.unflatten(1, (-1, self.taps))
 
 
+@register_notrace_module
 class LSConv(nn.Module):
     """Large-small convolution: `y = BN(SKA(x, LKP(x))) + x`; `[B, C, H, W]` keeps its shape.
 

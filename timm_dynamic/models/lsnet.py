@@ -92,7 +92,7 @@ class LSNet(nn.Module):
             self.add_module(f"blocks{i + 1}", nn.Sequential(*down, *blocks))
             self.feature_info.append({"num_chs": dim, "reduction": 8 * 2**i, "module": f"blocks{i + 1}"})
             before = dim
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head = self._new_head()
 
     def _new_head(self) -> nn.Module:
@@ -130,7 +130,7 @@ class LSNet(nn.Module):
         """Of timm: a new classifier, or none for 0 classes."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head = self._new_head()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ _SIZES = {
     "b": {"embed_dim": (128, 256, 384, 512), "depth": (4, 6, 8, 10)},
     "tiny": {"embed_dim": (16, 32, 48, 64), "depth": (0, 2, 2, 2)},
 }
-_DIGITS = {**digits_cfg("test_lsnet.digits"), "pool_size": (1, 1), "hf_hub_id": None, "hf_hub_filename": None}
+_DIGITS = {**digits_cfg("test_lsnet.digits"), "input_size": (3, 128, 128), "hf_hub_id": None, "hf_hub_filename": None}
 default_cfgs = generate_default_cfgs(
     {f"lsnet_{size}{kind}.in1k": _cfg(f"lsnet_{size}{kind}") for size in "tsb" for kind in ("", "_distill")}
     | {"test_lsnet.digits": _cfg("test_lsnet", **_DIGITS)}

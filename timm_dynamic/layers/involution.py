@@ -79,7 +79,9 @@ class Involution2d(DropInConv2d):
         if K % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {K}")
         if self.padding not in ("same", (d * (K // 2),) * 2):
-            raise ValueError(f"involution needs padding dilation * (kernel_size // 2) = {d * (K // 2)}, got {padding!r}")
+            raise ValueError(
+                f"involution needs padding dilation * (kernel_size // 2) = {d * (K // 2)}, got {padding!r}"
+            )
         if groups not in (1, in_channels):
             raise ValueError(f"involution filters every channel: groups must be 1 or {in_channels}, got {groups}")
         if padding_mode != "zeros":

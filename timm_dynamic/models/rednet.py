@@ -98,7 +98,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if any(key.startswith(("backbone.", "stem.")) for key in state_dict):
         state_dict = {_our_name(key): value for key, value in state_dict.items()}
     taps = state_dict.get("conv1.3.conv2.conv.bias")
-    if taps is not None and isinstance(model, RedNet):
+    if taps is not None and taps.ndim == 1 and isinstance(model, RedNet):
         stem = model.conv1[3]
         if len(taps) != len(stem.conv2.conv.bias):
             kernel_size = round((len(taps) / stem.filters) ** 0.5)

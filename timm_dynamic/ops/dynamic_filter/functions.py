@@ -101,7 +101,9 @@ def ddf(
         ValueError: If an argument has the wrong shape, dtype, device or value.
     """
     if channel_filter.dim() != 4 or channel_filter.shape[2] != kernel_size or channel_filter.shape[3] != kernel_size:
-        raise ValueError(f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}")
+        raise ValueError(
+            f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}"
+        )
     if spatial_filter.dim() != 4:
         raise ValueError(f"spatial_filter must be [B, K*K, Ho, Wo], got shape {list(spatial_filter.shape)}")
     return dynamic_filter(

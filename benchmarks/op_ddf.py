@@ -1,4 +1,4 @@
-"""Times ddf, and other calls of dynamic_filter, against torch's depthwise convolution and against what one would write without a kernel.
+"""Times ddf, and other calls of dynamic_filter, against torch's depthwise convolution and against plain PyTorch.
 
     python benchmarks/op_ddf.py [--device cpu|cuda] [--threads N] [--quick] [--output FILE.json]
 

@@ -201,7 +201,7 @@ void sum_channels(A* out, int64_t out_plane, const A* map, int64_t map_plane, co
 // scratch, at other boundaries than the stores', would wait for these. Without channel filters
 // channels share what they load.
 inline int64_t channel_group(const Band& layout, Combine combine) {
-  return std::clamp<int64_t>(4096 / layout.plane, combine == Combine::kAlone ? 4 : 1, 16);
+  return std::clamp<int64_t>(4096 / layout.plane, combine == Combine::kAlone ? 8 : 1, 16);
 }
 
 template <typename T, Combine COMBINE>
@@ -233,7 +233,7 @@ void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
                  op.features + b * from.b + (first + i * s.inner) * from.c, from.y, from.x, rows,
                  op.rows, op.columns, s.upsample);
     for (int64_t i = 0; i < n; ++i) {
-      load_channel(channel, op, b, first + i * s.inner);
+      if constexpr (COMBINE != Combine::kAlone) load_channel(channel, op, b, first + i * s.inner);
       sum_taps<A, COMBINE>(out + i * layout.plane, input + i * input_size + layout.origin, spatial,
                            taps.output, channel, layout.span(rows));
     }

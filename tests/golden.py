@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import timm_dynamic
 from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.families import FAMILIES, family_of
-from timm_dynamic.layers import CoTLayer, DynamicConv2d, load_reference
+from timm_dynamic.layers import CARAFE, CoTLayer, DynamicConv2d, Involution2d, load_reference
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.stem for path in DATA.glob("*.json"))
@@ -39,7 +39,12 @@ class SimpleConvNet(nn.Module):
 
 
 # Networks that are not among this package's models, and single layers.
-NO_MODELS = {"dy_simple_conv": SimpleConvNet, "op_cot_layer": lambda: CoTLayer(32)}
+NO_MODELS = {
+    "dy_simple_conv": SimpleConvNet,
+    "op_carafe_up2": lambda: CARAFE(10),
+    "op_cot_layer": lambda: CoTLayer(32),
+    "op_involution_k7_s2": lambda: Involution2d(32, 32, 7, 2, 3, bias=False),
+}
 
 
 def random_input(shape: list[int], seed: int) -> Tensor:

@@ -60,7 +60,8 @@ def test_evaluation(case, model, dtype, tolerance, layout):
 def test_more_of_evaluation(case, model):
     """Features, images of another size, and the model with its norms folded, where the authors' numbers are there."""
     model, x, features = model.double().eval(), case.input().double(), {}
-    wanted = {feature["module"].removeprefix("backbone."): feature for feature in case.case.get("features", ())}
+    modules = {info["reduction"]: info["module"] for info in getattr(model, "feature_info", ())}
+    wanted = {modules[feature["reduction"]]: feature for feature in case.case.get("features", ())}
     handles = [model.get_submodule(name).register_forward_hook(keep(features, name)) for name in wanted]
     model(x)
     for name, feature in wanted.items():

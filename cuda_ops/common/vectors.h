@@ -232,6 +232,47 @@ INLINE Vec<A> sum_each(Vec<A>* vectors) {
   return vectors[0];
 }
 
+// The rows of a square become its columns.
+template <typename A>
+INLINE void transpose(Vec<A>* rows) {
+  constexpr int n = kLanes<A>;
+  for (int step = 1; step < n; step *= 2) {  // each interleaves the first half with the second
+    Vec<A> next[n];
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = rows[i], next[2 * i + 1] = rows[i + n / 2];
+      interleave<A>(next[2 * i], next[2 * i + 1], AllLanes<A>());
+    }
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// to[j*to_step + i] = from[i*step_i + j*step_j] for i < n and j < m. PADDED: beyond n up to whole
+// vectors `to` may be overwritten.
+template <bool PADDED, typename A, typename T>
+void copy_transposed(A* to, int64_t to_step, const T* from, int64_t step_i, int64_t step_j,
+                     int64_t n, int64_t m) {
+  constexpr int64_t kStep = kLanes<A>;
+  if (step_j != 1 || m < kStep) {
+    for (int64_t j = 0; j < m; ++j)
+      for (int64_t i = 0; i < n; ++i)
+        to[j * to_step + i] = static_cast<A>(from[i * step_i + j * step_j]);
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kStep) {
+    for (int64_t j = 0; j < m; j += kStep) {
+      const int64_t first = std::min(j, m - kStep);  // the last squares overlap
+      Vec<A> rows[kStep];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kStep; ++r)
+        rows[r] = i + r < n ? load<A>(from + (i + r) * step_i + first) : Vec<A>{};
+      transpose<A>(rows);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kStep; ++r)
+        store<A>(to + (first + r) * to_step + i, rows[r], PADDED ? kStep : n - i);
+    }
+  }
+}
+
 // A vector's worth of zeros and more at `to`, n >= 1 elements at least.
 template <typename A>
 INLINE void zero_row(A* to, int64_t n) {

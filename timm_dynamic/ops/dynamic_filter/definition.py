@@ -2,8 +2,8 @@
 
     out[b,c,p] = sum_k (filters[b,g(c),k,p] o channel_filter[b,c,k]) * x[b, c, s(p) + o_k]
 
-with `o` a product ("mul") or a sum ("add"), `k = ky*K + kx`, `o_k = dilation * (ky - K//2, kx - K//2)`, zero padding, and
-`s(p) = p*stride` or `p // upsample` in both directions. Channels are counted as (part, member, filter of the part):
+with `o` a product ("mul") or a sum ("add"), `k = ky*K + kx`, `o_k = dilation * (ky - K//2, kx - K//2)`, zero padding,
+and `s(p) = p*stride` or `p // upsample` in both directions. Channels are counted as (part, member, filter of the part):
 channel `(i*members + m)*inner + j` reads filter `i*inner + j`. So `parts = G` gives blocks of neighbouring channels.
 """
 

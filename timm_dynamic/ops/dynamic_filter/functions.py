@@ -27,8 +27,8 @@ def dynamic_filter(
 
         out[b,c,p] = sum_k filters[b,g(c),k,p] * channel_filter[b,c,k] * x[b, c, s(p) + o_k]
 
-    with zero padding, `o_k` the offsets of the K x K taps times `dilation`, and `s(p) = p*stride` or `p // upsample`, in
-    both directions. Involution, SKA (LSNet), CoT's local convolution, CARAFE's reassembly and DDF are calls of it.
+    with zero padding, `o_k` the offsets of the K x K taps times `dilation`, and `s(p) = p*stride` or `p // upsample`
+    in both directions. Involution, SKA (LSNet), CoT's local convolution, CARAFE's reassembly and DDF are calls of it.
     Sums run in float32, or float64 for float64 inputs. Under autocast all inputs are cast to the autocast dtype.
     The batch and the positions of `filters`, and the batch and the channels of `channel_filter`, may be 1: they are
     broadcast without being materialised.
@@ -81,9 +81,9 @@ def ddf(
 
         out[b,c,p] = sum_k (channel_filter[b,c,k] o spatial_filter[b,k,p]) * features[b, c, p*stride + o_k]
 
-    It is `dynamic_filter` with one group. A filter dimension of size 1 (batch, channel or position) is broadcast without
-    being materialised, so that a `[1, 1, K, K]` channel filter of ones gives an involution-like and a
-    `[1, K*K, 1, 1]` spatial filter of ones a WeightNet-like depthwise operator.
+    It is `dynamic_filter` with one group. A filter dimension of size 1 (batch, channel or position) is broadcast
+    without being materialised: a `[1, 1, K, K]` channel filter of ones gives an involution-like and a `[1, K*K, 1, 1]`
+    spatial filter of ones a WeightNet-like depthwise operator.
 
     Args:
         features: `[B, C, H, W]`; the output has its dtype and memory format.
@@ -101,7 +101,9 @@ def ddf(
         ValueError: If an argument has the wrong shape, dtype, device or value.
     """
     if channel_filter.dim() != 4 or channel_filter.shape[2] != kernel_size or channel_filter.shape[3] != kernel_size:
-        raise ValueError(f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}")
+        raise ValueError(
+            f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}"
+        )
     if spatial_filter.dim() != 4:
         raise ValueError(f"spatial_filter must be [B, K*K, Ho, Wo], got shape {list(spatial_filter.shape)}")
     return dynamic_filter(
@@ -159,7 +161,7 @@ def _dynamic_filter(x: Tensor, filters: Tensor, channel_filter: Tensor | None, o
 
 
 def _on_cuda(x: Tensor, filters: Tensor, channel_filter: Tensor | None, options: tuple) -> Tensor:
-    """The CUDA kernel knows what DDF needs: both factors, blocks of channels, here taken into the batch, no upsampling."""
+    """The CUDA kernel knows what DDF needs: both factors, and blocks of channels, which are taken into the batch."""
     kernel_size, kernel_combine, parts, dilation, stride, upsample = options
     (B, C, H, W), G = x.shape, filters.shape[1]
     if upsample > 1 or parts < G:

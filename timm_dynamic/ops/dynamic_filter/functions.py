@@ -14,7 +14,6 @@ def dynamic_filter(
     x: Tensor,
     filters: Tensor,
     kernel_size: int = 3,
-    *,
     channel_filter: Tensor | None = None,
     kernel_combine: str = "mul",
     grouping: str = "blocks",

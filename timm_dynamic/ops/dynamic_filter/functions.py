@@ -127,7 +127,7 @@ def ddf_with_heads(
         head: Number of groups.
         kernel_size, dilation, stride, kernel_combine: As for `ddf`.
     """
-    B, C, taps = x.shape[0], x.shape[1], kernel_size**2
+    B, C, taps = x.shape[0], x.shape[1], kernel_size * kernel_size
     return dynamic_filter(
         x,
         spatial_filter.reshape(B, head, taps, spatial_filter.shape[2], spatial_filter.shape[3]),

@@ -32,6 +32,7 @@ MODELS = (
     "test_ped_resnet",
     "test_dy_resnet",
     "test_ddf_resnet",
+    "test_cotnet",
     "dynconv_resnet8",
 )
 

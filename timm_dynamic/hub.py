@@ -82,7 +82,7 @@ def build_model(
     elif pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "hf-hub":
         repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
         with suppress(EntryNotFoundError):  # timm knows other file names, too
-            _check_content(_download(repo_id, revision or None, cache_dir), repo_id)
+            _check_content(_download(repo_id, _FILENAME, revision or None, cache_dir), repo_id)
     try:
         model = build_model_with_cfg(
             model_cls,
@@ -121,7 +121,7 @@ def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> st
     organisation, repository = cfg.hf_hub_id.split("/")
     repo_id = f"{os.environ.get('TIMM_DYNAMIC_HUB_ORG') or organisation}/{repository}"
     try:
-        path = _download(repo_id, None, cache_dir)
+        path = _download(repo_id, cfg.hf_hub_filename or _FILENAME, None, cache_dir)
     except Exception as error:  # which one depends on huggingface_hub's version and the HTTP library under it
         static = " --model-kwargs budget=-1" if cfg.tag.startswith("base_") else ""  # DynConv without masks
         raise ValueError(
@@ -130,14 +130,16 @@ def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> st
             f"{why_failed(error)}"
         ) from error
     _check_content(path, repo_id)
+    if not path.endswith(".safetensors"):
+        extract_state_dict(read_checkpoint(path))  # refuses what is more than weights, before timm reads it
     return path
 
 
-def _download(repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None) -> str:
-    if not isinstance(try_to_load_from_cache(repo_id, _FILENAME, cache_dir, revision), str):
+def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str | os.PathLike | None) -> str:
+    if not isinstance(try_to_load_from_cache(repo_id, filename, cache_dir, revision), str):
         # Fails at once; hf_hub_download retries for 25 s.
-        get_hf_file_metadata(hf_hub_url(repo_id, _FILENAME, revision=revision))
-    return hf_hub_download(repo_id, _FILENAME, revision=revision, cache_dir=cache_dir)
+        get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision))
+    return hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
 
 
 def _check_content(path: str, repo_id: str) -> None:

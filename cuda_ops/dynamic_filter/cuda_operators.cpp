@@ -1,5 +1,5 @@
-// timm_dynamic::ddf and ::ddf_backward on CUDA: checks, memory, and the choice of a kernel of
-// cuda_*.cu and of how to cut the work.
+// timm_dynamic::dynamic_filter and its backward form on CUDA, for one group, two factors and no
+// upsampling: checks, memory, and the choice of a kernel of cuda_*.cu and of how to cut the work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -19,10 +19,10 @@ Call make_call(DdfShape s, const Tensor& from, const Tensor& to, const Tensor& c
   s.stride = std::min(s.stride, std::max(s.H, s.W));
   return {s,
           transposed,
-          strides_of<MapStrides>(from),
-          strides_of<MapStrides>(to),
-          strides_of<ChannelFilterStrides>(channel_filter),
-          strides_of<SpatialFilterStrides>(spatial_filter)};
+          map_strides(from),
+          map_strides(to),
+          channel_strides(channel_filter, s.K),
+          spatial_strides(spatial_filter)};
 }
 
 // Whether 32-bit indices do: offsets within a plane, and window positions K / 2 * dilation outside.
@@ -97,7 +97,7 @@ Plan make_plan(const Call& call, const Tensor& from, const Tensor& to, Layout la
     plan.threads = ceil_div(rows, rows_of_warp) * kWarp;
   }
   const int64_t blocks = s.B * grid.x * grid.y * grid.z;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "ddf: tensors too large, ", blocks, " thread blocks");
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "dynamic_filter: tensors too large, ", blocks, " thread blocks");
   return plan;
 }
 
@@ -117,25 +117,38 @@ Layout layout_of(const Tensor& features) {
   return is_channels_last(features) ? Layout::kChannelsLast : Layout::kNchw;
 }
 
-Tensor ddf(const Tensor& features, const Tensor& channel_filter, const Tensor& spatial_filter,
-           int64_t kernel_size, int64_t dilation, int64_t stride,
-           const std::string& kernel_combine) {
-  const DdfShape s = check_ddf(features, channel_filter, spatial_filter, kernel_size, dilation,
-                               stride, kernel_combine);
-  const Tensor out = empty(features, {s.B, s.C, s.Ho, s.Wo}, is_channels_last(features));
+// Also that these kernels know the call.
+DdfShape check_call(const Tensor& x, const Tensor& filters,
+                    const std::optional<Tensor>& channel_filter, int64_t kernel_size,
+                    const std::string& kernel_combine, int64_t parts, int64_t dilation,
+                    int64_t stride, int64_t upsample) {
+  const DdfShape s = check_arguments(x, filters, channel_filter, kernel_size, kernel_combine, parts,
+                                     dilation, stride, upsample);
+  STD_TORCH_CHECK(channel_filter && s.groups == 1 && upsample == 1,
+                  "the CUDA kernels take a channel filter, one filter a position and no upsampling; "
+                  "timm_dynamic.ops.dynamic_filter takes all");
+  return s;
+}
+
+Tensor dynamic_filter(const Tensor& x, const Tensor& filters,
+                      const std::optional<Tensor>& channel_filter, int64_t kernel_size,
+                      const std::string& kernel_combine, int64_t parts, int64_t dilation,
+                      int64_t stride, int64_t upsample) {
+  const DdfShape s = check_call(x, filters, channel_filter, kernel_size, kernel_combine, parts,
+                                dilation, stride, upsample);
+  const Tensor out = empty(x, {s.B, s.C, s.Ho, s.Wo}, is_channels_last(x));
   if (out.numel() == 0) return out;
-  run_gather(Device(features), s, features, out, channel_filter, spatial_filter, false,
-             layout_of(features));
+  run_gather(Device(x), s, x, out, *channel_filter, filters, false, layout_of(x));
   return out;
 }
 
-// Adds up partial sums [n, ...] over n and over the dimensions along which `input` was broadcast.
-Tensor finish(const Tensor& sums, const Tensor& input) {
+// Adds up partial sums [n, ...] over n and over the dimensions along which `input` was broadcast;
+// `sizes` are its dimensions beside those of the sums.
+Tensor finish(const Tensor& sums, const std::vector<int64_t>& sizes, const Tensor& input) {
   std::vector<int64_t> dims = {0}, shape;
-  for (int64_t i = 0; i < 4; ++i) {
-    shape.push_back(input.size(i));
-    if (input.size(i) == 1) dims.push_back(i + 1);
-  }
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] == 1) dims.push_back(i + 1);
+  for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
   const Tensor total = torch::stable::reshape(torch::stable::sum(sums, dims), shape);
   return torch::stable::contiguous(torch::stable::to(total, input.scalar_type()));
 }
@@ -161,61 +174,64 @@ void run_filter_grads(const Device& device, const DdfShape& s, const Tensor& gra
                                 features.device());
   };
   Tensor channel_sums, spatial_sums;
-  if (needs[1]) channel_sums = new_sums({channel_parts, s.B, s.C, s.K, s.K});
-  if (needs[2]) {
+  if (needs[2]) channel_sums = new_sums({channel_parts, s.B, s.C, s.taps()});
+  if (needs[1]) {
     spatial_sums = taps_last ? new_sums({spatial_parts, s.B, s.Ho, s.Wo, s.taps()})
                              : new_sums({spatial_parts, s.B, s.taps(), s.Ho, s.Wo});
   }
   filter_grads(call, plan, dtype_of(features), grad.data_ptr(), features.data_ptr(),
                channel_filter.data_ptr(), spatial_filter.data_ptr(),
-               needs[1] ? channel_sums.data_ptr() : nullptr,
-               needs[2] ? spatial_sums.data_ptr() : nullptr, device.stream);
+               needs[2] ? channel_sums.data_ptr() : nullptr,
+               needs[1] ? spatial_sums.data_ptr() : nullptr, device.stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (needs[1]) grad_channel = finish(channel_sums, channel_filter);
   if (needs[2]) {
+    grad_channel = finish(channel_sums, {channel_filter.size(0), channel_filter.size(1), s.taps()},
+                          channel_filter);
+  }
+  if (needs[1]) {
     if (taps_last) {  // [n, B, Ho, Wo, taps] -> [n, B, taps, Ho, Wo]
       spatial_sums = torch::stable::transpose(spatial_sums, 2, 4);
       spatial_sums = torch::stable::transpose(spatial_sums, 3, 4);
     }
-    grad_spatial = finish(spatial_sums, spatial_filter);
+    grad_spatial = finish(
+        spatial_sums,
+        {spatial_filter.size(0), s.taps(), spatial_filter.size(3), spatial_filter.size(4)},
+        spatial_filter);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> ddf_backward(const Tensor& grad_in, const Tensor& features,
-                                                const Tensor& channel_filter,
-                                                const Tensor& spatial_filter, int64_t kernel_size,
-                                                int64_t dilation, int64_t stride,
-                                                const std::string& kernel_combine,
-                                                const std::vector<bool>& needs) {
-  const DdfShape s = check_ddf(features, channel_filter, spatial_filter, kernel_size, dilation,
-                               stride, kernel_combine);
-  check_ddf_grad(grad_in, features, s);
-  const bool channels_last = is_channels_last(features), empty_batch = features.numel() == 0;
-  Tensor grad_features = empty_gradient(features, needs[0], channels_last);
-  Tensor grad_channel = empty_gradient(channel_filter, needs[1] && empty_batch);
-  Tensor grad_spatial = empty_gradient(spatial_filter, needs[2] && empty_batch);
+std::tuple<Tensor, Tensor, Tensor> dynamic_filter_backward(
+    const Tensor& grad_in, const Tensor& x, const Tensor& filters,
+    const std::optional<Tensor>& channel_filter, int64_t kernel_size,
+    const std::string& kernel_combine, int64_t parts, int64_t dilation, int64_t stride,
+    int64_t upsample, const std::vector<bool>& needs) {
+  const DdfShape s = check_call(x, filters, channel_filter, kernel_size, kernel_combine, parts,
+                                dilation, stride, upsample);
+  check_grad(grad_in, x, s);
+  STD_TORCH_CHECK(needs.size() == 3, "needs must have 3 entries, got ", needs.size());
+  const bool channels_last = is_channels_last(x), empty_batch = x.numel() == 0;
+  Tensor grad_x = empty_gradient(x, needs[0], channels_last);
+  Tensor grad_filters = empty_gradient(filters, needs[1] && empty_batch);
+  Tensor grad_channel = empty_gradient(*channel_filter, needs[2] && empty_batch);
   if (empty_batch) {
-    for (Tensor* t : {&grad_features, &grad_channel, &grad_spatial}) torch::stable::zero_(*t);
-    return {grad_features, grad_channel, grad_spatial};
+    for (Tensor* t : {&grad_x, &grad_filters, &grad_channel}) torch::stable::zero_(*t);
+    return {grad_x, grad_filters, grad_channel};
   }
-  const Device device(features);
+  const Device device(x);
   const Tensor grad = torch::stable::contiguous(
       grad_in, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (needs[0]) {
-    run_gather(device, s, grad, grad_features, channel_filter, spatial_filter, true,
-               layout_of(features));
-  }
-  if (needs[1] || needs[2]) {
-    run_filter_grads(device, s, grad, features, channel_filter, spatial_filter, needs, grad_channel,
-                     grad_spatial);
-  }
-  return {grad_features, grad_channel, grad_spatial};
+  if (needs[0])
+    run_gather(device, s, grad, grad_x, *channel_filter, filters, true, layout_of(x));
+  if (needs[1] || needs[2])
+    run_filter_grads(device, s, grad, x, *channel_filter, filters, needs, grad_channel,
+                     grad_filters);
+  return {grad_x, grad_filters, grad_channel};
 }
 
 }  // namespace
 }  // namespace timm_dynamic
 
 STABLE_TORCH_LIBRARY_IMPL(timm_dynamic, CUDA, m) {
-  m.impl("ddf", TORCH_BOX(&timm_dynamic::ddf));
-  m.impl("ddf_backward", TORCH_BOX(&timm_dynamic::ddf_backward));
+  m.impl("dynamic_filter", TORCH_BOX(&timm_dynamic::dynamic_filter));
+  m.impl("dynamic_filter_backward", TORCH_BOX(&timm_dynamic::dynamic_filter_backward));
 }

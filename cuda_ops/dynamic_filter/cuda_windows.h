@@ -1,5 +1,5 @@
-// What the CUDA kernels of timm_dynamic::ddf and ::ddf_backward share, those of cuda_gather.cu
-// and cuda_filter_grads.cu; timm_dynamic/ops/dynamic_filter defines the operators.
+// What the CUDA kernels of timm_dynamic::dynamic_filter and its backward form share, those of
+// cuda_gather.cu and cuda_filter_grads.cu; timm_dynamic/ops/dynamic_filter defines the operators.
 //
 // The operator moves few bytes per operation, so everything here serves the memory: each feature is
 // read from DRAM once, by threads that keep one of the two filters in registers (`held`) and walk

@@ -1,21 +1,35 @@
-// The DDF kernels for one instruction set; see common/vectors.h for what the includer defines.
+// The kernels of dynamic_filter for one instruction set; see common/vectors.h for what the includer
+// defines.
 
 #include "common/vectors.h"
 #include "dynamic_filter/bands.h"
 #include "dynamic_filter/pixels.h"
 #include "dynamic_filter/pixels_backward.h"
+#include "dynamic_filter/direct.h"
+#include "dynamic_filter/lanes.h"
+#include "dynamic_filter/lanes_backward.h"
 #include "dynamic_filter/planes.h"
+#include "dynamic_filter/rows.h"
 #include "dynamic_filter/planes_backward.h"
 
 namespace timm_dynamic::ISA {
 
+template <typename T, Combine COMBINE>
+DdfKernels<T> kernels_of() {
+  return {forward_planes<T, COMBINE>,  forward_pixels<T, COMBINE>,  forward_lanes<T, COMBINE>,
+          backward_planes<T, COMBINE>, backward_pixels<T, COMBINE>, backward_lanes<T, COMBINE>};
+}
+
 template <typename T>
-DdfKernels<T> ddf_kernels(bool multiply) {
-  if (multiply)
-    return {forward_planes<T, true>, forward_pixels<T, true>, backward_planes<T, true>,
-            backward_pixels<T, true>};
-  return {forward_planes<T, false>, forward_pixels<T, false>, backward_planes<T, false>,
-          backward_pixels<T, false>};
+DdfKernels<T> ddf_kernels(bool alone, bool multiply) {
+  if (alone)
+    return {forward_rows<T>,
+            forward_direct<T>,
+            forward_lanes<T, Combine::kAlone>,
+            backward_planes<T, Combine::kAlone>,
+            backward_pixels<T, Combine::kAlone>,
+            backward_lanes<T, Combine::kAlone>};
+  return multiply ? kernels_of<T, Combine::kMultiply>() : kernels_of<T, Combine::kAdd>();
 }
 
 }  // namespace timm_dynamic::ISA

@@ -1,4 +1,4 @@
-// What ddf.cpp hands to the CPU kernels of kernels.h, the same for every instruction set.
+// What dynamic_filter.cpp hands to the CPU kernels of kernels.h, the same for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,9 @@
 #include "dynamic_filter/shape.h"
 
 namespace timm_dynamic {
+
+// The weight of a tap: the value of the filter alone, or with that of the channel filter.
+enum class Combine { kAlone, kMultiply, kAdd };
 
 // One of the K row or column shifts of the taps, as seen by output positions: the input position
 // of output y is y*stride + shift = (y + offset)*stride + phase. Splitting the input into `stride`
@@ -81,8 +84,8 @@ struct DdfForward : DdfOperands<T> {
 
 // Null pointers mark gradients that are not needed. The filters' gradients leave the kernels as
 // partial sums, whose order of summation does not depend on the number of threads:
-//   partial_channel [B, bands, C, K*K], or [B, bands, K*K, C] from the pixel kernels
-//   partial_spatial [B, channel_blocks, K*K, rows, columns], where `rows` is Ho, or the number of
+//   partial_channel [B, bands, C, K*K], or [B, bands, K*K, C] from the kernels for channels_last
+//   partial_spatial [B, channel_blocks, G, K*K, rows, columns], where `rows` is Ho, or the number of
 //   bands if the filter is broadcast along y, and `columns` Wo, or 1 if it is broadcast along x.
 template <typename T>
 struct DdfBackward : DdfOperands<T> {
@@ -99,15 +102,19 @@ struct DdfBackward : DdfOperands<T> {
 };
 
 // The kernels of one instruction set. Each does the units [begin, end) of
-//   forward_planes: (b, band, c)    backward_planes: (b, band, channel block)
-//   forward_pixels: (b, y)          backward_pixels: (b, band)
-// "planes" for NCHW, "pixels" for channels_last.
+//   forward_planes: (b, band, g, member)  backward_planes: (b, band, g, block of members)
+//   forward_pixels: (b, g, y)             backward_pixels: (b, g, band)
+//   forward_lanes: (b, y)                 backward_lanes: (b, band)
+// "planes" for NCHW, "pixels" and "lanes" for channels_last; in "lanes" the channels of a vector
+// read different filters, in "pixels" the same one.
 template <typename T>
 struct DdfKernels {
   void (*forward_planes)(const DdfForward<T>&, int64_t begin, int64_t end);
   void (*forward_pixels)(const DdfForward<T>&, int64_t begin, int64_t end);
+  void (*forward_lanes)(const DdfForward<T>&, int64_t begin, int64_t end);
   void (*backward_planes)(const DdfBackward<T>&, int64_t begin, int64_t end);
   void (*backward_pixels)(const DdfBackward<T>&, int64_t begin, int64_t end);
+  void (*backward_lanes)(const DdfBackward<T>&, int64_t begin, int64_t end);
 };
 
 }  // namespace timm_dynamic

@@ -1,4 +1,5 @@
-// DDF on channels_last tensors. Included once per instruction set, after bands.h.
+// dynamic_filter on channels_last tensors, where neighbouring channels share a filter. Included once
+// per instruction set, after bands.h.
 //
 // Vectors run along the channels, so the maps are read in place, whatever the stride; taps in the
 // padding are left out. Work goes in runs of neighbouring pixels that have the same taps, one
@@ -59,7 +60,7 @@ struct RunTaps {
 };
 
 // out[p][c] = sum_j (channel_j[c] o filter_j[p]) * map_j[p][c] for n channels of a run.
-template <typename T, bool MULTIPLY, int TAPS>
+template <typename T, Combine COMBINE, int TAPS>
 INLINE void sum_run_channels(T* out, int64_t out_step, const RunTaps<T, TAPS>& taps, int64_t step,
                              const Accumulator<T>* channel, int64_t pixels, int64_t first,
                              int64_t n) {
@@ -70,14 +71,14 @@ INLINE void sum_run_channels(T* out, int64_t out_step, const RunTaps<T, TAPS>& t
     Vec<A> sum = {};
 #pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j)
-      sum += combine<MULTIPLY>(c[j], broadcast(taps.filters[p][j])) *
+      sum += combine<COMBINE>(c[j], broadcast(taps.filters[p][j])) *
              load<A>(taps.maps[j] + p * step + first, n);
     store<A>(out + p * out_step + first, sum, n);
   }
 }
 
 // The same for two vectors of channels, which share the filter values.
-template <typename T, bool MULTIPLY, int TAPS>
+template <typename T, Combine COMBINE, int TAPS>
 INLINE void sum_run_pair(T* out, int64_t out_step, const RunTaps<T, TAPS>& taps, int64_t step,
                          const Accumulator<T>* channel, int64_t vector, int64_t pixels,
                          int64_t first) {
@@ -96,14 +97,14 @@ INLINE void sum_run_pair(T* out, int64_t out_step, const RunTaps<T, TAPS>& taps,
       const Vec<A> s = broadcast(taps.filters[p][j]);
       Vec<A> a, b;
       load_pair<A>(taps.maps[j] + p * step + first, a, b);
-      sum_c += combine<MULTIPLY>(c[j], s) * a;
-      sum_d += combine<MULTIPLY>(d[j], s) * b;
+      sum_c += combine<COMBINE>(c[j], s) * a;
+      sum_d += combine<COMBINE>(d[j], s) * b;
     }
     store_pair<A>(out + p * out_step + first, sum_c, sum_d);
   }
 }
 
-template <typename T, bool MULTIPLY, int TAPS>
+template <typename T, Combine COMBINE, int TAPS>
 void sum_run(T* out, int64_t out_step, const RowInput<T>& in, const RowTap* row_taps, int64_t x,
              int64_t pixels) {
   constexpr int64_t kStep = kLanes<Accumulator<T>>;
@@ -112,16 +113,16 @@ void sum_run(T* out, int64_t out_step, const RowInput<T>& in, const RowTap* row_
   const Accumulator<T>* channel = in.channel;
   int64_t first = 0;
   for (; first + 2 * kStep <= channels; first += 2 * kStep, channel += 2 * vector)
-    sum_run_pair<T, MULTIPLY>(out, out_step, taps, step, channel, vector, pixels, first);
+    sum_run_pair<T, COMBINE>(out, out_step, taps, step, channel, vector, pixels, first);
   for (; first + kStep <= channels; first += kStep, channel += vector)
-    sum_run_channels<T, MULTIPLY>(out, out_step, taps, step, channel, pixels, first, kStep);
+    sum_run_channels<T, COMBINE>(out, out_step, taps, step, channel, pixels, first, kStep);
   if (first < channels)
-    sum_run_channels<T, MULTIPLY>(out, out_step, taps, step, channel, pixels, first,
+    sum_run_channels<T, COMBINE>(out, out_step, taps, step, channel, pixels, first,
                                   channels - first);
 }
 
 // The same for any number of taps and up to PIXELS pixels, which share the loads of a tap.
-template <typename T, bool MULTIPLY, int PIXELS>
+template <typename T, Combine COMBINE, int PIXELS>
 INLINE void sum_any_channels(T* out, int64_t out_step, const RowInput<T>& in, const RowTap* taps,
                              int64_t count, int64_t x, int64_t first, int64_t n) {
   using A = Accumulator<T>;
@@ -133,41 +134,41 @@ INLINE void sum_any_channels(T* out, int64_t out_step, const RowInput<T>& in, co
     const A* const filter = in.filter + taps[j].filter + x;
 #pragma GCC unroll 4
     for (int p = 0; p < PIXELS; ++p)
-      sums[p] += combine<MULTIPLY>(c, broadcast(filter[p])) * load<A>(map + p * in.step, n);
+      sums[p] += combine<COMBINE>(c, broadcast(filter[p])) * load<A>(map + p * in.step, n);
   }
   for (int p = 0; p < PIXELS; ++p) store<A>(out + p * out_step + first, sums[p], n);
 }
 
-template <typename T, bool MULTIPLY, int PIXELS>
+template <typename T, Combine COMBINE, int PIXELS>
 void sum_any_taps(T* out, int64_t out_step, const RowInput<T>& in, const RowTap* taps,
                   int64_t count, int64_t x) {
   constexpr int64_t kStep = kLanes<Accumulator<T>>;
   int64_t first = 0;
   for (; first + kStep <= in.channels; first += kStep)
-    sum_any_channels<T, MULTIPLY, PIXELS>(out, out_step, in, taps, count, x, first, kStep);
+    sum_any_channels<T, COMBINE, PIXELS>(out, out_step, in, taps, count, x, first, kStep);
   if (first < in.channels)
-    sum_any_channels<T, MULTIPLY, PIXELS>(out, out_step, in, taps, count, x, first,
+    sum_any_channels<T, COMBINE, PIXELS>(out, out_step, in, taps, count, x, first,
                                           in.channels - first);
 }
 
-template <typename T, bool MULTIPLY>
+template <typename T, Combine COMBINE>
 void sum_taps(T* out, int64_t out_step, const RowInput<T>& in, const std::vector<RowTap>& taps,
               int64_t x, int64_t pixels) {
   const RowTap* const first = taps.data();
   const int64_t count = taps.size();
   switch (count) {  // the inside, the border and the corners of a map for K = 3
     case 9:
-      return sum_run<T, MULTIPLY, 9>(out, out_step, in, first, x, pixels);
+      return sum_run<T, COMBINE, 9>(out, out_step, in, first, x, pixels);
     case 6:
-      return sum_run<T, MULTIPLY, 6>(out, out_step, in, first, x, pixels);
+      return sum_run<T, COMBINE, 6>(out, out_step, in, first, x, pixels);
     case 4:
-      return sum_run<T, MULTIPLY, 4>(out, out_step, in, first, x, pixels);
+      return sum_run<T, COMBINE, 4>(out, out_step, in, first, x, pixels);
   }
   int64_t p = 0;
   for (; p + 4 <= pixels; p += 4)
-    sum_any_taps<T, MULTIPLY, 4>(out + p * out_step, out_step, in, first, count, x + p);
+    sum_any_taps<T, COMBINE, 4>(out + p * out_step, out_step, in, first, count, x + p);
   for (; p < pixels; ++p)
-    sum_any_taps<T, MULTIPLY, 1>(out + p * out_step, out_step, in, first, count, x + p);
+    sum_any_taps<T, COMBINE, 1>(out + p * out_step, out_step, in, first, count, x + p);
 }
 
 // The runs of a row of n results, one after the other: those with all taps, and single results at
@@ -221,13 +222,16 @@ void output_row_taps(std::vector<RowTap>& to, const DdfOperands<T>& op, int64_t 
   }
 }
 
-// An image's channel filters, rearranged.
+// The channel filters of an image's group, rearranged.
 template <typename A, typename T>
-void load_channels(A* to, const DdfOperands<T>& op, int64_t b) {
+void load_channels(A* to, const DdfOperands<T>& op, int64_t b, int64_t g) {
+  if (op.shape.alone) return;
   const ChannelFilterStrides stride = op.channel_strides;
-  for (int64_t first = 0; first < op.shape.C; first += kLanes<A>) {
-    const T* const from = op.channel_filter + b * stride.b + first * stride.c;
-    const int64_t n = std::min<int64_t>(op.shape.C - first, kLanes<A>);
+  const int64_t members = op.shape.members();
+  for (int64_t first = 0; first < members; first += kLanes<A>) {
+    const T* const from =
+        op.channel_filter + b * stride.b + (op.shape.channel(g) + first) * stride.c;
+    const int64_t n = std::min<int64_t>(members - first, kLanes<A>);
     for (const Shift& row : op.rows.shifts) {
       for (const Shift& column : op.columns.shifts) {
         const T* const tap = from + row.tap * stride.ky + column.tap * stride.kx;
@@ -240,26 +244,35 @@ void load_channels(A* to, const DdfOperands<T>& op, int64_t b) {
 
 // The spatial filters of a band's rows, one scratch plane per live tap.
 template <typename A, typename T>
-void load_spatial_planes(A* to, const Band& band, const DdfOperands<T>& op, int64_t b, Range rows) {
+void load_spatial_planes(A* to, const Band& band, const DdfOperands<T>& op, int64_t b, int64_t g,
+                         Range rows) {
   const SpatialFilterStrides& stride = op.spatial_strides;
+  const T* const from = op.spatial_filter + b * stride.b + g * stride.g;
+  if (stride.k == 1 && op.live_taps() == op.shape.taps()) {
+    const int64_t first = std::max<int64_t>(rows.begin - band.halo, 0);
+    const int64_t last = std::min(rows.end + band.halo, op.shape.Ho);  // no tap leads beyond
+    for (int64_t y = first; y < last; ++y)
+      copy_transposed<false>(to + band.origin + (y - rows.begin) * band.pitch, band.plane,
+                             from + y * stride.y, stride.x, 1, op.shape.Wo, op.shape.taps());
+    return;
+  }
   for (const Shift& row : op.rows.shifts) {
     for (const Shift& column : op.columns.shifts) {
       const int64_t k = row.tap * op.shape.K + column.tap;
-      load_map(to, band, op.spatial_filter + b * stride.b + k * stride.k, stride.y, stride.x, rows,
-               op.shape.Ho, op.shape.Wo);
+      load_map(to, band, from + k * stride.k, stride.y, stride.x, rows, op.shape.Ho, op.shape.Wo);
       to += band.plane;
     }
   }
 }
 
-// The elements of an image's rearranged channel filters.
+// The elements of a group's rearranged channel filters.
 template <typename T>
 int64_t channels_size(const DdfOperands<T>& op) {
   constexpr int64_t lanes = kLanes<Accumulator<T>>;
-  return ceil_div(op.shape.C, lanes) * lanes * op.live_taps();
+  return ceil_div(op.shape.members(), lanes) * lanes * op.live_taps();
 }
 
-template <typename T, bool MULTIPLY>
+template <typename T, Combine COMBINE>
 void forward_pixels(const DdfForward<T>& op, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const DdfShape& s = op.shape;
@@ -270,21 +283,21 @@ void forward_pixels(const DdfForward<T>& op, int64_t begin, int64_t end) {
   A *spatial = scratch.take(count * layout.plane), *channel = scratch.take(channels_size(op));
   std::vector<RowTap> taps;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t y = unit % s.Ho, b = unit / s.Ho;
-    if (unit == begin || y == 0) load_channels(channel, op, b);
-    load_spatial_planes(spatial, layout, op, b, {y, y + 1});
+    const int64_t y = unit % s.Ho, g = unit / s.Ho % s.groups, b = unit / s.Ho / s.groups;
+    if (unit == begin || y == 0) load_channels(channel, op, b, g);
+    load_spatial_planes(spatial, layout, op, b, g, {y, y + 1});
     output_row_taps(taps, op, y, layout, 0);
-    const RowInput<T> in{op.features + b * from.b,
+    const RowInput<T> in{op.features + b * from.b + s.channel(g) * from.c,
                          s.stride * from.x,
                          s.stride * from.y,
                          spatial,
                          channel,
                          count,
-                         s.C};
-    T* const out = op.out + b * to.b + y * to.y;
+                         s.members()};
+    T* const out = op.out + b * to.b + y * to.y + s.channel(g) * to.c;
     Runs<T> runs(taps, s.Wo);
     while (const auto* run = runs.next())
-      sum_taps<T, MULTIPLY>(out + runs.x * to.x, to.x, in, *run, runs.x, runs.pixels);
+      sum_taps<T, COMBINE>(out + runs.x * to.x, to.x, in, *run, runs.x, runs.pixels);
   }
 }
 

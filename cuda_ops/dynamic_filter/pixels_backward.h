@@ -1,12 +1,12 @@
-// The gradients of DDF on channels_last tensors. Included once per instruction set, after
-// pixels.h.
+// The gradients of dynamic_filter on channels_last tensors where neighbouring channels share a
+// filter. Included once per instruction set, after pixels.h.
 
 namespace timm_dynamic::ISA {
 
 // With t_j[p][c] = grad[p][c] * map_j[p][c], for n channels of a run:
 //   dots[p][j] += t_j[p][c] * channel_j[c]                (t_j alone if the filters are added)
 //   grad_channel_j[c] += t_j[p][c] * filter_j[p]          (likewise)
-template <typename T, bool MULTIPLY, int TAPS>
+template <typename T, Combine COMBINE, int TAPS>
 INLINE void correlate_run_channels(Vec<Accumulator<T>> (*dots)[TAPS], Accumulator<T>* grad_channel,
                                    const T* grad, int64_t grad_step, const RunTaps<T, TAPS>& taps,
                                    int64_t step, const Accumulator<T>* channel, int64_t pixels,
@@ -23,15 +23,15 @@ INLINE void correlate_run_channels(Vec<Accumulator<T>> (*dots)[TAPS], Accumulato
 #pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j) {
       const Vec<A> t = g * load<A>(taps.maps[j] + p * step + first, n);
-      dots[p][j] += MULTIPLY ? t * c[j] : t;
-      totals[j] += MULTIPLY ? t * taps.filters[p][j] : t;
+      dots[p][j] += weighted<COMBINE>(t, c[j]);
+      totals[j] += weighted<COMBINE>(t, taps.filters[p][j]);
     }
   }
   for (int j = 0; j < TAPS; ++j) store<A>(grad_channel + taps.channel[j], totals[j]);
 }
 
 // Both filters' gradients from a run and TAPS taps.
-template <typename T, bool MULTIPLY, int TAPS>
+template <typename T, Combine COMBINE, int TAPS>
 void correlate_run(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, const T* grad,
                    int64_t grad_step, const RowInput<T>& in, const RowTap* row_taps, int64_t x,
                    int64_t pixels) {
@@ -45,10 +45,10 @@ void correlate_run(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, co
     for (int j = 0; j < TAPS; ++j) dots[p][j] = Vec<A>{};
   int64_t first = 0;
   for (; first + kStep <= channels; first += kStep, channel += vector, grad_channel += vector)
-    correlate_run_channels<T, MULTIPLY>(dots, grad_channel, grad, grad_step, taps, step, channel,
+    correlate_run_channels<T, COMBINE>(dots, grad_channel, grad, grad_step, taps, step, channel,
                                         pixels, first, kStep);
   if (first < channels)
-    correlate_run_channels<T, MULTIPLY>(dots, grad_channel, grad, grad_step, taps, step, channel,
+    correlate_run_channels<T, COMBINE>(dots, grad_channel, grad, grad_step, taps, step, channel,
                                         pixels, first, channels - first);
   for (int j = 0; j < TAPS; ++j) {
     A* const to = grad_filter + row_taps[j].filter + x;
@@ -63,7 +63,7 @@ void correlate_run(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, co
 }
 
 // In groups whose sums fit the registers. For K = 3 one group: a map's inside, border or corner.
-template <typename T, bool MULTIPLY>
+template <typename T, Combine COMBINE>
 void correlate_taps(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, const T* grad,
                     int64_t grad_step, const RowInput<T>& in, const std::vector<RowTap>& taps,
                     int64_t x, int64_t pixels) {
@@ -72,10 +72,10 @@ void correlate_taps(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, c
     for (; tap + size <= end; tap += size)
       correlate(grad_channel, grad_filter, grad, grad_step, in, tap, x, pixels);
   };
-  run(correlate_run<T, MULTIPLY, 9>, 9);
-  run(correlate_run<T, MULTIPLY, 6>, 6);
-  run(correlate_run<T, MULTIPLY, 4>, 4);
-  run(correlate_run<T, MULTIPLY, 1>, 1);
+  run(correlate_run<T, COMBINE, 9>, 9);
+  run(correlate_run<T, COMBINE, 6>, 6);
+  run(correlate_run<T, COMBINE, 4>, 4);
+  run(correlate_run<T, COMBINE, 1>, 1);
 }
 
 // How the pixels of a column phase of input row `input` read the output's gradient. The scratch of
@@ -102,23 +102,24 @@ void input_row_taps(std::vector<RowTap>& to, const DdfBackward<T>& op, int64_t i
 
 // A band's gradient of the channel filter, arranged as by `load_channels`, to the partial sums.
 template <typename A, typename T>
-void flush_channels(const A* from, const DdfBackward<T>& op, int64_t b, int64_t band) {
+void flush_channels(const A* from, const DdfBackward<T>& op, int64_t b, int64_t g, int64_t band) {
   const DdfShape& s = op.shape;
-  const int64_t step = op.live_taps() * kLanes<A>;
-  A* const to = op.partial_channel + (b * op.bands.count + band) * s.C * s.taps();
-  std::fill_n(to, s.C * s.taps(), A(0));  // dead taps
+  const int64_t step = op.live_taps() * kLanes<A>, members = s.members();
+  A* const to =
+      op.partial_channel + (b * op.bands.count + band) * s.C * s.taps() + s.channel(g);
+  for (int64_t k = 0; k < s.taps(); ++k) std::fill_n(to + k * s.C, members, A(0));  // dead taps
   for (const Shift& row : op.rows.shifts) {
     for (const Shift& column : op.columns.shifts) {
       A* const tap = to + (row.tap * s.K + column.tap) * s.C;
-      for (int64_t c = 0; c < s.C; c += kLanes<A>)
-        store<A>(tap + c, load<A>(from + c / kLanes<A> * step), s.C - c);
+      for (int64_t c = 0; c < members; c += kLanes<A>)
+        store<A>(tap + c, load<A>(from + c / kLanes<A> * step), members - c);
       from += kLanes<A>;
     }
   }
 }
 
 // The backward pass of one band: its scratch and what is done with it.
-template <typename T, bool MULTIPLY>
+template <typename T, Combine COMBINE>
 struct BackwardPixels {
   using A = Accumulator<T>;
   const DdfBackward<T>& op;
@@ -138,76 +139,85 @@ struct BackwardPixels {
     channel = scratch.take(channels_size(op)), grad_channel = scratch.take(channels_size(op));
   }
 
-  void input_row(int64_t b, int64_t y, int64_t first) {
+  void input_row(int64_t b, int64_t g, int64_t y, int64_t first) {
     const MapStrides &from = op.grad_strides, &to = op.grad_features_strides;
-    const RowInput<T> in{op.grad + b * from.b, from.x, from.y, spatial, channel, count, op.shape.C};
+    const int64_t c = op.shape.channel(g);
+    const RowInput<T> in{op.grad + b * from.b + c * from.c,
+                         from.x,
+                         from.y,
+                         spatial,
+                         channel,
+                         count,
+                         op.shape.members()};
     const int64_t stride = op.columns.stride;
     for (int64_t phase = 0; phase < std::min(stride, op.columns.size); ++phase) {
       input_row_taps(taps, op, y, phase, layout, first);
-      T* const out = op.grad_features + b * to.b + y * to.y + phase * to.x;
+      T* const out = op.grad_features + b * to.b + y * to.y + phase * to.x + c * to.c;
       Runs<T> runs(taps, op.columns.phase_size(phase));
       while (const auto* run = runs.next())
-        sum_taps<T, MULTIPLY>(out + runs.x * stride * to.x, stride * to.x, in, *run, runs.x,
+        sum_taps<T, COMBINE>(out + runs.x * stride * to.x, stride * to.x, in, *run, runs.x,
                               runs.pixels);
     }
   }
 
-  void output_row(int64_t b, int64_t y, int64_t first) {
+  void output_row(int64_t b, int64_t group, int64_t y, int64_t first) {
     const MapStrides &from = op.features_strides, &g = op.grad_strides;
-    const RowInput<T> in{op.features + b * from.b,
+    const int64_t c = op.shape.channel(group);
+    const RowInput<T> in{op.features + b * from.b + c * from.c,
                          op.shape.stride * from.x,
                          op.shape.stride * from.y,
                          spatial,
                          channel,
                          count,
-                         op.shape.C};
-    const T* const grad = op.grad + b * g.b + y * g.y;
+                         op.shape.members()};
+    const T* const grad = op.grad + b * g.b + y * g.y + c * g.c;
     output_row_taps(taps, op, y, layout, y - first);
     Runs<T> runs(taps, op.shape.Wo);
     while (const auto* run = runs.next())
-      correlate_taps<T, MULTIPLY>(grad_channel, sums, grad + runs.x * g.x, g.x, in, *run, runs.x,
+      correlate_taps<T, COMBINE>(grad_channel, sums, grad + runs.x * g.x, g.x, in, *run, runs.x,
                                   runs.pixels);
   }
 
-  void run(int64_t b, int64_t band) {
+  void run(int64_t b, int64_t g, int64_t band) {
     const DdfShape& s = op.shape;
     const Range rows = op.bands.of(band, s.Ho);
-    load_spatial_planes(spatial, layout, op, b, rows);
+    load_spatial_planes(spatial, layout, op, b, g, rows);
     std::fill_n(grad_channel, channels_size(op), A(0));
     std::fill_n(sums, count * layout.plane, A(0));
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       if (op.grad_features)
         for (int64_t input = y * s.stride; input < std::min((y + 1) * s.stride, s.H); ++input)
-          input_row(b, input, rows.begin);
-      if (op.partial_channel || op.partial_spatial) output_row(b, y, rows.begin);
+          input_row(b, g, input, rows.begin);
+      if (op.partial_channel || op.partial_spatial) output_row(b, g, y, rows.begin);
     }
-    if (op.partial_channel) flush_channels(grad_channel, op, b, band);
-    if (op.partial_spatial) flush(b, band);
+    if (op.partial_channel) flush_channels(grad_channel, op, b, g, band);
+    if (op.partial_spatial) flush(b, g, band);
   }
 
-  void flush(int64_t b, int64_t band) {
+  void flush(int64_t b, int64_t g, int64_t band) {
     const DdfShape& s = op.shape;
     if (count < s.taps()) {  // dead taps; the spatial filters serve as zeros
       std::fill_n(spatial, layout.plane, A(0));
-      for (int64_t k = 0; k < s.taps(); ++k) flush_tap(spatial, 0, op, b, band, 0, k);
+      for (int64_t k = 0; k < s.taps(); ++k) flush_tap(spatial, 0, op, b, band, 0, g, k);
     }
     const A* from = sums + layout.origin;
     for (const Shift& row : op.rows.shifts) {
       for (const Shift& column : op.columns.shifts) {
-        flush_tap(from, layout.pitch, op, b, band, 0, row.tap * s.K + column.tap);
+        flush_tap(from, layout.pitch, op, b, band, 0, g, row.tap * s.K + column.tap);
         from += layout.plane;
       }
     }
   }
 };
 
-template <typename T, bool MULTIPLY>
+template <typename T, Combine COMBINE>
 void backward_pixels(const DdfBackward<T>& op, int64_t begin, int64_t end) {
-  BackwardPixels<T, MULTIPLY> pixels(op);
+  BackwardPixels<T, COMBINE> pixels(op);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t band = unit % op.bands.count, b = unit / op.bands.count;
-    if (unit == begin || band == 0) load_channels(pixels.channel, op, b);
-    pixels.run(b, band);
+    const int64_t band = unit % op.bands.count, g = unit / op.bands.count % op.shape.groups;
+    const int64_t b = unit / op.bands.count / op.shape.groups;
+    if (unit == begin || band == 0) load_channels(pixels.channel, op, b, g);
+    pixels.run(b, g, band);
   }
 }
 

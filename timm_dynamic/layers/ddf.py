@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import DropInConv2d, check_positive
 from timm_dynamic.layers.filter_norm import FilterNorm, check_maps
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
-from timm_dynamic.ops.dynamic_filter.definition import ddf_with_heads
+from timm_dynamic.ops.dynamic_filter import ddf_with_heads
 from timm_dynamic.ops.dynamic_filter.table import TABLE
 
 

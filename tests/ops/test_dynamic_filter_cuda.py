@@ -1,14 +1,19 @@
-"""The CUDA kernels of ddf against the reference in float64 on the CPU. `benchmarks/gpu.sh tests` runs these."""
+"""The CUDA kernels of dynamic_filter against the reference on the CPU. `benchmarks/gpu.sh tests` runs these."""
 
-import random
+import functools
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from on_gpu import needs_gpu
 from torch import Tensor
 
-from timm_dynamic.ops.dynamic_filter.definition import definition
+from timm_dynamic import use
+from timm_dynamic.ops import dynamic_filter
+from timm_dynamic.ops.dynamic_filter.definition import definition as formula
 
 pytestmark = needs_gpu()
 
@@ -29,10 +34,32 @@ LAYOUTS = {
 }
 
 
-def ddf(*tensors, kernel_size=3, dilation=1, stride=1, kernel_combine="mul") -> Tensor:
-    """The registered operator: its kernel runs, measured on this device or not."""
-    options = (*tensors[3:], *(kernel_size, dilation, stride, kernel_combine)[len(tensors) - 3 :])
-    return torch.ops.timm_dynamic.ddf(*tensors[:3], *options)
+def forward(
+    operator, features, channel_filter, spatial_filter, K=3, dilation=1, stride=1, kernel_combine="mul", **how
+) -> Tensor:
+    """The operator with DDF's arguments."""
+    tensors = (features, spatial_filter[:, None], channel_filter.flatten(2))
+    return operator(*tensors, K, kernel_combine, 1, dilation, stride, 1, **how)
+
+
+def backward(
+    operator, grad, features, channel_filter, spatial_filter, K, dilation, stride, kernel_combine, needs, **how
+) -> tuple[Tensor, ...]:
+    """The gradients of DDF's tensors."""
+    tensors = (grad, features, spatial_filter[:, None], channel_filter.flatten(2))
+    wanted = [needs[0], needs[2], needs[1]]
+    x, spatial, channel = operator(*tensors, K, kernel_combine, 1, dilation, stride, 1, wanted, **how)
+    return (
+        x,
+        channel.unflatten(2, (K, K)) if needs[1] else channel,
+        spatial[:, 0] if needs[2] else spatial,
+    )
+
+
+# The registered operators: their kernels run, measured on this device or not.
+ddf = functools.partial(forward, torch.ops.timm_dynamic.dynamic_filter)
+ddf_backward = functools.partial(backward, torch.ops.timm_dynamic.dynamic_filter_backward)
+definition = functools.partial(forward, formula)
 
 
 def inputs(shape, K=3, stride=1, dtype=torch.float32, seed=0, filters=("full", "full"), layout="contiguous"):
@@ -68,33 +95,33 @@ def check(shape, options, dtype, layout="contiguous", seed=0, filters=("full", "
         )
 
 
-@DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (2, 1, 5, 3), (1, 5, 1, 17), (2, 16, 33, 1), (3, 37, 8, 9), (2, 64, 7, 7), (2, 132, 14, 28)]
-)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_shapes_layouts_dtypes(shape, stride, layout, dtype):
-    check(shape, (3, 1, stride, "mul"), dtype, layout)
+def test_shapes_layouts_dtypes(layout):
+    shapes = ((1, 1, 1, 1), (2, 1, 5, 3), (1, 5, 1, 17), (3, 37, 8, 9), (2, 64, 7, 7), (2, 132, 14, 28))
+    for shape, dtype, stride in itertools.product(shapes, TOLERANCE, (1, 2)):
+        check(shape, (3, 1, stride, "mul"), dtype, layout)
 
 
-@pytest.mark.parametrize("kernel_combine", ["mul", "add"])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_options(layout, kernel_size, dilation, stride, kernel_combine):
-    check((2, 36, 12, 20), (kernel_size, dilation, stride, kernel_combine), torch.float32, layout)
+def test_options(layout, kernel_size):
+    for dilation, stride in ((1, 1), (2, 1), (1, 2), (3, 3)):
+        for combine in ("mul", "add"):
+            check((2, 36, 12, 20), (kernel_size, dilation, stride, combine), torch.float32, layout)
 
 
-@FILTERS
-@pytest.mark.parametrize("seed", range(60))
-def test_random_cases(seed, filters):
-    r = random.Random(f"{seed}{filters}")
-    K, dilation, stride = r.choice([1, 3, 3, 5, 7]), r.choice([1, 1, 2, 50]), r.choice([1, 1, 2, 3, 50])
-    shape = (r.choice([1, 2, 5]), r.choice([1, 2, 7, 16, 33, 64, 132, 260]), r.randint(1, 40), r.choice([1, 7, 28, 57]))
-    options = (K, dilation, stride, r.choice(["mul", "add"]))
-    check(shape, options, r.choice(list(TOLERANCE)), r.choice(list(LAYOUTS)), seed, filters)
+@given(st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_random_cases(data):
+    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    K, dilation, stride = draw(1, 3, 3, 5, 7), draw(1, 1, 2, 50), draw(1, 1, 2, 3, 50)
+    channels, width = draw(1, 2, 7, 16, 33, 64, 132, 260), draw(1, 7, 28, 57)
+    shape = (draw(1, 2, 5), channels, data.draw(st.integers(1, 40)), width)
+    options, filters = (
+        (K, dilation, stride, draw("mul", "add")),
+        draw(("full", "full"), ("one", "full"), ("full", "one")),
+    )
+    check(shape, options, draw(*TOLERANCE), draw(*LAYOUTS), data.draw(st.integers(0, 9)), filters)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -112,9 +139,7 @@ def test_more_than_two_to_the_31_elements(layout):
     channel = torch.randn(9, 256, 3, 3, dtype=torch.bfloat16, device="cuda")
     spatial = torch.randn(9, 9, 1024, 1024, dtype=torch.bfloat16, device="cuda")
     out = ddf(features, channel, spatial)
-    grad, *_ = torch.ops.timm_dynamic.ddf_backward(
-        out, features, channel, spatial, 3, 1, 1, "mul", [True, False, False]
-    )
+    grad, *_ = ddf_backward(out, features, channel, spatial, 3, 1, 1, "mul", [True, False, False])
     last = slice(8, None), slice(250, None)
     parts = features[last].detach().double().requires_grad_(), channel[last].double(), spatial[8:].double()
     expected = definition(*parts, 3, 1, 1, "mul")
@@ -152,12 +177,7 @@ def test_memory_is_what_the_results_need(layout):
     results = sum(t.nbytes for t in (features, channel, spatial))
     for call, needed in (
         (lambda: ddf(features, channel, spatial), features.nbytes),
-        (
-            lambda: torch.ops.timm_dynamic.ddf_backward(
-                grad, features, channel, spatial, 3, 1, 1, "mul", [True, True, True]
-            ),
-            results,
-        ),
+        (lambda: ddf_backward(grad, features, channel, spatial, 3, 1, 1, "mul", [True, True, True]), results),
     ):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -223,11 +243,12 @@ def test_opcheck(layout, filters):
     features, channel, spatial, grad = (
         t.to("cuda", torch.float32) for t in inputs((2, 8, 6, 5), 3, 2, filters=filters)
     )
-    args = tuple(t.detach().requires_grad_() for t in (LAYOUTS[layout](features), channel, spatial))
-    torch.library.opcheck(torch.ops.timm_dynamic.ddf.default, (*args, 3, 1, 2, "mul"))
+    tensors = (LAYOUTS[layout](features), spatial[:, None], channel.flatten(2))
+    args, options = tuple(t.detach().requires_grad_() for t in tensors), (3, "mul", 1, 1, 2, 1)
+    torch.library.opcheck(torch.ops.timm_dynamic.dynamic_filter.default, (*args, *options))
     torch.library.opcheck(
-        torch.ops.timm_dynamic.ddf_backward.default,
-        (grad, *(t.detach() for t in args), 3, 1, 2, "mul", [True, True, True]),
+        torch.ops.timm_dynamic.dynamic_filter_backward.default,
+        (grad, *(t.detach() for t in args), *options, [True, True, True]),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -253,8 +274,8 @@ def test_autocast(dtype):
 def test_gradients_only_where_wanted(layout, needs):
     features, channel, spatial, grad = (t.to("cuda", torch.float32) for t in inputs((2, 36, 9, 8)))
     args = (grad, LAYOUTS[layout](features), channel, spatial, 3, 1, 1, "mul")
-    every = torch.ops.timm_dynamic.ddf_backward(*args, [True, True, True])
-    some = torch.ops.timm_dynamic.ddf_backward(*args, list(needs))
+    every = ddf_backward(*args, [True, True, True])
+    some = ddf_backward(*args, list(needs))
     for need, a, b in zip(needs, some, every, strict=True):
         assert torch.equal(a, b) if need else a.shape == (0,)
 
@@ -266,5 +287,22 @@ def test_bad_arguments_are_refused():
         (features, channel.half(), spatial),
         (features, channel, spatial.cpu()),
     ):
-        with pytest.raises(RuntimeError, match="channel_filter|spatial_filter"):
-            torch.ops.timm_dynamic.ddf(*bad, 3, 1, 1, "mul")
+        with pytest.raises(RuntimeError, match="filter"):
+            ddf(*bad, 3, 1, 1, "mul")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_the_public_function_gives_to_the_kernel(layout):
+    """Heads are taken into the batch; other groups, and upsampling, are the definition's."""
+    g = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(2, 12, 8, 9, generator=g, dtype=torch.float64))
+    for options in ({}, {"grouping": "interleaved"}, {"upsample": 2}):
+        u = options.get("upsample", 1)
+        filters = torch.randn(2, 3, 9, 8 * u, 9 * u, generator=g, dtype=torch.float64)
+        channel = torch.randn(2, 12, 9, generator=g, dtype=torch.float64)
+        for factor in (channel, None):
+            expected = dynamic_filter(x, filters, channel_filter=factor, **options)
+            with use(dynamic_filter="kernel"):
+                on_gpu = None if factor is None else factor.cuda()
+                actual = dynamic_filter(x.cuda(), filters.cuda(), channel_filter=on_gpu, **options)
+            torch.testing.assert_close(actual.cpu(), expected)

@@ -1,4 +1,4 @@
-"""Times the ddf operator against torch's depthwise convolution and against what one would write without a kernel.
+"""Times ddf, and other calls of dynamic_filter, against torch's depthwise convolution and against plain PyTorch.
 
     python benchmarks/op_ddf.py [--device cpu|cuda] [--threads N] [--quick] [--output FILE.json]
 
@@ -28,13 +28,19 @@ from timm_dynamic.timing import environment, measure, peak_memory, summarise
 
 
 class Case(NamedTuple):
-    """One shape. `everything` adds the slow candidates, which are timed in every `SLOW_EVERY`th round only."""
+    """One shape. `everything` adds the slow candidates, which are timed in every `SLOW_EVERY`th round only.
+
+    With `filters`, that many groups of channels, of this grouping, have filters of their own and there is no channel
+    filter: involution's, LSNet's; without, the call is DDF's.
+    """
 
     shape: tuple[int, int, int, int]
     kernel_size: int = 3
     stride: int = 1
     dtype: str = "float32"
     everything: bool = False
+    filters: int = 0
+    grouping: str = "blocks"
 
 
 SLOW_EVERY = 5
@@ -53,13 +59,15 @@ def cases(device: str, quick: bool) -> list[Case]:
         Case((batch, 256, 56, 56), stride=2),
         Case((batch, 128, 56, 56), kernel_size=5),
         *(Case(shape) for shape in resnet),
+        Case((8, 128, 56, 56), everything=True, filters=16, grouping="interleaved"),  # LSNet's
+        Case((8, 128, 28, 28), kernel_size=7, everything=True, filters=8),  # involution
     ]
 
 
 class Inputs(NamedTuple):
     features: Tensor
+    filters: Tensor
     channel_filter: Tensor
-    spatial_filter: Tensor
     weight: Tensor  # of the depthwise convolution
     grad: Tensor
 
@@ -67,36 +75,44 @@ class Inputs(NamedTuple):
     def make(cls, case: Case, layout: str, device: torch.device) -> "Inputs":
         (B, C, H, W), K, stride = case.shape, case.kernel_size, case.stride
         Ho, Wo = (H - 1) // stride + 1, (W - 1) // stride + 1
-        shapes = ((B, C, H, W), (B, C, K, K), (B, K * K, Ho, Wo), (C, 1, K, K), (B, C, Ho, Wo))
+        filters = (B, max(case.filters, 1), K * K, Ho, Wo)
+        shapes = ((B, C, H, W), filters, (B, C, K * K), (C, 1, K, K), (B, C, Ho, Wo))
         made = [torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for shape in shapes]
         for i in (0, 4):
             made[i] = made[i].contiguous(memory_format=LAYOUTS[layout])
+        if case.filters:  # as a convolution in this layout makes them
+            made[1] = made[1].flatten(1, 2).contiguous(memory_format=LAYOUTS[layout]).unflatten(1, filters[1:3])
         return cls(*(t.requires_grad_(i < 4) for i, t in enumerate(made)))
 
 
-def unfolded(features: Tensor, channel_filter: Tensor, spatial_filter: Tensor, K: int, stride: int) -> Tensor:
+def unfolded(case: Case, x: Tensor, filters: Tensor, channel_filter: Tensor | None) -> Tensor:
     """The operator as one multiplies im2col's patches."""
-    B, C = features.shape[:2]
-    patches = F.unfold(features, K, padding=K // 2, stride=stride).view(B, C, K * K, -1)
-    weight = channel_filter.reshape(B, C, K * K, 1) * spatial_filter.reshape(B, 1, K * K, -1)
-    return (patches * weight).sum(2).view(B, C, *spatial_filter.shape[2:])
+    (B, C), (G, taps, Ho, Wo), K = x.shape[:2], filters.shape[1:], case.kernel_size
+    members, inner = (C // G, G) if case.grouping == "interleaved" else (C // G, 1)
+    patches = F.unfold(x, K, padding=K // 2, stride=case.stride).view(B, -1, members, inner, taps, Ho * Wo)
+    weight = filters.reshape(B, -1, 1, inner, taps, Ho * Wo)
+    if channel_filter is not None:
+        weight = weight * channel_filter.reshape(B, -1, members, inner, taps, 1)
+    return (patches * weight).sum(4).view(B, C, Ho, Wo)
 
 
 def candidates(case: Case, inputs: Inputs) -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
     """Name to (forward, what it is differentiated for)."""
-    x, c, s, weight, _ = inputs
+    x, filters, c, weight, _ = inputs
     K, stride = case.kernel_size, case.stride
-    ours, conv, options = (x, c, s), (x, weight), (K, 1, stride, "mul")
+    tensors = (x, filters, None if case.filters else c)
+    ours, conv = tensors[: 2 if case.filters else 3], (x, weight)
+    options = (K, "mul", filters.shape[1] if case.grouping == "blocks" else 1, 1, stride, 1)
     found = {
-        "kernel": (lambda: torch.ops.timm_dynamic.ddf(x, c, s, *options), ours),
+        "kernel": (lambda: torch.ops.timm_dynamic.dynamic_filter(*tensors, *options), ours),
         "depthwise": (lambda: F.conv2d(x, weight, None, stride, K // 2, 1, case.shape[1]), conv),
     }
     if case.everything:
         torch.compiler.reset()
         compiled = torch.compile(definition)
-        found["reference"] = (lambda: definition(x, c, s, *options), ours)
-        found["compiled reference"] = (lambda: compiled(x, c, s, *options), ours)
-        found["unfold"] = (lambda: unfolded(x, c, s, K, stride), ours)
+        found["reference"] = (lambda: definition(*tensors, *options), ours)
+        found["compiled reference"] = (lambda: compiled(*tensors, *options), ours)
+        found["unfold"] = (lambda: unfolded(case, *tensors), ours)
     return found
 
 
@@ -178,7 +194,11 @@ def run_case(case: Case, layout: str, rounds: int, device: torch.device, progres
             row["peak_bytes"], row["peak_bytes_measured_by"] = peak, how
             if mode == "forward" and name in ("kernel", "copy"):
                 out = inputs.grad.nbytes
-                read = sum(t.nbytes for t in inputs[:3]) if name == "kernel" else inputs.features.nbytes
+                read = (
+                    sum(t.nbytes for t in inputs[: 2 if case.filters else 3])
+                    if name == "kernel"
+                    else inputs.features.nbytes
+                )
                 moved = read + (out if name == "kernel" else read)
                 row["gb_per_s"] = moved / medians[name] / 1e6
                 if name == "kernel":

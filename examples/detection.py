@@ -3,8 +3,8 @@
     python examples/detection.py [carafe | ddf | nearest]
 
 torchvision's pyramid enlarges each map to the next one's size by repeating pixels. Here it is a layer of this package:
-`CARAFE` (Wang et al., ICCV 2019), or `DDFUpPack` guided by the finer map, which DDF's authors call joint upsampling. The
-program takes a few steps of training on random images and prints the losses, to show that gradients reach everything.
+`CARAFE` (Wang et al., ICCV 2019) or `DDFUpPack` (Zhou et al., CVPR 2021). The program takes a few steps of training on
+random images, prints the losses, and checks that gradients reach all of the pyramid.
 """
 
 import sys
@@ -30,12 +30,9 @@ class DynamicFPN(nn.Module):
 
     def __init__(self, fpn: FeaturePyramidNetwork, channels: int, upsampler: str):
         super().__init__()
-        self.fpn, self.joint = fpn, upsampler == "ddf"
-        levels = range(len(fpn.inner_blocks) - 1)
-        if self.joint:
-            self.up = nn.ModuleList(DDFUpPack(channels) for _ in levels)
-        else:
-            self.up = nn.ModuleList(CARAFE(channels) for _ in levels)
+        self.fpn = fpn
+        layer = {"carafe": CARAFE, "ddf": DDFUpPack}[upsampler]
+        self.up = nn.ModuleList(layer(channels) for _ in range(len(fpn.inner_blocks) - 1))
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         names, maps = list(features), list(features.values())

@@ -6,6 +6,7 @@ import torch
 from timm.utils.onnx import onnx_export, onnx_forward
 
 from timm_dynamic.families import FAMILIES
+from timm_dynamic.layers import CARAFE
 
 TINY = [family.tiny for family in FAMILIES.values()]
 
@@ -23,3 +24,14 @@ def test_onnxruntime_agrees_at_other_batch_sizes(name, tmp_path):
         x = torch.randn(batch, *model.default_cfg["input_size"])
         output = torch.from_numpy(onnx_forward(path, x))
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_upsampler_of_odd_scale(tmp_path):
+    torch.manual_seed(0)
+    layer, path = CARAFE(8, scale_factor=3, up_group=2).eval(), str(tmp_path / "layer.onnx")
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(layer, (torch.randn(2, 8, 6, 7),), path, dynamo=True, dynamic_shapes=shapes)
+    for batch in (1, 4):
+        x = torch.randn(batch, 8, 6, 7)
+        torch.testing.assert_close(torch.from_numpy(onnx_forward(path, x)), layer(x), rtol=1e-4, atol=1e-4)

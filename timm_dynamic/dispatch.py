@@ -169,8 +169,8 @@ def use(everything: str | None = None, /, **choices: str) -> AbstractContextMana
     Args:
         everything: For all layers and operators; `"formula"`: plain PyTorch; `"kernel"`: as usual, but with what nobody
             has measured on this device too.
-        **choices: Family (`dcd`, ...) or operator (`mixed_conv2d`, `ddf`, ...) to one of these, or a family to the name
-            of an implementation that `timm_dynamic.explain` prints.
+        **choices: Family (`dcd`, ...) or operator (`mixed_conv2d`, `dynamic_filter`, ...) to one of these, or a family
+            to the name of an implementation that `timm_dynamic.explain` prints.
 
     Raises:
         ValueError: From a layer called in the context: if it has no implementation of this name, or that one cannot run

@@ -36,6 +36,12 @@ INLINE V load_first_bits(const E* p, int64_t n) {
   if constexpr (sizeof(V) == 64 && sizeof(E) == 4) return (V)_mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(V) == 64 && sizeof(E) == 8) return (V)_mm512_maskz_loadu_pd(mask, p);
   if constexpr (sizeof(V) == 32 && sizeof(E) == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
+#elif ISA_LEVEL == 2
+  if constexpr (sizeof(V) == 32 && sizeof(E) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+    return (V)_mm256_maskload_ps(reinterpret_cast<const float*>(p), mask);
+  }
 #endif
   E elements[sizeof(V) / sizeof(E)] = {};
   for (int64_t i = 0; i < n; ++i) elements[i] = p[i];
@@ -236,6 +242,26 @@ INLINE Vec<A> sum_each(Vec<A>* vectors) {
 template <typename A>
 INLINE void transpose(Vec<A>* rows) {
   constexpr int n = kLanes<A>;
+#if ISA_LEVEL == 2
+  if constexpr (n == 8) {  // with half the shuffles of what follows
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+      a[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = (Vec<A>)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+      rows[i + 4] = (Vec<A>)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+    return;
+  }
+#endif
   for (int step = 1; step < n; step *= 2) {  // each interleaves the first half with the second
     Vec<A> next[n];
     for (int i = 0; i < n / 2; ++i) {

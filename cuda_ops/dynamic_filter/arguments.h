@@ -12,14 +12,17 @@
 
 namespace timm_dynamic {
 
-// Each dimension must have the expected size; where that is given as negative, it may also be 1.
+// In `expected` of check_tensor: a dimension of this size, or of 1, along which it is broadcast.
+inline int64_t or_one(int64_t size) { return -1 - size; }
+
 inline void check_tensor(const char* name, const Tensor& t, const std::vector<int64_t>& expected,
                          const Tensor& x) {
   bool fits = t.dim() == static_cast<int64_t>(expected.size());
   std::string text;
   for (size_t i = 0; i < expected.size(); ++i) {
-    const int64_t size = expected[i] < 0 ? -expected[i] : expected[i];
-    fits = fits && (t.size(i) == size || (expected[i] < 0 && t.size(i) == 1));
+    const bool broadcast = expected[i] < 0;
+    const int64_t size = broadcast ? -1 - expected[i] : expected[i];
+    fits = fits && (t.size(i) == size || (broadcast && t.size(i) == 1));
     text += (i ? ", " : "[") + std::to_string(size);
   }
   STD_TORCH_CHECK(fits, name, " must have shape ", text, "] for x ", shape_text(x), ", got ",
@@ -59,8 +62,10 @@ inline DdfShape check_arguments(const Tensor& x, const Tensor& filters,
   STD_TORCH_CHECK(parts >= 1 && s.groups % parts == 0, "parts must divide ", s.groups,
                   " filters, got ", parts);
   s.inner = s.members() == 1 ? s.groups : s.groups / parts;
-  if (channel_filter) check_tensor("channel_filter", *channel_filter, {-s.B, -s.C, s.taps()}, x);
-  check_tensor("filters", filters, {-s.B, s.groups, s.taps(), -s.Ho, -s.Wo}, x);
+  if (channel_filter)
+    check_tensor("channel_filter", *channel_filter, {or_one(s.B), or_one(s.C), s.taps()}, x);
+  check_tensor("filters", filters,
+               {or_one(s.B), s.groups, s.taps(), or_one(s.Ho), or_one(s.Wo)}, x);
   return s;
 }
 

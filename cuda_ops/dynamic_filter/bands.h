@@ -68,6 +68,20 @@ void load_enlarged(A* to, const Band& band, const T* from, int64_t stride_y, int
   }
 }
 
+// f(i, p + i*step) for i < N, 1, 4 or 8, in few registers: two pointers, and steps of one to three.
+template <int N, typename T, typename F>
+INLINE void load_each(const T* p, int64_t step, const F& f) {
+  f(0, p);
+  if constexpr (N > 1) {
+    const int64_t twice = 2 * step, thrice = 3 * step;
+    f(1, p + step), f(2, p + twice), f(3, p + thrice);
+    if constexpr (N > 4) {
+      const T* const q = p + 4 * step;
+      f(4, q), f(5, q + step), f(6, q + twice), f(7, q + thrice);
+    }
+  }
+}
+
 template <Combine COMBINE, typename V>
 INLINE V combine(V channel, V spatial) {
   if constexpr (COMBINE == Combine::kMultiply) return channel * spatial;

@@ -57,9 +57,8 @@ DdfOperands<T> make_operands(const DdfShape& s, const Tensor& x, const Tensor& f
           spatial_strides(filters)};
 }
 
-// Channels whose planes are in scratch together where there are no channel filters, which the
-// kernels for NCHW take no fewer of.
-constexpr int64_t kSharing = 4;
+// Channels whose planes are in scratch together where there are no channel filters.
+constexpr int64_t kSharing = 8;
 
 template <typename T>
 void forward(const DdfShape& s, const Tensor& x, const Tensor& filters,
@@ -75,7 +74,7 @@ void forward(const DdfShape& s, const Tensor& x, const Tensor& filters,
                     [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   }
   const int64_t phases = op.rows.phases.size() * op.columns.phases.size();
-  const int64_t planes = taps + (phases + 1) * (s.alone ? kSharing : 1);
+  const int64_t planes = s.alone ? kSharing * phases : taps + phases + 1;
   const int64_t row_bytes = (s.Wo + op.columns.reach) * planes * sizeof(Accumulator<T>);
   op.bands =
       make_bands(s.Ho, row_bytes, op.rows.reach, ceil_div(kMinUnits, s.B * s.C), s.upsample);

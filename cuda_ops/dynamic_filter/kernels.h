@@ -5,9 +5,11 @@
 #include "dynamic_filter/bands.h"
 #include "dynamic_filter/pixels.h"
 #include "dynamic_filter/pixels_backward.h"
+#include "dynamic_filter/direct.h"
 #include "dynamic_filter/lanes.h"
 #include "dynamic_filter/lanes_backward.h"
 #include "dynamic_filter/planes.h"
+#include "dynamic_filter/rows.h"
 #include "dynamic_filter/planes_backward.h"
 
 namespace timm_dynamic::ISA {
@@ -20,7 +22,13 @@ DdfKernels<T> kernels_of() {
 
 template <typename T>
 DdfKernels<T> ddf_kernels(bool alone, bool multiply) {
-  if (alone) return kernels_of<T, Combine::kAlone>();
+  if (alone)
+    return {forward_rows<T>,
+            forward_direct<T>,
+            forward_lanes<T, Combine::kAlone>,
+            backward_planes<T, Combine::kAlone>,
+            backward_pixels<T, Combine::kAlone>,
+            backward_lanes<T, Combine::kAlone>};
   return multiply ? kernels_of<T, Combine::kMultiply>() : kernels_of<T, Combine::kAdd>();
 }
 

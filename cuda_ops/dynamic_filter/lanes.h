@@ -22,6 +22,13 @@ struct FilterRows {
   }
 };
 
+// Asks for rows of n elements each: there are too many for the processor to foresee.
+template <typename T>
+INLINE void prefetch_rows(const T* from, int64_t step, int64_t rows, int64_t n) {
+  for (int64_t i = 0; i < rows; ++i, from += step)
+    for (int64_t x = 0; x < n; x += 64 / sizeof(T)) __builtin_prefetch(from + x);
+}
+
 // The filters of output row y.
 template <typename A, typename T>
 void load_filter_row(A* to, const FilterRows& layout, const DdfOperands<T>& op, int64_t b,
@@ -42,6 +49,7 @@ void load_filter_row(A* to, const FilterRows& layout, const DdfOperands<T>& op, 
     for (const Shift& row : op.rows.shifts) {
       for (const Shift& column : op.columns.shifts) {
         const T* const k = from + (row.tap * s.K + column.tap) * stride.k;
+        prefetch_rows(k + stride.y, stride.g, s.inner, stride.x == 1 ? s.Wo : 0);
         copy_transposed<true>(tap, layout.pixel, k, stride.g, stride.x, s.inner, s.Wo);
         tap += layout.lanes;
       }
@@ -90,16 +98,18 @@ INLINE void sum_members(T* out, const T* map, const Accumulator<T>* filter,
   Vec<A> sums[MEMBERS] = {};
   for (int64_t j = 0; j < count; ++j) {
     const Vec<A> f = load<A>(filter + taps[j].filter);
-    const T* const at = map + taps[j].map;
-    const A* const c = channel + taps[j].slot * in.C;
+    if constexpr (COMBINE == Combine::kAlone) {
+      load_each<MEMBERS>(map + taps[j].map, in.inner,
+                         [&](int m, const T* p) { sums[m] += f * load<A>(p, n); });
+    } else {
+      const T* const at = map + taps[j].map;
+      const A* const c = channel + taps[j].slot * in.C;
 #pragma GCC unroll 8
-    for (int m = 0; m < MEMBERS; ++m) {
-      Vec<A> weight = f;
-      if constexpr (COMBINE != Combine::kAlone)
-        weight = combine<COMBINE>(load<A>(c + m * in.inner), f);
-      sums[m] += weight * load<A>(at + m * in.inner, n);
+      for (int m = 0; m < MEMBERS; ++m)
+        sums[m] += combine<COMBINE>(load<A>(c + m * in.inner), f) * load<A>(at + m * in.inner, n);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < MEMBERS; ++m) store<A>(out + m * in.inner, sums[m], n);
 }
 

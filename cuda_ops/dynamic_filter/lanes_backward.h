@@ -15,6 +15,7 @@ INLINE void correlate_members(Accumulator<T>* grad_filter, Accumulator<T>* grad_
   using A = Accumulator<T>;
   Vec<A> sums[TAPS] = {};
   const T* maps[TAPS];
+#pragma GCC unroll 9
   for (int j = 0; j < TAPS; ++j) maps[j] = map + taps[j].map;
   for (int64_t at = 0; at < in.members * in.inner; at += in.inner) {
     const Vec<A> g = load<A>(grad + at, n);
@@ -32,6 +33,7 @@ INLINE void correlate_members(Accumulator<T>* grad_filter, Accumulator<T>* grad_
       }
     }
   }
+#pragma GCC unroll 9
   for (int j = 0; j < TAPS; ++j) store<A>(grad_filter + taps[j].filter, sums[j]);
 }
 

@@ -164,23 +164,18 @@ void sum_taps(A* out, const A* map, const A* spatial, const std::vector<FlatTap>
 
 // out_c[p] = sum_j spatial_j[p] * map_c[p + distance_j] for some channels c, which share the loads of
 // the filters.
-template <typename A, int CHANNELS, int VECTORS>
+template <typename A, int CHANNELS>
 INLINE void sum_channels_block(A* out, int64_t out_plane, const A* map, int64_t map_plane,
                                const A* spatial, const std::vector<FlatTap>& taps) {
   const int64_t count = taps.size();
-  Vec<A> sums[CHANNELS][VECTORS] = {};
+  Vec<A> sums[CHANNELS] = {};
   for (int64_t j = 0; j < count; ++j, spatial += kLanes<A>) {
-    const A* const at = map + taps[j].distance;
-    Vec<A> s[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) s[v] = load<A>(spatial + v * count * kLanes<A>);
-#pragma GCC unroll 4
-    for (int c = 0; c < CHANNELS; ++c)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v)
-        sums[c][v] += s[v] * load<A>(at + c * map_plane + v * kLanes<A>);
+    const Vec<A> s = load<A>(spatial);
+    load_each<CHANNELS>(map + taps[j].distance, map_plane,
+                        [&](int c, const A* p) { sums[c] += s * load<A>(p); });
   }
-  for (int c = 0; c < CHANNELS; ++c)
-    for (int v = 0; v < VECTORS; ++v) store<A>(out + c * out_plane + v * kLanes<A>, sums[c][v]);
+#pragma GCC unroll 8
+  for (int c = 0; c < CHANNELS; ++c) store<A>(out + c * out_plane, sums[c]);
 }
 
 // The same for `channels` of them and p in [0, n), rounded up to whole vectors.
@@ -189,25 +184,24 @@ void sum_channels(A* out, int64_t out_plane, const A* map, int64_t map_plane, co
                   const std::vector<FlatTap>& taps, int64_t channels, int64_t n) {
   const int64_t count = taps.size();
   int64_t c = 0;
-  for (; c + 4 <= channels; c += 4, out += 4 * out_plane, map += 4 * map_plane) {
-    int64_t p = 0;
-    for (; p + 2 * kLanes<A> <= n; p += 2 * kLanes<A>)
-      sum_channels_block<A, 4, 2>(out + p, out_plane, map + p, map_plane, spatial + p * count,
-                                  taps);
-    for (; p < n; p += kLanes<A>)
-      sum_channels_block<A, 4, 1>(out + p, out_plane, map + p, map_plane, spatial + p * count,
-                                  taps);
-  }
-  for (; c < channels; ++c, out += out_plane, map += map_plane)
-    for (int64_t p = 0; p < n; p += kLanes<A>)
-      sum_channels_block<A, 1, 1>(out + p, 0, map + p, 0, spatial + p * count, taps);
+  const auto run = [&](auto size) {
+    constexpr int kChannels = decltype(size)::value;
+    for (; c + kChannels <= channels; c += kChannels)
+      for (int64_t p = 0; p < n; p += kLanes<A>)
+        sum_channels_block<A, kChannels>(out + c * out_plane + p, out_plane,
+                                         map + c * map_plane + p, map_plane, spatial + p * count,
+                                         taps);
+  };
+  run(std::integral_constant<int, 8>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 1>());
 }
 
 // Channels whose scratch planes are filled before any is worked on: loads from just written
 // scratch, at other boundaries than the stores', would wait for these. Without channel filters
 // channels share what they load.
 inline int64_t channel_group(const Band& layout, Combine combine) {
-  return std::clamp<int64_t>(4096 / layout.plane, combine == Combine::kAlone ? 4 : 1, 16);
+  return std::clamp<int64_t>(4096 / layout.plane, combine == Combine::kAlone ? 8 : 1, 16);
 }
 
 template <typename T, Combine COMBINE>
@@ -238,15 +232,10 @@ void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
       load_input(input + i * input_size, layout,
                  op.features + b * from.b + (first + i * s.inner) * from.c, from.y, from.x, rows,
                  op.rows, op.columns, s.upsample);
-    if constexpr (COMBINE == Combine::kAlone) {
-      sum_channels<A>(out, layout.plane, input + layout.origin, input_size, spatial, taps.output, n,
-                      layout.span(rows));
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        load_channel(channel, op, b, first + i * s.inner);
-        sum_taps<A, COMBINE>(out + i * layout.plane, input + i * input_size + layout.origin,
-                             spatial, taps.output, channel, layout.span(rows));
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      if constexpr (COMBINE != Combine::kAlone) load_channel(channel, op, b, first + i * s.inner);
+      sum_taps<A, COMBINE>(out + i * layout.plane, input + i * input_size + layout.origin, spatial,
+                           taps.output, channel, layout.span(rows));
     }
     for (int64_t i = 0; i < n; ++i)
       store_rows(op.out + b * to.b + (first + i * s.inner) * to.c + rows.begin * to.y, to.y,

@@ -104,12 +104,14 @@ void correlate_channels(A* grad_spatial, const A* grad, int64_t grad_plane, cons
   for (int j = 0; j < TAPS; ++j) maps[j] = map + taps[j].distance;
   for (int64_t p = 0; p < n; p += kLanes<A>, grad_spatial += count * kLanes<A>) {
     Vec<A> sums[TAPS];
+#pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j) sums[j] = load<A>(grad_spatial + j * kLanes<A>);
     for (int64_t c = 0; c < channels; ++c) {
       const Vec<A> g = load<A>(grad + c * grad_plane + p, n - p);
 #pragma GCC unroll 9
       for (int j = 0; j < TAPS; ++j) sums[j] += g * load<A>(maps[j] + c * map_plane + p);
     }
+#pragma GCC unroll 9
     for (int j = 0; j < TAPS; ++j) store<A>(grad_spatial + j * kLanes<A>, sums[j]);
   }
 }

@@ -24,6 +24,10 @@ struct DdfShape {
 
   HOST_DEVICE int64_t taps() const { return K * K; }
   HOST_DEVICE int64_t members() const { return C / groups; }
+  // Whether taps can be so far away that a window is much larger than the map.
+  HOST_DEVICE bool is_sparse() const {
+    return (K - 1) * dilation > 2 * (H + W) || stride > H + W;
+  }
   // The first channel of a group; its other ones follow `inner` apart.
   HOST_DEVICE int64_t channel(int64_t g) const {
     return g / inner * inner * members() + g % inner;

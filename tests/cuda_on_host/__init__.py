@@ -9,7 +9,7 @@ of CUDA: include/ has the headers, runtime.h says how it works and what it repor
 
 
     def test(operators):
-        operators.ddf(features, channel_filter, spatial_filter, 3, 1, 1, "mul", seed=2)
+        operators.dynamic_filter(x, filters, channel_filter, 3, "mul", 1, 1, 1, 1, seed=2)
 """
 
 import ctypes

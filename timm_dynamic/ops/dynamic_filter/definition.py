@@ -96,7 +96,8 @@ def _operands(
     dtype, G = accumulation_dtype(x), filters.shape[1]
     x = x.to(dtype)
     if upsample > 1:
-        x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+        B, C, H, W = x.shape
+        x = x[:, :, :, None, :, None].expand(B, C, H, upsample, W, upsample).reshape(B, C, H * upsample, W * upsample)
     padded = _cut(F.pad(x, (dilation * upsample * (kernel_size // 2),) * 4), G, parts)
     spatial = filters.to(dtype)
     if G > 1:

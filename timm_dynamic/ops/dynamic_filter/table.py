@@ -18,8 +18,8 @@ def _parameters(layer) -> tuple[Tensor, ...]:
 def _cannot_infer(layer, x: Tensor) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
-    if not x.is_contiguous() and (layer.head > 1 or memory_format(x) != torch.channels_last):
-        return "the input is not contiguous in NCHW" + ", nor in NHWC with one head" * (layer.head == 1)
+    if not x.is_contiguous() and memory_format(x) != torch.channels_last:
+        return "the input is contiguous in neither NCHW nor NHWC"
     if layer.channel_branch[4].mean is not None or layer.spatial_branch[1].std is not None:
         return "a filter norm has other parameters than the layer gives it"
     if any(t is None or t.dtype != x.dtype for t in _parameters(layer)):
@@ -30,18 +30,17 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
 def _infer(layer, x: Tensor) -> Tensor:
     spatial_weight, spatial_bias, *channel, std = _parameters(layer)
     norm, operators = layer.spatial_branch[1], torch.ops.timm_dynamic
-    B, C, H, W = x.shape
+    B, C = x.shape[:2]
     K, stride, head, taps = layer.kernel_size[0], layer.stride[0], layer.head, norm.taps
     with torch._C._AutoDispatchBelowAutograd():  # saves every operator a call of Python
         filters = operators.filter_norm(_channel_branch(x, *channel)[:, :, None, None], taps, 1.0)
-        channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B * head, C // head, K, K)
+        channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B, C, taps)
         spatial_filter = operators.filter_norm(_convolve(x, spatial_weight, spatial_bias, stride), taps, norm.scale)
         size = spatial_filter.shape[2:]
-        spatial_filter = spatial_filter.view(B * head, taps, *size)
-        features = x.view(B * head, C // head, H, W)
-        y = operators.ddf(
-            features, channel_filter, spatial_filter, K, layer.dilation[0], stride, layer.kernel_combine
-        ).view(B, C, *size)
+        spatial_filter = spatial_filter.view(B, head, taps, *size)
+        y = operators.dynamic_filter(
+            x, spatial_filter, channel_filter, K, layer.kernel_combine, head, layer.dilation[0], stride, 1
+        )
         if layer.bias is not None:
             y = y.add_(layer.bias[:, None, None])
         return y if layer.limits is None else y.clamp_(*layer.limits)

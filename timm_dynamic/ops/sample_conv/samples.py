@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops.dynamic_filter.definition import ddf
+from timm_dynamic.ops.dynamic_filter.functions import ddf
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.products import by_onednn, linear
 from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
@@ -61,7 +61,7 @@ def _filters(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
         and dilation[0] == dilation[1]
         and tuple(padding) == (dilation[0] * (K // 2),) * 2
         and x.numel() > 0
-        and has_kernel("cpu", "ddf")
+        and has_kernel("cpu", "dynamic_filter")
         and (memory_format(x) == torch.channels_last or x.numel() >= 2**22 or (len(x) == 1 and tuple(stride) == (1, 1)))
     )
 

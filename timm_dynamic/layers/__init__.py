@@ -7,10 +7,12 @@ from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d
 from timm_dynamic.layers.filter_norm import FilterNorm
 from timm_dynamic.layers.kernel_attention import KernelAttention
+from timm_dynamic.layers.kw import KWConv2d
 from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.ped import PEDConv2d
 from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.layers.sparse_stage import SparseStage
+from timm_dynamic.layers.warehouse import Warehouse
 
 __all__ = [
     "DCDConv2d",
@@ -20,11 +22,13 @@ __all__ = [
     "DDFUpPack",
     "DynamicConv2d",
     "FilterNorm",
+    "KWConv2d",
     "KernelAttention",
     "MaskUnit",
     "PEDConv2d",
     "SparseBranch",
     "SparseStage",
+    "Warehouse",
     "attach_loss",
     "load_reference",
 ]

@@ -4,6 +4,7 @@ A case is a file in tests/data. Its network is the model of the same name, or wh
 """
 
 import json
+import math
 import re
 import sys
 import zlib
@@ -37,7 +38,22 @@ class SimpleConvNet(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
-NO_MODELS = {"dy_simple_conv": SimpleConvNet}  # networks that are not among this package's models
+# Networks that are not among this package's models, and single layers.
+NO_MODELS = {
+    "dy_simple_conv": SimpleConvNet,
+}
+
+
+def random_input(shape: list[int], seed: int) -> Tensor:
+    """float32, the frozen numbers of a seed: coarse blocks plus noise where it is an image."""
+    random = np.random.RandomState(seed)
+    if len(shape) != 4:
+        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+    n, c, h, w = shape
+    block = 8 if min(h, w) >= 16 else 2
+    coarse = random.standard_normal((n, c, -(-h // block), -(-w // block)))
+    coarse = coarse.repeat(block, 2).repeat(block, 3)[:, :, :h, :w]
+    return torch.from_numpy((coarse + 0.5 * random.standard_normal((n, c, h, w))).astype(np.float32))
 
 
 class Golden:
@@ -56,22 +72,16 @@ class Golden:
     def state(self) -> dict[str, Tensor]:
         return {key: self._tensor(key) for key in self.rows}
 
-    def input(self, part: str = "eval") -> Tensor:
-        """float32 input of the `eval` or `train` part: coarse blocks plus noise where it is an image."""
-        spec = self.case["input"] if part == "eval" else self.case["train"].get("input", self.case["input"])
-        random = np.random.RandomState(spec["seed"])
-        if len(spec["shape"]) != 4:
-            return torch.from_numpy(random.standard_normal(spec["shape"]).astype(np.float32))
-        n, c, h, w = spec["shape"]
-        block = 8 if min(h, w) >= 16 else 2
-        coarse = random.standard_normal((n, c, -(-h // block), -(-w // block)))
-        coarse = coarse.repeat(block, 2).repeat(block, 3)[:, :, :h, :w]
-        return torch.from_numpy((coarse + 0.5 * random.standard_normal((n, c, h, w))).astype(np.float32))
+    def input(self, part: str = "eval", setting: str = "") -> Tensor:
+        """float32 input of the `eval` or `train` part, or of another one that has an `input`, in a setting of it."""
+        numbers = self.case[part]
+        spec = self.case["input"] if part == "eval" else numbers.get(setting, numbers).get("input", self.case["input"])
+        return random_input(spec["shape"], spec["seed"])
 
     def parts(self, mode: str) -> dict[str, dict]:
         """The expected numbers of `eval` or `train`, by the setting that they are of; "" if there is one only."""
         numbers = self.case[mode]
-        return {"": numbers} if "logits" in numbers or "loss" in numbers else numbers
+        return {"": numbers} if {"logits", "output", "loss"} & numbers.keys() else numbers
 
     def save(self, path: Path) -> None:
         """Write the weights as the authors' script does."""
@@ -104,6 +114,16 @@ class Golden:
         """What the authors' network returns: some of them end in the logarithm of the softmax."""
         return model(x).log_softmax(1) if "log-probabilities" in str(self.case["constructor"]) else model(x)
 
+    def task_loss(self, output: Tensor | tuple[Tensor, Tensor], part: dict) -> Tensor:
+        """That of a network, with two classifiers if one of them learns from a teacher, or of a layer."""
+        targets = part["targets"]
+        if isinstance(targets, dict):
+            return (output * random_input(output.shape, targets["seed"])).mean()
+        if isinstance(output, tuple):
+            pairs = zip(output, (targets, part["teacher_classes"]), strict=True)
+            return sum(F.cross_entropy(one, torch.tensor(classes)) for one, classes in pairs) / 2
+        return F.cross_entropy(output, torch.tensor(targets))
+
     def grad_norms(self, model: nn.Module, part: dict) -> dict[str, float]:
         """The expected norms of all gradients, by our names of the parameters."""
         norms = part["grad_norms"]
@@ -121,6 +141,10 @@ class Golden:
         base, gain, offset = re.fullmatch(r"([a-z_]+)(?:\*([-+0-9.e]+?))?(?:\+([-+0-9.e]+))?", kind).groups()
         if base == "num_batches_tracked":
             return torch.zeros(shape, dtype=torch.int64)
+        if base == "offset_index":
+            y, x = np.divmod(np.arange(shape[0]), math.isqrt(shape[0]))
+            distance = np.abs(y[:, None] - y) * math.isqrt(shape[0]) + np.abs(x[:, None] - x)
+            return torch.from_numpy(distance)
         r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
         fan_in = float(np.prod(shape[2:] if base == "kernel_bank" else shape[1:]))
         value = {
@@ -139,13 +163,15 @@ def set_schedule(model: nn.Module, setting: str, part: dict) -> None:
     """Bring a model to the point of training that expected numbers are of."""
     if setting == "temperature_30":
         timm_dynamic.set_progress(model, 0, 100)
+    if setting == "temperature_0.5":  # of KernelWarehouse
+        timm_dynamic.set_progress(model, 10, 300)
     if "dynconv" in part:
         timm_dynamic.set_progress(model, part["dynconv"]["epoch"], part["dynconv"]["num_epochs"])
 
 
 def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
-    """Compare with the logits that are stored, the first of each sample, in units of their standard deviation."""
-    for sample, numbers in zip(output.double(), expected["logits"], strict=True):
+    """Compare with what is stored, the first logits of each sample or all, in units of their standard deviation."""
+    for sample, numbers in zip(output.double(), expected.get("logits") or expected["output"], strict=True):
         numbers = torch.tensor(numbers, dtype=torch.float64)
         close = {"rtol": 0, "atol": tolerance * expected["std"]}
         torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from golden import CASES, NO_MODELS, check_logits, set_schedule
+from golden import CASES, NO_MODELS, Golden, check_logits, set_schedule
 
+import timm_dynamic
 from timm_dynamic import auxiliary_loss
 from timm_dynamic.families import FAMILIES, family_of
 
@@ -29,8 +29,8 @@ def model(loaded):
 
 
 def test_every_family_has_a_case():
-    cases = {family for family in FAMILIES for case in CASES if case.startswith(f"{family}_")}
-    assert cases == set(FAMILIES) and set(NO_MODELS) <= set(CASES)
+    families = {family_of(Golden(case).model).name for case in CASES if case not in NO_MODELS}
+    assert families == set(FAMILIES) and set(NO_MODELS) <= set(CASES)
 
 
 def test_parameters(case, model):
@@ -56,19 +56,61 @@ def test_evaluation(case, model, dtype, tolerance, layout):
                 assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
 
 
+@torch.no_grad()
+def test_more_of_evaluation(case, model):
+    """Features, images of another size, and the model with its norms folded, where the authors' numbers are there."""
+    model, x, features = model.double().eval(), case.input().double(), {}
+    wanted = {feature["module"].removeprefix("backbone."): feature for feature in case.case.get("features", ())}
+    handles = [model.get_submodule(name).register_forward_hook(keep(features, name)) for name in wanted]
+    model(x)
+    for name, feature in wanted.items():
+        assert list(features[name].shape) == feature["shape"]
+        close = {"rtol": 0, "atol": 1e-7 * feature["std"]}
+        numbers = torch.tensor([*feature["first8"], feature["mean"], feature["std"]], dtype=torch.float64)
+        seen = torch.cat([features[name][0].flatten()[:8], features[name].mean()[None], features[name].std()[None]])
+        torch.testing.assert_close(seen, numbers, **close)
+    for handle in handles:
+        handle.remove()
+    if "eval_other_size" in case.case:
+        check_logits(model(case.input("eval_other_size").double()), case.case["eval_other_size"], 1e-7)
+    if "fused" in case.case:
+        fused, tables = case.case["fused"], sum(kind == "offset_index" for _, kind in case.rows.values())
+        fast = timm_dynamic.optimize(model, x, memory_format=torch.contiguous_format)
+        assert sum(p.numel() for p in fast.parameters()) == fused["num_params"]
+        assert len(fast.state_dict()) + tables == fused["num_keys"]
+        check_logits(fast(x), case.case["eval"], 1e-7)
+
+
+def keep(features, name):
+    def hook(module, args, y):
+        features[name] = y.clone()
+
+    return hook
+
+
 def test_training(case, loaded):
-    x = case.input("train").double()
     for setting, part in case.parts("train").items():
+        x = case.input("train", setting).double()
         model = copy.deepcopy(loaded).double().train()
         set_schedule(model, setting, part)
+        if "output_head_dist" in part:
+            model.set_distilled_training()
+        x.requires_grad_("input_grad_norm" in part)
         output = case.output(model, x)
-        if "output_head" in part:
-            head = torch.tensor(part["output_head"], dtype=torch.float64)
-            torch.testing.assert_close(output[:, : head.shape[1]], head, rtol=0, atol=1e-7 * output.std().item())
-        task_loss, terms = F.cross_entropy(output, torch.tensor(part["targets"])), sum(auxiliary_loss(model).values())
-        assert task_loss.item() == pytest.approx((part["loss_terms"] or {}).get("task", part["loss"]), rel=1e-6)
+        outputs = output if isinstance(output, tuple) else (output,)
+        for key, one in zip(("output_head", "output_head_dist"), outputs, strict=False):
+            if key in part:
+                check_logits(one, {"logits": part[key], "std": one.std().item()}, 1e-7)
+        if "output" in part:
+            check_logits(output, part["output"], 1e-7)
+        task_loss, terms = case.task_loss(output, part), sum(auxiliary_loss(model).values())
+        terms_of_loss = part["loss_terms"] or {}
+        if "task_weight" not in terms_of_loss:
+            assert task_loss.item() == pytest.approx(terms_of_loss.get("task", part["loss"]), rel=1e-6)
         assert (task_loss + terms).item() == pytest.approx(part["loss"], rel=1e-6)
         task_loss.backward()  # the terms' gradients are attached inside the model
+        if x.requires_grad:
+            assert x.grad.norm().item() == pytest.approx(part["input_grad_norm"], rel=1e-6)
         norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
         wanted = case.grad_norms(model, part)
         assert norms.keys() == wanted.keys()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import timm_dynamic
 from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.families import FAMILIES, family_of
-from timm_dynamic.layers import DynamicConv2d, load_reference
+from timm_dynamic.layers import DynamicConv2d, FDConv2d, load_reference
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.stem for path in DATA.glob("*.json"))
@@ -41,6 +41,7 @@ class SimpleConvNet(nn.Module):
 # Networks that are not among this package's models, and single layers.
 NO_MODELS = {
     "dy_simple_conv": SimpleConvNet,
+    "op_fdconv_k3": lambda: FDConv2d(32, 64, 3, padding=1),
 }
 
 
@@ -70,7 +71,11 @@ class Golden:
         self.model, self.kwargs = found[0] if found else (name, {})
 
     def state(self) -> dict[str, Tensor]:
-        return {key: self._tensor(key) for key in self.rows}
+        state = {key: self._tensor(key) for key in self.rows}
+        groups = self.case.get("structure", {}).get("frequency_group")
+        if groups:  # of FDConv: the authors do not save it
+            state["frequency_group"] = torch.tensor(groups).view(self.case["structure"]["frequency_group_shape"])
+        return state
 
     def input(self, part: str = "eval", setting: str = "") -> Tensor:
         """float32 input of the `eval` or `train` part, or of another one that has an `input`, in a setting of it."""
@@ -173,5 +178,8 @@ def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
     """Compare with what is stored, the first logits of each sample or all, in units of their standard deviation."""
     for sample, numbers in zip(output.double(), expected.get("logits") or expected["output"], strict=True):
         numbers = torch.tensor(numbers, dtype=torch.float64)
+        if "subsample" in expected:  # of the positions
+            start, step = expected["subsample"]
+            sample = sample[:, start::step, start::step]
         close = {"rtol": 0, "atol": tolerance * expected["std"]}
         torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

@@ -5,6 +5,7 @@ from timm_dynamic.layers.base import load_reference
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d
+from timm_dynamic.layers.fd import FDConv2d
 from timm_dynamic.layers.filter_norm import FilterNorm
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.kw import KWConv2d
@@ -21,6 +22,7 @@ __all__ = [
     "DDFPack",
     "DDFUpPack",
     "DynamicConv2d",
+    "FDConv2d",
     "FilterNorm",
     "KWConv2d",
     "KernelAttention",

@@ -196,6 +196,29 @@ class DropInConv2d(DynamicLayer):
         """
 
 
+class AffineOutputs(DropInConv2d):
+    """Base of layers whose kernels cannot take over a map of the output channels: it comes behind the convolution.
+
+    Attributes:
+        gain: Of the output channels, where a norm has been absorbed, else None.
+    """
+
+    def add_outputs(self, bias: bool, **dd) -> None:
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_channels, **dd)) if bias else None)
+        self.register_parameter("gain", None)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Gain and bias."""
+        if self.gain is not None:
+            y = y * self.gain[:, None, None].to(y.dtype)
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        self.gain = nn.Parameter(scale if self.gain is None else self.gain * scale)
+        self.bias = nn.Parameter(shift if self.bias is None else self.bias * scale + shift)
+
+
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
     """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
     others = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d, check_positive, in_dtype_of
+from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
 from timm_dynamic.layers.pooled_norm import normalize_pooled
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
@@ -79,9 +79,10 @@ class CellAttention(nn.Module):
 
 
 @register_notrace_module
-class KWConv2d(DropInConv2d):
+class KWConv2d(AffineOutputs):
     """Convolution whose kernel is, tap by tap and block by block, a mixture of a warehouse's cells for each sample.
 
+    An output's rows of the cells are those of other outputs and layers, too, so that a norm is absorbed behind them.
     With scores q of all N cells, and one of none, the coefficients of a mixture are (equations 2 to 4)
 
         a_j = (1 - tau) q_j / (sum_i |q_i| + 1e-3) + tau [j is the cell that the mixture begins as]
@@ -141,8 +142,7 @@ class KWConv2d(DropInConv2d):
                 raise ValueError(f"{name} must be positive, got {value}")
         dd = {"device": device, "dtype": dtype}
         self.reduction, self.basis_ratio, self.layer_norm = reduction, basis_ratio, layer_norm
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_channels, **dd)) if bias else None)
-        self.register_parameter("gain", None)
+        self.add_outputs(bias, **dd)
         self.progress = Progress(True, partial(_annealed, anneal_epochs), device)
         self.number, self.smallest = 1, _SMALLEST  # for TorchScript
         self.enter(warehouse or Warehouse([self], cell_num_ratio, **dd))
@@ -207,10 +207,7 @@ class KWConv2d(DropInConv2d):
             self.progress.count(self.number)
         coefficients = self.factors_of(average(x))
         options = (self.stride, self.zero_padding, self.dilation, self.groups)
-        y = sample_conv2d(self.pad(x), self.kernels(coefficients), *options)
-        if self.gain is not None:
-            y = y * self.gain[:, None, None].to(y.dtype)
-        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+        return self.finish(sample_conv2d(self.pad(x), self.kernels(coefficients), *options))
 
     def factors(self, pooled: Tensor) -> Tensor:
         """The coefficients of all cells, and of none: `[B, mixtures, N + 1]`."""
@@ -244,11 +241,22 @@ class KWConv2d(DropInConv2d):
         """For `timm_dynamic.record`: how much of every cell, and of none, there is in the mixtures, `[B, N + 1]`."""
         return self.factors_of(average(x)).abs().mean(1)
 
-    @torch.jit.unused
-    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
-        """Behind the convolution: an output's rows of the cells are also those of other outputs and layers."""
-        self.gain = nn.Parameter(scale if self.gain is None else self.gain * scale)
-        self.bias = nn.Parameter(shift if self.bias is None else self.bias * scale + shift)
+
+class PointwiseLinear(nn.Module):
+    """A linear layer of features or of tokens, as the 1x1 convolution `conv` of a map: which can be dynamic.
+
+    Shape:
+        `[B, ..., C]` to `[B, ..., O]`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        dd = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.reshape(x.shape[0], -1, x.shape[-1], 1).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape[:-1] + (y.shape[1],))
 
 
 def stages(pairs: dict[str, tuple[nn.Conv2d, KWConv2d]]) -> list[list[tuple[nn.Conv2d, KWConv2d]]]:

@@ -119,15 +119,19 @@ def save_warehouses_once(model: nn.Module) -> None:
         model: With all of its layers, as an extractor of features that has less of them. It loses the warehouses that
             no layer has.
     """
-    places = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Warehouse)]
-    if not places:
-        return
-    used = {id(model.get_submodule(name)) for name in places if name.split(".")[0] != "warehouses"}
+    if any(isinstance(module, Warehouse) for module in model.modules()):
+        drop_unused(model)
+        model.register_state_dict_post_hook(_save)
+        model.register_load_state_dict_pre_hook(_load)
+
+
+def drop_unused(model: nn.Module) -> None:
+    """Take the warehouses that no layer has any more out of a network."""
+    places = dict(model.named_modules(remove_duplicate=False)).items()
+    used = {module for name, module in places if isinstance(module, Warehouse) and name.split(".")[0] != "warehouses"}
     for name, module in list(getattr(model, "warehouses", {}).items()):
-        if id(module) not in used:
+        if module not in used:
             del model.warehouses[name]
-    model.register_state_dict_post_hook(_save)
-    model.register_load_state_dict_pre_hook(_load)
 
 
 def _other_names(model: nn.Module, prefix: str) -> Mapping[str, str]:

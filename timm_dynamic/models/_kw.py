@@ -23,7 +23,7 @@ def split_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 def make_dynamic(
     model: nn.Module,
     places: Mapping[str, Hashable],
-    order: Iterable[Hashable],
+    order: Iterable[Hashable] = (),
     ratios: Mapping[Hashable, tuple[float, float, float]] | None = None,
     anneal_steps: int | None = None,
     **options,
@@ -33,7 +33,7 @@ def make_dynamic(
     Args:
         model: With `nn.Conv2d`s; changed in place. Its first part holds the warehouses.
         places: By the name of each of them, in the order of the modules, the key of its warehouse.
-        order: All keys, as state dicts have the warehouses.
+        order: The first keys in state dicts; others follow as they come in `places`.
         ratios: cell_num_ratio, cell_out_ratio and cell_in_ratio of warehouses that have others than `options` say.
         anneal_steps: The training forwards in which the share of the initial mixtures falls from 1 to 0; without it,
             it is 0 (unless `set_progress` is called).
@@ -46,7 +46,7 @@ def make_dynamic(
         raise ValueError(f"anneal_steps must be at least 1, got {anneal_steps}")
     common = tuple(options.pop(name, 1) for name in _RATIOS)
     warehouses = {}
-    for key in order:
+    for key in dict.fromkeys((*order, *places.values())):
         convs = [model.get_submodule(name) for name, place in places.items() if place == key]
         dd = {"device": convs[0].weight.device, "dtype": convs[0].weight.dtype}
         warehouses[key] = Warehouse(convs, *(ratios or {}).get(key, common), **dd)

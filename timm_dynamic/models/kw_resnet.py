@@ -69,8 +69,7 @@ class KWResNet(ResNet):
         super().__init__(*args, **kwargs)
         if small_stem:
             use_small_stem(self)
-        places = dict(_places(self))
-        make_dynamic(self, places, sorted(set(places.values())), **options)
+        make_dynamic(self, dict(_places(self)), **options)
 
 
 def _places(model: ResNet) -> Iterator[tuple[str, int]]:

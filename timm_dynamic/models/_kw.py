@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
@@ -83,6 +84,25 @@ def load_authors(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tens
     for key, value in extract_state_dict(state_dict).items():
         index = key.removeprefix("warehouse_manager.weights.")
         found[key if index == key else f"warehouses.{index}.cells"] = value if index == key else packed(value)
+    return found
+
+
+def fitting(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Pretrained weights for a network of other input channels or classes than theirs, with a dynamic stem.
+
+    Args:
+        state: Its weights with more or less input channels are adapted as timm does it; what else is of another shape is
+            left out, which only a network of other classes is loaded without.
+        model: As it is to be loaded.
+    """
+    model_state, found = model.state_dict(), {}
+    for key, value in state.items():
+        shape = model_state[key].shape if key in model_state else value.shape
+        if shape == (*value.shape[:-1], model.in_chans) != value.shape:
+            weight = adapt_input_conv(model.in_chans, value.flatten(0, -2)[:, :, None, None], value.shape[-1])
+            value = weight.view(shape)
+        if shape == value.shape:
+            found[key] = value
     return found
 
 

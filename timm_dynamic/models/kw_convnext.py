@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.models._kw import kw_cfg, load_authors, make_dynamic, split_options
+from timm_dynamic.models._kw import fitting, kw_cfg, load_authors, make_dynamic, split_options
 
 __all__ = ["KWConvNeXt"]
 
@@ -73,6 +73,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
         KWConvNeXt,
         variant,
         pretrained,
+        pretrained_filter_fn=lambda state, model: fitting(checkpoint_filter_fn(state, model), model),
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
         **{**model_args, **kwargs},
     )

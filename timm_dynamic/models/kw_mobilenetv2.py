@@ -17,7 +17,7 @@ from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers.kw import PointwiseLinear
 from timm_dynamic.layers.warehouse import drop_unused
-from timm_dynamic.models._kw import kw_cfg, load_authors, make_dynamic, split_options
+from timm_dynamic.models._kw import fitting, kw_cfg, load_authors, make_dynamic, split_options
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 
 __all__ = ["KWMobileNetV2"]
@@ -134,13 +134,14 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], width: float
         KWMobileNetV2,
         variant,
         pretrained,
+        pretrained_filter_fn=lambda state, model: fitting(checkpoint_filter_fn(state, model), model),
         feature_cfg={"flatten_sequential": True},
         **mobilenetv2_args(width, {**model_args, **kwargs}),
     )
 
 
 def _cfg(name: str) -> dict[str, Any]:
-    classifier = "classifier.conv" if name.startswith("kw1d2x") else "classifier"
+    classifier = () if name.startswith("kw1d2x") else "classifier"  # none with a weight of so many rows
     return kw_cfg("conv_stem.attention.fc1", classifier, hf_hub_id=f"timm-dynamic/{name}.in1k")
 
 

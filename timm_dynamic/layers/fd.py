@@ -19,8 +19,10 @@ from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import accumulation_dtype, no_autocast
 
 _MOST_KERNELS = 64
-_BANDS = (2, 4, 8)  # below half of the highest frequency, a quarter, an eighth
-_MASK_SIZE = 64  # of the map that the bands are defined on
+# The highest frequencies of what is subtracted, band by band: less than a half, up to a quarter and an eighth of the
+# highest one of a map of so many positions.
+_HIGHEST = (15, 8, 4)
+_MASK_SIZE = 64
 
 
 class SquaredReLU(nn.Module):
@@ -80,26 +82,25 @@ class BandModulation(nn.Module):
 
     def __init__(self, channels: int, **dd):
         super().__init__()
-        self.freq_weight_conv_list = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1, **dd) for _ in _BANDS)
+        self.freq_weight_conv_list = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1, **dd) for _ in _HIGHEST)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = [2 * torch.sigmoid(conv(x).to(accumulation_dtype(x))) for conv in self.freq_weight_conv_list]
         with no_autocast(x):
             low = x.to(accumulation_dtype(x))
             y, spectrum = 0, torch.fft.rfft2(low, norm="ortho")
-            for weight, part in zip(weights, _BANDS, strict=True):
-                higher, low = low, torch.fft.irfft2(spectrum * _low_pass(x, part), s=x.shape[2:], norm="ortho")
+            for weight, highest in zip(weights, _HIGHEST, strict=True):
+                higher, low = low, torch.fft.irfft2(spectrum * _low_pass(x, highest), s=x.shape[2:], norm="ortho")
                 y = y + weight * (higher - low)
             return (y + low).to(x.dtype)
 
 
-def _low_pass(x: Tensor, part: int) -> Tensor:
-    """1 for the frequencies of a map's half spectrum, `[H, W // 2 + 1]`, up to a part of half of the highest one."""
+def _low_pass(x: Tensor, highest: int) -> Tensor:
+    """1 for the frequencies of a map's half spectrum, `[H, W // 2 + 1]`, that stand for those of 64 x 64 up to one."""
     rows, columns = (
         (torch.arange(n, dtype=torch.float32, device=x.device) * (size / n)).floor()
         for n, size in ((x.shape[2], _MASK_SIZE), (x.shape[3] // 2 + 1, _MASK_SIZE // 2 + 1))
     )
-    highest = _MASK_SIZE / 2 / part
     mask = (torch.minimum(rows, _MASK_SIZE - rows) <= highest)[:, None] & (columns <= highest)
     return mask.to(accumulation_dtype(x))
 

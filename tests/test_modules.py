@@ -204,8 +204,8 @@ class Adapted(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(torch.randn(2, base.weight[0].numel()) * 0.1)
-        self.up = nn.Parameter(torch.randn(len(base.weight), 2) * 0.1)
+        self.down = nn.Parameter(torch.randn(2, base.weight[0].numel()).to(base.weight) * 0.1)
+        self.up = nn.Parameter(torch.randn(len(base.weight), 2).to(base.weight) * 0.1)
 
     def delta(self):
         return (self.up @ self.down).view_as(self.base.weight)
@@ -222,7 +222,7 @@ class Adapted(nn.Module):
 class TestAdapters:
     @EVERY_NETWORK
     def test_around_every_convolution_and_linear_layer(self, family):
-        model, x = make_network(family).requires_grad_(False), images(4)
+        model, x = make_network(family, torch.float64).requires_grad_(False), images(4, dtype=torch.float64)
         merged = copy.deepcopy(model).requires_grad_()
         names = [name for name, part in model.named_modules() if type(part) in (nn.Conv2d, nn.Linear)]
         for name in names:

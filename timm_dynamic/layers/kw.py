@@ -153,8 +153,9 @@ class KWConv2d(AffineOutputs):
         self.grid = warehouse.grid(self)
         mixtures, cells = math.prod(self.grid), len(warehouse.cells)
         self.warehouse, local, basis = warehouse, warehouse.take(mixtures), 0
-        if self.basis_ratio < 1:
-            basis = max(int((cells - local.stop + local.start) * self.basis_ratio), 16)
+        others = cells - local.stop + local.start
+        if self.basis_ratio < 1 and others:
+            basis = max(int(others * self.basis_ratio), 16)
         hidden = max(int(self.in_channels * self.reduction), 16)
         dd = {"device": warehouse.cells.device, "dtype": warehouse.cells.dtype}
         self.attention = CellAttention(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class Warehouse(nn.Module):
     """Matrices, of which the taps of all kernels of several layers are mixed: `cells`, `[N, O, I]`.
 
+    Several layers have it as their part, so that PyTorch's `fully_shard` wants it before them, by itself.
+
     Args:
         convs: The convolutions, or layers like them, whose kernels are made of the cells.
         cell_num_ratio: N over the number of mixtures of all these, an integer or one over an integer.

@@ -68,7 +68,11 @@ class ModelContract:
         info = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info))))
         for feature, channels, reduction in zip(intermediates, info.channels(), info.reduction(), strict=True):
             patches = isinstance(model, timm.models.ConvNeXt)  # which leave a rest out
-            assert feature.shape == (1, channels, *(n // reduction if patches else -(-n // reduction) for n in (97, 65)))
+            assert feature.shape == (
+                1,
+                channels,
+                *(n // reduction if patches else -(-n // reduction) for n in (97, 65)),
+            )
         torch.testing.assert_close(output, model.forward_features(x))
         if isinstance(model, timm.models.ResNet):  # the other networks have a convolution between the two
             torch.testing.assert_close(intermediates[-1], output)

@@ -32,6 +32,8 @@ MODELS = (
     "test_ped_resnet",
     "test_dy_resnet",
     "test_ddf_resnet",
+    "test_kw_resnet",
+    "test_fd_resnet",
     "dynconv_resnet8",
 )
 

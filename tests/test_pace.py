@@ -99,7 +99,9 @@ def test_neutral_gates_are_one(family):
     elif family == "kw":
         coefficients, cells = layer.factors(x.mean((2, 3))), layer.warehouse.cells
         assert torch.equal(coefficients.count_nonzero(2), torch.ones(4, 9))
-        torch.testing.assert_close(coefficients.amax(2).expand(4, 9) * cells[:, 0, 0], conv.weight[0, 0].flatten().expand(4, 9))
+        torch.testing.assert_close(
+            coefficients.amax(2).expand(4, 9) * cells[:, 0, 0], conv.weight[0, 0].flatten().expand(4, 9)
+        )
     elif family == "fd":
         assert (layer.routing(x) == 1).all()
         torch.testing.assert_close(layer.factors(x.mean((2, 3)))[0], conv.weight)

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_dynamic import dynamize
 from timm_dynamic.layers import FDConv2d
-from timm_dynamic.layers.fd import _low_pass, _with_real_edges
+from timm_dynamic.layers.fd_parts import low_pass, with_real_edges
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_half_spectra_without_symmetry():
     """As the inverse by rows, complex, and then by columns to real numbers."""
     spectrum = torch.randn(2, 6, 5, 2, dtype=torch.float64)
     expected = torch.fft.irfft(torch.fft.ifft(torch.view_as_complex(spectrum), dim=1), n=8)
-    torch.testing.assert_close(torch.fft.irfft2(torch.view_as_complex(_with_real_edges(spectrum)), s=(6, 8)), expected)
+    torch.testing.assert_close(torch.fft.irfft2(torch.view_as_complex(with_real_edges(spectrum)), s=(6, 8)), expected)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (16, 16), (56, 56), (64, 64), (97, 33)])
@@ -100,7 +100,7 @@ def test_bands_are_those_of_64_positions(size):
     for part, highest in ((2, 15), (4, 8), (8, 4)):
         mask = (torch.maximum(rows, columns) < 0.5 / part + 1e-8).float()
         wanted = F.interpolate(mask[None, None], (size[0], size[1] // 2 + 1))[0, 0]
-        assert torch.equal(_low_pass(torch.empty(1, 1, *size), highest), wanted)
+        assert torch.equal(low_pass(torch.empty(1, 1, *size), highest), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

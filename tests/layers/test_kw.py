@@ -65,7 +65,11 @@ def test_from_conv(args, kwargs, ratio):
 
 @pytest.mark.parametrize(
     ("ratio", "message"),
-    [(0.5, "less cells than parts of the kernel"), (1.5, "an integer, or one over an integer"), (-1, "less cells than")],
+    [
+        (0.5, "less cells than parts of the kernel"),
+        (1.5, "an integer, or one over an integer"),
+        (-1, "less cells than"),
+    ],
 )
 def test_what_cannot_be(ratio, message):
     with pytest.raises(ValueError, match=message):

@@ -91,8 +91,8 @@ def fitting(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Pretrained weights for a network of other input channels or classes than theirs, with a dynamic stem.
 
     Args:
-        state: Its weights with more or less input channels are adapted as timm does it; what else is of another shape is
-            left out, which only a network of other classes is loaded without.
+        state: Its weights with more or less input channels are adapted as timm does it; what else is of another shape
+            is left out, which only a network of other classes is loaded without.
         model: As it is to be loaded.
     """
     model_state, found = model.state_dict(), {}

@@ -17,9 +17,7 @@ from timm_dynamic.models._kw import fitting, kw_cfg, load_authors, make_dynamic,
 
 __all__ = ["KWConvNeXt"]
 
-register(
-    Family(name="kw", twins={"kw1x_convnext_tiny": "convnext_tiny"}, reported={"kw1x_convnext_tiny.in1k": 82.51})
-)
+register(Family(name="kw", twins={"kw1x_convnext_tiny": "convnext_tiny"}, reported={"kw1x_convnext_tiny.in1k": 82.51}))
 
 
 class KWConvNeXt(ConvNeXt):

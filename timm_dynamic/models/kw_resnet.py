@@ -1,8 +1,8 @@
 """ResNets with KernelWarehouse (Li and Yao, ICML 2024, arXiv 2406.07879).
 
-timm's ResNet, with the convolutions of its blocks and the strided shortcuts `KWConv2d`. A stage has one warehouse, which
-the first convolution and the shortcut of the next stage take their cells from, too. Of bottlenecks, the first block's
-first convolution and shortcut are static.
+timm's ResNet, with the convolutions of its blocks and the strided shortcuts `KWConv2d`. A stage has one warehouse,
+which the first convolution and the shortcut of the next stage take their cells from, too. Of bottlenecks, the first
+block's first convolution and shortcut are static.
 """
 
 import re

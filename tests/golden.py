@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import timm_dynamic
 from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.families import FAMILIES, family_of
-from timm_dynamic.layers import CARAFE, CoTLayer, DynamicConv2d, Involution2d, load_reference
+from timm_dynamic.layers import CARAFE, CoTLayer, DynamicConv2d, FDConv2d, Involution2d, load_reference
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.stem for path in DATA.glob("*.json"))
@@ -44,6 +44,7 @@ NO_MODELS = {
     "op_carafe_up2": lambda: CARAFE(10),
     "op_cot_layer": lambda: CoTLayer(32),
     "op_involution_k7_s2": lambda: Involution2d(32, 32, 7, 2, 3, bias=False),
+    "op_fdconv_k3": lambda: FDConv2d(32, 64, 3, padding=1),
 }
 
 
@@ -73,16 +74,16 @@ class Golden:
         self.model, self.kwargs = found[0] if found else (name, {})
 
     def state(self) -> dict[str, Tensor]:
-        return {key: self._tensor(key) for key in self.rows}
+        state = {key: self._tensor(key) for key in self.rows}
+        groups = self.case.get("structure", {}).get("frequency_group")
+        if groups:  # of FDConv: the authors do not save it
+            state["frequency_group"] = torch.tensor(groups).view(self.case["structure"]["frequency_group_shape"])
+        return state
 
-    def input(self, part: str = "eval") -> Tensor:
-        """float32 input of the `eval` or `train` part, or of another one that has an `input`."""
-        spec = self.case["input"]
-        if part == "train":
-            parts = (self.case["train"], *self.parts("train").values())
-            spec = next((one["input"] for one in parts if "input" in one), spec)
-        elif part != "eval":
-            spec = self.case[part].get("input", spec)
+    def input(self, part: str = "eval", setting: str = "") -> Tensor:
+        """float32 input of the `eval` or `train` part, or of another one that has an `input`, in a setting of it."""
+        numbers = self.case[part]
+        spec = self.case["input"] if part == "eval" else numbers.get(setting, numbers).get("input", self.case["input"])
         return random_input(spec["shape"], spec["seed"])
 
     def parts(self, mode: str) -> dict[str, dict]:
@@ -170,6 +171,8 @@ def set_schedule(model: nn.Module, setting: str, part: dict) -> None:
     """Bring a model to the point of training that expected numbers are of."""
     if setting == "temperature_30":
         timm_dynamic.set_progress(model, 0, 100)
+    if setting == "temperature_0.5":  # of KernelWarehouse
+        timm_dynamic.set_progress(model, 10, 300)
     if "dynconv" in part:
         timm_dynamic.set_progress(model, part["dynconv"]["epoch"], part["dynconv"]["num_epochs"])
 
@@ -178,5 +181,8 @@ def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
     """Compare with what is stored, the first logits of each sample or all, in units of their standard deviation."""
     for sample, numbers in zip(output.double(), expected.get("logits") or expected["output"], strict=True):
         numbers = torch.tensor(numbers, dtype=torch.float64)
+        if "subsample" in expected:  # of the positions
+            start, step = expected["subsample"]
+            sample = sample[:, start::step, start::step]
         close = {"rtol": 0, "atol": tolerance * expected["std"]}
         torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

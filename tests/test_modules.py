@@ -204,8 +204,8 @@ class Adapted(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(torch.randn(2, base.weight[0].numel(), dtype=base.weight.dtype) * 0.1)
-        self.up = nn.Parameter(torch.randn(len(base.weight), 2, dtype=base.weight.dtype) * 0.1)
+        self.down = nn.Parameter(torch.randn(2, base.weight[0].numel()).to(base.weight) * 0.1)
+        self.up = nn.Parameter(torch.randn(len(base.weight), 2).to(base.weight) * 0.1)
 
     def delta(self):
         return (self.up @ self.down).view_as(self.base.weight)

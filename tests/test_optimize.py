@@ -33,6 +33,8 @@ MODELS = (
     "test_dy_resnet",
     "test_ddf_resnet",
     "test_cotnet",
+    "test_kw_resnet",
+    "test_fd_resnet",
     "dynconv_resnet8",
 )
 

@@ -65,7 +65,9 @@ def test_the_output_is_kept(family, layer):
     for dtype, tolerance in ((torch.float64, max(keeps, 1e-9)), (torch.float32, max(keeps, 1e-3))):
         static = copy.deepcopy(network(family)).to(dtype)
         model = dynamize(copy.deepcopy(static), layer)
-        assert len(dynamic_layers(model)) >= 5
+        assert len(dynamic_layers(model)) >= (
+            3 if (family, layer) == ("convnext", "fd") else 5
+        )  # not the depthwise ones
         with torch.no_grad():
             expected, logits = static(x.to(dtype)), model(x.to(dtype))
         assert logits.dtype == dtype

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_dynamic.layers import Warehouse
 from timm_dynamic.layers.base import DynamicLayer
 
 EVERY_NETWORK = pytest.mark.parametrize("family", NETWORKS)
@@ -26,6 +27,9 @@ def process_group(tmp_path_factory):
 
 def shard(model, how):
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("all",))
+    for part in model.modules() if how in ("blocks", "layers") else ():
+        if isinstance(part, Warehouse):  # what several of them have is sharded by itself, before them
+            fully_shard(part, mesh=mesh)
     if how == "blocks":
         for name in ("layer1", "layer2", "layer3"):
             for block in getattr(model, name, ()):

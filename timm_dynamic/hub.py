@@ -23,6 +23,7 @@ from torch import nn
 
 from timm_dynamic.convert import check_finite, convert, extract_state_dict, filter_fn_of, one_line, read_checkpoint
 from timm_dynamic.layers.progress import Progress, save_once
+from timm_dynamic.layers.warehouse import save_warehouses_once
 from timm_dynamic.version import __version__
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
@@ -102,6 +103,7 @@ def build_model(
     if kwargs.get("features_only"):
         for progress in {module for module in model.modules() if isinstance(module, Progress)}:
             save_once(model, progress)
+        save_warehouses_once(model)
     if file:
         try:
             check_finite(model.state_dict())

@@ -4,12 +4,14 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from timm_dynamic import families
 from timm_dynamic.layers import MaskUnit
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import share_progress
+from timm_dynamic.layers.warehouse import save_warehouses_once
 
 # How timm's models name the modules on a shortcut, and a module that looks at the whole map to weigh it.
 _SHORTCUTS = {"downsample", "shortcut", "skip", "project", "c1x1_w_s1", "c1x1_w_s2"}
@@ -78,6 +80,9 @@ def dynamize(
         shown = [f"{_some(refused)}: {reason}" for reason, refused in list(reasons.items())[:_SHOWN]]
         more = f"; and {len(reasons) - _SHOWN} more reasons" if len(reasons) > _SHOWN else ""
         raise ValueError(f"{cls.__name__} cannot replace {'; '.join(shown)}{more}")
+    pairs = {conv: name for name, conv in reversed(list(convs.items())) if conv in replacements}
+    with torch.no_grad():
+        cls.unite({name: (conv, replacements[conv]) for conv, name in reversed(list(pairs.items()))})
     for name in names:
         if convs[name] in replacements:
             # In the mode of the module around it: a static convolution's own can be anything.
@@ -85,6 +90,7 @@ def dynamize(
             model.set_submodule(name, replacements[convs[name]].train(parent.training))
             _forbid_merging(model, name)
     share_progress(model)
+    save_warehouses_once(model)
     return model
 
 

@@ -16,9 +16,10 @@ from timm_dynamic.layers.progress import KEY, Progress
 
 FAMILIES = {
     "dy": ("test_dy_resnet", "anneal_steps", {}),
+    "kw": ("test_kw_resnet", "anneal_steps", {}),
     "dynconv": ("dynconv_resnet8", "total_steps", {"temperature": (5.0, 2.5, 1.0)}),
 }
-STEM = {"dy": "conv1.0", "dynconv": "conv1"}
+STEM = {"dy": "conv1.0", "kw": "conv1.0", "dynconv": "conv1"}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

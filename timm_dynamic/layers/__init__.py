@@ -8,15 +8,18 @@ from timm_dynamic.layers.cot import CoTLayer
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack
 from timm_dynamic.layers.dynamic_conv import DynamicConv2d
+from timm_dynamic.layers.fd import FDConv2d
 from timm_dynamic.layers.filter_norm import FilterNorm
 from timm_dynamic.layers.involution import Involution2d
 from timm_dynamic.layers.kernel_attention import KernelAttention
+from timm_dynamic.layers.kw import KWConv2d
 from timm_dynamic.layers.lsnet import SKA, LSConv
 from timm_dynamic.layers.mask_unit import MaskUnit
 from timm_dynamic.layers.od import ODConv2d
 from timm_dynamic.layers.ped import PEDConv2d
 from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.layers.sparse_stage import SparseStage
+from timm_dynamic.layers.warehouse import Warehouse
 
 __all__ = [
     "CondConv2d",
@@ -29,8 +32,10 @@ __all__ = [
     "DDFPack",
     "DDFUpPack",
     "DynamicConv2d",
+    "FDConv2d",
     "FilterNorm",
     "Involution2d",
+    "KWConv2d",
     "KernelAttention",
     "LSConv",
     "MaskUnit",
@@ -39,6 +44,7 @@ __all__ = [
     "RoutedConv2d",
     "SparseBranch",
     "SparseStage",
+    "Warehouse",
     "attach_loss",
     "load_reference",
 ]

@@ -25,6 +25,7 @@ class DynamicLayer(nn.Module):
         family: Name of the family, for `timm_dynamic.use`.
         implementations: The faster ways, first the preferred one.
         parts: Type and name of every submodule that these read instead of calling it.
+        shared: Names of submodules that several layers of a network have.
         preferred: Name of an implementation that need not pay, or None.
         limits: Of the output, lower and upper, where `timm_dynamic.optimize` has put an activation into the layer.
     """
@@ -33,6 +34,7 @@ class DynamicLayer(nn.Module):
     family = ""
     implementations = ()
     parts = ()
+    shared = ()
     preferred = None
     limits = None
 
@@ -77,7 +79,8 @@ class DynamicLayer(nn.Module):
     def absorb(self: Layer, scale: Tensor, shift: Tensor) -> Layer:
         """A copy of the layer that gives `scale * y + shift` for the output y in eval mode: a norm behind it.
 
-        The parameters of the copy take the map over, so that the formula needs nothing behind it.
+        The parameters of the copy take the map over, so that the formula needs nothing behind it. What the layer shares
+        with others (`shared`), the copy shares, too.
 
         Args:
             scale, shift: One number for each output channel.
@@ -88,7 +91,7 @@ class DynamicLayer(nn.Module):
         reason = changed_part(self)
         if reason is not None:
             raise ValueError(f"the layer cannot absorb a norm: {reason}")
-        layer = copy.deepcopy(self)
+        layer = copy.deepcopy(self, {id(part): part for part in map(self.get_submodule, self.shared)})
         with torch.no_grad():
             layer._absorb(scale, shift)
         return layer
@@ -182,6 +185,38 @@ class DropInConv2d(DynamicLayer):
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
         """Take over what can be of a convolution, without gradients; a `bias` that is a parameter is taken already."""
+
+    @classmethod
+    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, Layer]]) -> None:
+        """Let new layers share what layers of this kind share, without gradients.
+
+        Args:
+            pairs: By their names in a network, in the order of its modules, the convolutions and what `from_conv` made
+                of each.
+        """
+
+
+class AffineOutputs(DropInConv2d):
+    """Base of layers whose kernels cannot take over a map of the output channels: it comes behind the convolution.
+
+    Attributes:
+        gain: Of the output channels, where a norm has been absorbed, else None.
+    """
+
+    def add_outputs(self, bias: bool, **dd) -> None:
+        self.register_parameter("bias", nn.Parameter(torch.zeros(self.out_channels, **dd)) if bias else None)
+        self.register_parameter("gain", None)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Gain and bias."""
+        if self.gain is not None:
+            y = y * self.gain[:, None, None].to(y.dtype)
+        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        self.gain = nn.Parameter(scale if self.gain is None else self.gain * scale)
+        self.bias = nn.Parameter(shift if self.bias is None else self.bias * scale + shift)
 
 
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:

@@ -1,0 +1,243 @@
+"""KernelWarehouse: kernels whose parts are mixtures of cells that the layers of a stage share.
+
+Li and Yao, "KernelWarehouse: Rethinking the Design of Dynamic Convolution", ICML 2024 (arXiv 2406.07879). The parts of
+the attention are named as the authors'.
+"""
+
+import math
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
+from timm_dynamic.layers.cell_attention import CellAttention
+from timm_dynamic.layers.progress import Progress
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.layers.warehouse import Warehouse
+from timm_dynamic.ops import sample_conv2d
+from timm_dynamic.ops.pooled_heads.definition import average
+
+_SMALLEST = 1e-3  # is added to what scores are divided by
+# The score of a cell with which a layer starts that takes the place of a convolution: the others' first steps, with
+# Adam as large as those of the cells, are divided by it.
+_CERTAIN = 16.0
+
+
+def _annealed(anneal_epochs: int, epoch: float, epochs: float) -> float:
+    return epoch / min(anneal_epochs, epochs)
+
+
+@register_notrace_module
+class KWConv2d(AffineOutputs):
+    """Convolution whose kernel is, tap by tap and block by block, a mixture of a warehouse's cells for each sample.
+
+    An output's rows of the cells are those of other outputs and layers, too, so that a norm is absorbed behind them.
+    With scores q of all N cells, and one of none, the coefficients of a mixture are (equations 2 to 4)
+
+        a_j = (1 - tau) q_j / (sum_i |q_i| + 1e-3) + tau [j is the cell that the mixture begins as]
+
+    tau is 0. In training it can fall from 1 to 0, by epochs (`timm_dynamic.set_progress`) or by training forwards (a
+    model's `anneal_steps`); in evaluation it is 0.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: As for `nn.Conv2d`.
+        bias: A static one, added last.
+        warehouse: That of several layers, which take its cells in the order in which they are made; None: a new one.
+        cell_num_ratio: Of a new warehouse, cells over mixtures.
+        reduction: The attention's hidden layer is `in_channels * reduction` wide and at least 16.
+        basis_ratio: Below 1: scores of the cells that other layers begin with are linear in so many numbers for each of
+            these cells, and at least in 16.
+        layer_norm: Normalise the hidden layer by itself, not over the batch.
+        anneal_epochs: In which tau falls.
+
+    Shape:
+        As for `nn.Conv2d`; the input must be batched.
+
+    Raises:
+        ValueError: If an argument, or the input of the forward pass, has an unusable value.
+    """
+
+    family = "kw"
+    routing_limit = None  # it sums to 1, nearly
+    shared = ("warehouse",)
+    weight = stand_in_weight(conv_weight_shape)
+    __jit_unused_properties__ = ["weight"]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        warehouse: Warehouse | None = None,
+        cell_num_ratio: float = 1,
+        reduction: float = 1 / 16,
+        basis_ratio: float = 1.0,
+        layer_norm: bool = False,
+        anneal_epochs: int = 20,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        check_positive(anneal_epochs=anneal_epochs)
+        for name, value in (("reduction", reduction), ("basis_ratio", basis_ratio)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        dd = {"device": device, "dtype": dtype}
+        self.reduction, self.basis_ratio, self.layer_norm = reduction, basis_ratio, layer_norm
+        self.add_outputs(bias, **dd)
+        self.progress = Progress(True, partial(_annealed, anneal_epochs), device)
+        self.number, self.smallest = 1, _SMALLEST  # for TorchScript
+        self.enter(warehouse or Warehouse([self], cell_num_ratio, **dd))
+
+    @torch.jit.unused
+    def enter(self, warehouse: Warehouse) -> None:
+        """Take the next cells of a warehouse, initialised by the fan-out, and a new attention to all of its cells."""
+        self.grid = warehouse.grid(self)
+        mixtures, cells = math.prod(self.grid), len(warehouse.cells)
+        self.warehouse, local, basis = warehouse, warehouse.take(mixtures), 0
+        others = cells - local.stop + local.start
+        if self.basis_ratio < 1 and others:
+            basis = max(int(others * self.basis_ratio), 16)
+        hidden = max(int(self.in_channels * self.reduction), 16)
+        dd = {"device": warehouse.cells.device, "dtype": warehouse.cells.dtype}
+        self.attention = CellAttention(self.in_channels, hidden, mixtures, cells, local, basis, self.layer_norm, **dd)
+        with torch.no_grad():
+            first = warehouse.cells[local]
+            first.normal_(std=math.sqrt(2 / max(first[:, :, 0].numel(), 1)))
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "KWConv2d":
+        """As in the base class; the cells of layers that take them from one warehouse are frozen if all layers are."""
+        ratio = kwargs["warehouse"].cell_num_ratio if kwargs.get("warehouse") else kwargs.get("cell_num_ratio", 1)
+        if ratio < 1:
+            raise ValueError(
+                f"with a cell_num_ratio of {ratio} there are less cells than parts of the kernel, which cannot all be "
+                "that of the convolution: use an integer of at least 1, or a new network"
+            )
+        layer = super().from_conv(conv, **kwargs)
+        layer.warehouse.cells.requires_grad_(conv.weight.requires_grad)
+        return layer
+
+    @torch.jit.unused
+    def start_from(self, conv: nn.Conv2d) -> None:
+        """The cells that the layer begins with are the parts of the kernel; any others are as in a new layer."""
+        taps, outputs, inputs = self.grid
+        parts = conv.weight.reshape(outputs, -1, inputs, self.warehouse.inputs, taps).permute(4, 0, 2, 1, 3)
+        first = self.first_coefficients()
+        self.warehouse.cells[first.argmax(1).to(conv.weight.device)] = parts.flatten(0, 2) * (1 + _SMALLEST / _CERTAIN)
+        attention = self.attention
+        scores = attention.fc2.bias if attention.fc3 is None else attention.basis_bias
+        scores.copy_(_CERTAIN * first.flatten())
+        attention.fc2.weight.zero_()
+
+    @classmethod
+    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, "KWConv2d"]]) -> None:
+        """The layers of a stage take their cells from one warehouse (see `stages`)."""
+        for group in stages(pairs):
+            device, dtype = group[0][0].weight.device, group[0][0].weight.dtype
+            ratio = group[0][1].warehouse.cell_num_ratio
+            warehouse = Warehouse([conv for conv, _ in group], ratio, device=device, dtype=dtype)
+            warehouse.cells.requires_grad_(any(conv.weight.requires_grad for conv, _ in group))
+            for conv, layer in group:
+                layer.enter(warehouse)
+                layer.start_from(conv)
+                layer.attention.train(layer.training)
+
+    def formula(self, x: Tensor) -> Tensor:
+        if self.training and not torch.jit.is_scripting():
+            self.progress.count(self.number)
+        coefficients = self.factors_of(average(x))
+        options = (self.stride, self.zero_padding, self.dilation, self.groups)
+        return self.finish(sample_conv2d(self.pad(x), self.kernels(coefficients), *options))
+
+    def factors(self, pooled: Tensor) -> Tensor:
+        """The coefficients of all cells, and of none: `[B, mixtures, N + 1]`."""
+        if torch.jit.is_scripting():
+            scores = self.attention(pooled.to(self.warehouse.cells.dtype))
+        else:
+            scores = in_dtype_of(pooled, self.attention)
+        coefficients = scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
+        return self.towards_first(coefficients) if self.training and self.progress.known else coefficients
+
+    @torch.jit.unused
+    def towards_first(self, coefficients: Tensor) -> Tensor:
+        """By tau."""
+        tau = (1 - self.progress(True)).to(coefficients.dtype)
+        return (1 - tau) * coefficients + tau * self.first_coefficients().to(coefficients)
+
+    @torch.jit.unused
+    def first_coefficients(self) -> Tensor:
+        """Those with which a training begins: one cell, or none, for each mixture."""
+        first = self.warehouse.first_cells(self.attention.local.start, math.prod(self.grid))
+        return F.one_hot(first, len(self.warehouse.cells) + 1)
+
+    def kernels(self, coefficients: Tensor) -> Tensor:
+        """`[B, O, I, Kh, Kw]`: of each mixture a block of outputs and inputs at one tap."""
+        blocks = self.warehouse(coefficients[:, :, :-1]).unflatten(1, self.grid)
+        height, width = self.kernel_size
+        blocks = blocks.permute(0, 2, 4, 3, 5, 1)
+        return blocks.reshape(-1, self.out_channels, self.in_channels // self.groups, height, width)
+
+    def routing(self, x: Tensor) -> Tensor:
+        """For `timm_dynamic.record`: how much of every cell, and of none, there is in the mixtures, `[B, N + 1]`."""
+        return self.factors_of(average(x)).abs().mean(1)
+
+
+class PointwiseLinear(nn.Module):
+    """A linear layer of features or of tokens, as the 1x1 convolution `conv` of a map: which can be dynamic.
+
+    Shape:
+        `[B, ..., C]` to `[B, ..., O]`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        dd = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.reshape(x.shape[0], -1, x.shape[-1], 1).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape[:-1] + (y.shape[1],))
+
+
+def stages(pairs: dict[str, tuple[nn.Conv2d, KWConv2d]]) -> list[list[tuple[nn.Conv2d, KWConv2d]]]:
+    """Which layers of a network share a warehouse: those of a stage, depthwise ones and others apart.
+
+    A stage is what the first number in a module's name counts: `layer2` or `stages.1`. It has several warehouses where
+    one would be of such small cells that the attention to them had more weights than the kernels.
+
+    Args:
+        pairs: By their names, in the order of the network's modules, convolutions and the layers in their place.
+    """
+    groups: dict[tuple, list[list]] = {}
+    for name, (conv, layer) in pairs.items():
+        parents = name.split(".")[:-1]
+        numbered = next((i for i, part in enumerate(parents) if re.search(r"\d", part)), len(parents) - 1)
+        depthwise = conv.groups > 1 and conv.groups == conv.in_channels
+        place = (*parents[: numbered + 1], depthwise, conv.weight.device, conv.weight.dtype)
+        found = groups.setdefault(place, [[]])
+        if found[-1] and not depthwise and _is_too_fine([*found[-1], (conv, layer)]):
+            found.append([])
+        found[-1].append((conv, layer))
+    return [group for found in groups.values() for group in found]
+
+
+def _is_too_fine(group: list[tuple[nn.Conv2d, KWConv2d]]) -> bool:
+    """Whether the attention of so many layers to one warehouse would have more weights than their kernels."""
+    ratio = group[0][1].warehouse.cell_num_ratio
+    with torch.device("meta"):
+        warehouse = Warehouse([conv for conv, _ in group], ratio)
+    cells, outputs, inputs = warehouse.cells.shape
+    hidden = max(layer.attention.fc1.out_features for _, layer in group)
+    return hidden * (cells + 1) > outputs * inputs * max(ratio, 1)

@@ -77,7 +77,12 @@ class Golden:
 
     def input(self, part: str = "eval") -> Tensor:
         """float32 input of the `eval` or `train` part, or of another one that has an `input`."""
-        spec = self.case["input"] if part == "eval" else self.case[part].get("input", self.case["input"])
+        spec = self.case["input"]
+        if part == "train":
+            parts = (self.case["train"], *self.parts("train").values())
+            spec = next((one["input"] for one in parts if "input" in one), spec)
+        elif part != "eval":
+            spec = self.case[part].get("input", spec)
         return random_input(spec["shape"], spec["seed"])
 
     def parts(self, mode: str) -> dict[str, dict]:

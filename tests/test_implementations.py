@@ -117,6 +117,8 @@ RUNS = {
     ("test_ped_resnet", "train"): {"formula": 8},
     ("test_dy_resnet", "eval"): {"one call": 13},
     ("test_dy_resnet", "train"): {"formula": 13},
+    ("test_od_resnet", "eval"): {"one call": 8},
+    ("test_od_resnet", "train"): {"formula": 8},
     ("test_ddf_resnet", "eval"): {"products": 4},
     ("test_ddf_resnet", "train"): {"formula": 4},
 }

@@ -23,7 +23,7 @@ def weights_of(layer, x):
     """`[B, O, I, K, K]`: the weight of every sample, around which the layer is a convolution."""
     if isinstance(layer, nn.Conv2d):
         return layer.weight.expand(len(x), *layer.weight.shape)
-    return {"ped": gated, "dy": mixed, "dcd": fused}[layer.family](layer, x)
+    return {"ped": gated, "dy": mixed, "dcd": fused, "od": omni, "cond": routed}[layer.family](layer, x)
 
 
 def gated(layer, x):
@@ -34,6 +34,22 @@ def gated(layer, x):
 
 def mixed(layer, x):
     return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.attention(x)), layer.kernels_weights)
+
+
+def omni(layer, x):
+    pi, a_in, a_tap, a_out = layer.factors(x.mean((2, 3)))
+    weights = torch.einsum("bn,noikl->boikl", pi, layer.kernels)
+    if layer.groups > 1:
+        a_in = a_in.unflatten(1, (layer.groups, -1)).repeat_interleave(layer.out_channels // layer.groups, 1)
+    else:
+        a_in = a_in[:, None]
+    weights = weights * a_out[:, :, None, None, None] * a_in[..., None, None]
+    return weights if a_tap is None else weights * a_tap.unflatten(1, layer.kernel_size)[:, None, None]
+
+
+def routed(layer, x):
+    kernels = layer.experts.weight.view(layer.num_experts, *layer.weight.shape)
+    return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.routing(x)), kernels)
 
 
 def fused(layer, x):
@@ -86,6 +102,13 @@ def test_neutral_gates_are_one(family):
     if family == "ped":
         assert all((gates == 1).all() for gates in layer.factors(x.mean((2, 3))))
         assert torch.equal(layer.weight, conv.weight)
+    elif family == "od":
+        pi, *gates = layer.factors(x.mean((2, 3)))
+        assert all((gate == 1).all() for gate in gates) and (pi[:, 0] == 1).all() and (pi[:, 1:] == 0).all()
+        assert torch.equal(layer.kernels[0], conv.weight) and layer.kernels[1:].std() > 0
+    elif family == "cond":
+        assert (layer.routing(x) == 1).all() and torch.equal(layer.experts.weight[0], conv.weight.flatten())
+        assert torch.equal(layer.bias, conv.bias) and layer.experts.weight[1:].std() > 0
     elif family == "dcd":
         assert (layer.routing(x) == 1).all() and torch.equal(layer.conv.weight, conv.weight)
     else:

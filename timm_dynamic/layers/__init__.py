@@ -3,6 +3,7 @@
 from timm_dynamic.layers.auxiliary import attach_loss
 from timm_dynamic.layers.base import load_reference
 from timm_dynamic.layers.carafe import CARAFE
+from timm_dynamic.layers.cond import CondConv2d, RoutedConv2d
 from timm_dynamic.layers.cot import CoTLayer
 from timm_dynamic.layers.dcd import DCDConv2d, DCDLinear
 from timm_dynamic.layers.ddf import DDFConv2d, DDFPack, DDFUpPack
@@ -12,11 +13,13 @@ from timm_dynamic.layers.involution import Involution2d
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.lsnet import SKA, LSConv
 from timm_dynamic.layers.mask_unit import MaskUnit
+from timm_dynamic.layers.od import ODConv2d
 from timm_dynamic.layers.ped import PEDConv2d
 from timm_dynamic.layers.sparse_branch import SparseBranch
 from timm_dynamic.layers.sparse_stage import SparseStage
 
 __all__ = [
+    "CondConv2d",
     "CARAFE",
     "SKA",
     "CoTLayer",
@@ -31,7 +34,9 @@ __all__ = [
     "KernelAttention",
     "LSConv",
     "MaskUnit",
+    "ODConv2d",
     "PEDConv2d",
+    "RoutedConv2d",
     "SparseBranch",
     "SparseStage",
     "attach_loss",

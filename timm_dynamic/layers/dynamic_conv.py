@@ -10,8 +10,9 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d, check_positive
+from timm_dynamic.layers.base import check_positive
 from timm_dynamic.layers.kernel_attention import KernelAttention
+from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
@@ -27,7 +28,7 @@ def _annealed(epoch: float, epochs: float) -> float:
 
 
 @register_notrace_module
-class DynamicConv2d(DropInConv2d):
+class DynamicConv2d(KernelMixture):
     """Convolution with a mixture of `num_kernels` kernels and biases, one for each sample; replaces an `nn.Conv2d`.
 
     `W(x) = sum_n pi_n(x) W_n` with the attention `pi(x)` of `KernelAttention`; the same for the bias.
@@ -132,10 +133,6 @@ class DynamicConv2d(DropInConv2d):
         biases = self.kernels_bias
         return biases if biases is None else biases[0] if self.around_mean else biases.mean(0)
 
-    def _apply(self, fn, recurse: bool = True):
-        # `Module.to(memory_format=torch.channels_last)` breaks on five dimensions. The kernels stay contiguous.
-        return super()._apply(lambda t: fn(t.flatten(0, 1)).contiguous().view_as(t) if t.ndim == 5 else fn(t), recurse)
-
     def temperature(self) -> Tensor | None:
         """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
         return self.hottest + (1 - self.hottest) * self.progress(self.training) if self.progress.known else None
@@ -155,8 +152,7 @@ class DynamicConv2d(DropInConv2d):
         """What the entries of `kernels_weights` are multiplied by, `[B, num_kernels]`."""
         if not self.around_mean:
             return attention
-        # The deviation of the first kernel is minus the sum of the others'.
-        return torch.cat([attention.new_ones(attention.shape[0], 1), attention[:, 1:] - attention[:, :1]], 1)
+        return around_mean(attention, attention.new_ones(attention.shape[0], 1))
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the attention, `[B, num_kernels]`, with which `forward` mixes the kernels."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from timm_dynamic.dispatch import has_hooks
+from timm_dynamic.layers.cond import RoutedConv2d
 from timm_dynamic.ops.sparse import capacity
 from timm_dynamic.optimize.fold import Folding
 from timm_dynamic.optimize.graph import CudaGraph
@@ -76,6 +77,9 @@ def optimize(
     with torch.inference_mode(False), torch.no_grad():
         inputs = _inputs(model, example_inputs)
         fast, report = _copy(model).eval().requires_grad_(False), Report()
+        adopted = RoutedConv2d.adopt(fast)
+        if adopted:
+            report.append(f"{counted(adopted, 'convolution')} of timm with routed experts in our form")
         fast, special = _ask(fast, report)
         opaque = {*special, *(one for one in fast.modules() if callable(getattr(one, "absorb", None)))}
         try:

@@ -18,7 +18,7 @@ from timm_dynamic.ops.registration import register
 from timm_dynamic.ops.sample_conv import training
 from timm_dynamic.ops.sample_conv.columns import empty_rows
 from timm_dynamic.ops.sample_conv.samples import convolve, mix
-from timm_dynamic.ops.sample_conv.shapes import Pair, columns_of, output_size
+from timm_dynamic.ops.sample_conv.shapes import Pair, columns_of, gate_groups, output_size
 
 
 def mixed_conv2d(
@@ -45,7 +45,7 @@ def mixed_conv2d(
         attention: `[B, N]`; None: there is one kernel, with weight 1.
         kernels: `[N, O, C // groups, Kh, Kw]`.
         stride, padding, dilation, groups: As for `conv2d`; the padding is of zeros.
-        a_in: `[B, C // groups]`, the same for every group; None: 1.
+        a_in: `[B, C // groups]`, the same for every group, or `[B, C]`; None: 1.
         a_tap: `[B, Kh * Kw]`; None: 1.
         a_out: `[B, O]`; None: 1.
 
@@ -55,6 +55,8 @@ def mixed_conv2d(
     Raises:
         ValueError: If the shapes do not fit together or the input is smaller than the kernel.
     """
+    if groups > 1 and a_in is not None and a_in.shape[1] == x.shape[1]:
+        x, a_in, a_out = gate_groups(x, kernels, a_in, a_out)
     if torch.jit.is_scripting():  # TorchScript knows the registered operator, not what leads to it
         return torch.ops.timm_dynamic.mixed_conv2d(
             x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation, groups

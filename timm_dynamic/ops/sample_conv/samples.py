@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops.dynamic_filter.functions import ddf
+from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.products import by_onednn, linear
 from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
 
@@ -28,6 +30,9 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     if is_pointwise(weight, padding, groups):
         out = x[:, :, :: stride[0], :: stride[1]]
         out = torch.bmm(weight.flatten(2), out.flatten(2)).view(B, O, out.shape[2], out.shape[3])
+    elif _is_filtering(x, weight, stride, padding, dilation, groups) and _filters(x, stride):
+        K = weight.shape[3]
+        return ddf(x, weight.view(B, O, K, K), x.new_ones(1, K * K, 1, 1), K, dilation[0], stride[0])
     elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
         out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), None, stride, padding, dilation, B * groups)
         out = out.view(B, O, out.shape[2], out.shape[3])
@@ -36,6 +41,35 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     else:
         out = F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
     return out.contiguous(memory_format=memory_format(x))
+
+
+def _is_filtering(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+    """Whether it is a depthwise convolution that `dynamic_filter` can run, with a kernel on the CPU."""
+    K = weight.shape[3]
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and weight.shape[1] == groups == x.shape[1]
+        and weight.shape[4] == K
+        and K % 2 == 1
+        and stride[0] == stride[1]
+        and dilation[0] == dilation[1]
+        and tuple(padding) == (dilation[0] * (K // 2),) * 2
+        and x.numel() > 0
+        and has_kernel("cpu", "dynamic_filter")
+    )
+
+
+def _filters(x: Tensor, stride: Pair) -> bool:
+    """Whether that is faster than a grouped convolution, forwards.
+
+    Measured in one thread at batch 1 and 16 on the layers of MobileNetV2: 0.13 to 0.25 of the time on large maps,
+    0.5 to 1.1 in channels_last, up to 2 on small ones in NCHW at batch 16, and with a stride (an AMD EPYC with
+    AVX-512, November 2026). Backwards: 0.1 to 0.9 of it, but for small maps in NCHW.
+    """
+    if memory_format(x) == torch.channels_last:
+        return True
+    return x.numel() >= 2**22 or (len(x) == 1 and tuple(stride) == (1, 1))
 
 
 def multiply(x: Tensor, weight: Tensor, stride: Pair) -> Tensor:
@@ -58,6 +92,13 @@ def gradients(
     """Those of `x` (or None) and of `weight`; `grad` has the memory format of `x`."""
     if is_pointwise(weight, padding, groups):
         return _gradients_of_product(grad, x, weight, stride, needs_x)
+    large = x.numel() >= 2**20 or memory_format(x) == torch.channels_last
+    if large and _is_filtering(x, weight, stride, padding, dilation, groups):
+        K = weight.shape[3]
+        ones, filters = x.new_ones(1, 1, K * K, 1, 1), weight.flatten(2).view(*weight.shape[:2], K * K)
+        options = (K, "mul", 1, dilation[0], stride[0], 1, [needs_x, False, True])
+        grad_x, _, grad_filters = torch.ops.timm_dynamic.dynamic_filter_backward(grad, x, ones, filters, *options)
+        return grad_x if needs_x else None, grad_filters.view(weight.shape)
     B = len(weight)
     n = B if _grouped(weight) else 1
     grads_x, grads_weight = [], []

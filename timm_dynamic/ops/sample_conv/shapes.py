@@ -1,4 +1,4 @@
-"""Sizes, layouts and windows of convolutions."""
+"""Sizes, layouts and windows of convolutions, and gates of grouped ones."""
 
 from collections.abc import Iterator
 
@@ -38,6 +38,17 @@ def tap_views(padded: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair) -
         for left in range(0, kernel_size[1] * dilation[1], dilation[1]):
             bottom, right = top + (Ho - 1) * stride[0] + 1, left + (Wo - 1) * stride[1] + 1
             yield padded[:, :, top : bottom : stride[0], left : right : stride[1]]
+
+
+def gate_groups(x: Tensor, kernels: Tensor, a_in: Tensor, a_out: Tensor | None) -> tuple[Tensor, None, Tensor | None]:
+    """`x`, `a_in` and `a_out` of a convolution with groups, that gates all of its input channels, without `a_in`.
+
+    The gates of a depthwise convolution's inputs are gates of its outputs; others scale the input.
+    """
+    if kernels.shape[2] > 1:
+        return x * a_in.to(x.dtype)[:, :, None, None], None, a_out
+    gates = a_in.repeat_interleave(kernels.shape[1] // a_in.shape[1], 1)
+    return x, None, gates if a_out is None else gates * a_out
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

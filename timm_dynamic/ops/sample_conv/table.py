@@ -8,6 +8,7 @@ from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.sample_conv.columns import in_weight_order
+from timm_dynamic.ops.sample_conv.shapes import gate_groups
 from timm_dynamic.ops.sample_conv.training import factors, forward, is_product, product
 
 
@@ -69,6 +70,27 @@ def _mix(layer, x: Tensor) -> Tensor:
     return _convolve(layer, x, attention, layer.kernels_weights, None, None, None, bias)
 
 
+def _cannot_attend(layer, x: Tensor) -> str | None:
+    norm = layer.attention.bn
+    if norm.training or getattr(norm, "running_var", x) is None:
+        return "the attention's norm takes the statistics of the batch"
+    heads = [head for head in layer.attention.heads() if head is not None]
+    return _kernel_problem(layer, x, layer.kernels) or _cannot(layer, x, heads)
+
+
+def _attend(layer, x: Tensor) -> Tensor:
+    heads = layer.attention.heads()
+    there = [head for head in heads if head is not None]
+    squeeze = layer.attention.squeeze()
+    weights, biases = [head.weight for head in there], [head.bias for head in there]
+    scores = iter(torch.ops.timm_dynamic.pooled_heads(x, *squeeze, weights, biases, "none", 1.0))
+    pi, a_in, a_tap, a_out = layer.activate(*(None if head is None else next(scores) for head in heads))
+    if layer.groups > 1:
+        x, a_in, a_out = gate_groups(x, layer.kernels, a_in, a_out)
+    bias = None if layer.bias is None else layer.bias[None]
+    return _convolve(layer, x, pi, layer.kernels, a_in, a_tap, a_out, bias)
+
+
 def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
     """Without the checks of the public function, which take a tenth of the time at batch 1."""
     x = layer.pad(x)
@@ -79,7 +101,8 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         return product(x[:, :, ::sy, ::sx].contiguous(), attention, kernels, pairs, a_out, bias, *limits)
     if attention is None and len(x) == 1 and not in_weight_order(1, x.shape[2] * x.shape[3], layer.out_channels):
-        weight = kernels[0] * (a_in[0, :, None] * a_tap).view(kernels.shape[2:])
+        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
+        weight = kernels[0] * pairs.view(kernels.shape[2:])
         y = F.conv2d(x, weight, None, *options, layer.groups).contiguous().mul_(a_out[:, :, None, None])
     else:
         y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, layer.groups)
@@ -92,3 +115,4 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
 # dy_mobilenetv2: benchmarks/models.py, on a CPU); layers of 64 samples are no slower.
 GATED = (Implementation("one call", _gate, cannot=_cannot_gate),)
 MIXED = (Implementation("one call", _mix, cannot=_cannot_mix),)
+OMNI = (Implementation("one call", _attend, cannot=_cannot_attend),)

@@ -45,6 +45,7 @@ def test_takes_the_place_of_a_convolution(neutral):
     assert moved.norm(dim=1).min() > 0 and (moved[1:] - moved[:1]).abs().max() > 0
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:FutureWarning")
 def test_graphs():
     """Compiled, scripted, traced, and exported with a dynamic batch; and a network, scripted and compiled."""
     layer, x = CondConv2d(8, 12, 3, 2, 1).eval(), torch.randn(4, 8, 9, 7)

@@ -131,6 +131,7 @@ def test_authors_names():
     assert layer.weight.shape == (8, 8, 3, 3)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["four kernels", "depthwise", "grouped"])
 def test_graphs(case):
     """Compiled, scripted, traced, and exported with a dynamic batch."""

@@ -122,3 +122,8 @@ def test_bad_arguments_of_carafe(arguments, message):
         CARAFE(**{"channels": 12, **arguments})
     with pytest.raises(ValueError, match=r"x must be \[B, 12, H, W\]"):
         CARAFE(12)(torch.zeros(2, 3, 4, 4))
+
+
+def test_torchscript():
+    layer, x = Involution2d(16, 16, 5, 2, 2).eval(), torch.randn(2, 16, 7, 8)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

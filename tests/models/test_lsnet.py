@@ -66,7 +66,9 @@ def test_sizes():
     x = images(128, 128)
     expected = wide(x)
     model.load_state_dict({**wide.state_dict(), f"{ATTENTION}.attention_biases": torch.zeros(4, 4, 4)})
-    model.get_submodule(ATTENTION).attention_biases[:, :2, :4] = wide.get_submodule(ATTENTION).attention_biases[:, :, :4]
+    model.get_submodule(ATTENTION).attention_biases[:, :2, :4] = wide.get_submodule(ATTENTION).attention_biases[
+        :, :, :4
+    ]
     torch.testing.assert_close(model(x), expected)  # the same distances: in evaluation, no other copy is left
 
 

@@ -215,9 +215,9 @@ def test_kernels_in_random_cases(data):
 
 @BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 5, 3), (3, 37, 8, 9), (2, 64, 7, 7)], ids=str)
-def test_layouts_of_ddf(backend, shape, layout):
-    for dtype, stride in zip(TOLERANCE, (1, 2, 1, 2), strict=True):
+def test_layouts_of_ddf(backend, layout):
+    shapes = ((1, 1, 1, 1), (2, 1, 5, 3), (3, 37, 8, 9), (2, 64, 7, 7))
+    for shape, dtype, stride in itertools.product(shapes, TOLERANCE, (1, 2)):
         args = tuple(LAYOUTS[layout](t) for t in inputs(*shape, 3, stride, dtype, seed=stride))
         with backend():
             out = ddf(*args, stride=stride)
@@ -297,7 +297,7 @@ def small(name, requires_grad=True):
     """Inputs and a function of them, without those that are None."""
     G, channel, options = SMALL[name]
     sizes = (options.get("kernel_size", 3), options.get("stride", 1), options.get("upsample", 1))
-    tensors = operands((2, 8, 3, 4), G, *sizes, channel)
+    tensors = operands((2, 8, 2, 3), G, *sizes, channel)
     function = call(dynamic_filter, **options)
     args = tuple(t.requires_grad_(requires_grad) for t in tensors if t is not None)
     return args, (lambda *a: function(*(*a, None)[:3]))
@@ -309,7 +309,7 @@ def test_gradcheck(backend, name):
     args, function = small(name)
     with backend():
         assert torch.autograd.gradcheck(function, args)
-        assert torch.autograd.gradgradcheck(function, args)
+        assert torch.autograd.gradgradcheck(function, args, fast_mode=True)  # the other takes a minute
 
 
 @BACKENDS

@@ -105,7 +105,7 @@ class Involution2d(DropInConv2d):
         K, stride = self.kernel_size[0], self.stride[0]
         pooled = x if stride == 1 else F.avg_pool2d(x, stride, ceil_mode=True)
         filters = self.conv2(self.conv1(pooled))
-        filters = filters.reshape(x.shape[0], self.filters, K**2, filters.shape[2], filters.shape[3])
+        filters = filters.reshape(x.shape[0], self.filters, K * K, filters.shape[2], filters.shape[3])
         y = dynamic_filter(x, filters, K, dilation=self.dilation[0], stride=stride)
         if self.scale is not None:
             y = y * self.scale[:, None, None].to(y.dtype)

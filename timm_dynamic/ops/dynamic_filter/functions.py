@@ -14,7 +14,6 @@ def dynamic_filter(
     x: Tensor,
     filters: Tensor,
     kernel_size: int = 3,
-    *,
     channel_filter: Tensor | None = None,
     kernel_combine: str = "mul",
     grouping: str = "blocks",
@@ -51,12 +50,8 @@ def dynamic_filter(
     Raises:
         ValueError: If an argument has the wrong shape, dtype, device or value.
     """
-    if grouping not in ("blocks", "interleaved"):
-        raise ValueError(f'grouping must be "blocks" or "interleaved", got {grouping!r}')
-    if filters.dim() != 5:
-        raise ValueError(f"filters must be [B, G, K*K, Ho, Wo], got shape {list(filters.shape)}")
-    if parts < 1 or filters.shape[1] % parts != 0:
-        raise ValueError(f"parts must divide the {filters.shape[1]} filters, got {parts}")
+    if not torch.jit.is_scripting():
+        _check_groups(filters, grouping, parts)
     if grouping == "blocks":
         parts = filters.shape[1]  # as many parts of one filter each
     if torch.jit.is_scripting():  # TorchScript knows the registered operator alone
@@ -100,12 +95,8 @@ def ddf(
     Raises:
         ValueError: If an argument has the wrong shape, dtype, device or value.
     """
-    if channel_filter.dim() != 4 or channel_filter.shape[2] != kernel_size or channel_filter.shape[3] != kernel_size:
-        raise ValueError(
-            f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}"
-        )
-    if spatial_filter.dim() != 4:
-        raise ValueError(f"spatial_filter must be [B, K*K, Ho, Wo], got shape {list(spatial_filter.shape)}")
+    if not torch.jit.is_scripting():
+        _check_ddf(channel_filter, spatial_filter, kernel_size)
     return dynamic_filter(
         features,
         spatial_filter.unsqueeze(1),
@@ -136,7 +127,7 @@ def ddf_with_heads(
         head: Number of groups.
         kernel_size, dilation, stride, kernel_combine: As for `ddf`.
     """
-    B, C, taps = x.shape[0], x.shape[1], kernel_size**2
+    B, C, taps = x.shape[0], x.shape[1], kernel_size * kernel_size
     return dynamic_filter(
         x,
         spatial_filter.reshape(B, head, taps, spatial_filter.shape[2], spatial_filter.shape[3]),
@@ -178,6 +169,24 @@ def _on_cuda(x: Tensor, filters: Tensor, channel_filter: Tensor | None, options:
         x, filters, channel_filter, kernel_size, kernel_combine, 1, dilation, stride, 1
     )
     return y.reshape(B, C, *y.shape[2:])
+
+
+def _check_ddf(channel_filter: Tensor, spatial_filter: Tensor, kernel_size: int) -> None:
+    if channel_filter.ndim != 4 or channel_filter.shape[2:] != (kernel_size, kernel_size):
+        raise ValueError(
+            f"channel_filter must be [B, C, {kernel_size}, {kernel_size}], got {list(channel_filter.shape)}"
+        )
+    if spatial_filter.ndim != 4:
+        raise ValueError(f"spatial_filter must be [B, K*K, Ho, Wo], got shape {list(spatial_filter.shape)}")
+
+
+def _check_groups(filters: Tensor, grouping: str, parts: int) -> None:
+    if grouping not in ("blocks", "interleaved"):
+        raise ValueError(f'grouping must be "blocks" or "interleaved", got {grouping!r}')
+    if filters.ndim != 5:
+        raise ValueError(f"filters must be [B, G, K*K, Ho, Wo], got shape {list(filters.shape)}")
+    if parts < 1 or filters.shape[1] % parts:
+        raise ValueError(f"parts must divide the {filters.shape[1]} filters, got {parts}")
 
 
 def _check(

@@ -14,7 +14,6 @@ from timm_dynamic.layers.pooled_norm import normalize_pooled
 from timm_dynamic.ops import dynamic_filter
 
 _SHARED = 8  # channels that a filter serves
-_TAPS = 9
 
 
 @register_notrace_module
@@ -59,8 +58,8 @@ class CoTLayer(nn.Module):
             nn.Conv2d(2 * dim, hidden, 1, groups=groups, bias=False, **dd),
             nn.BatchNorm2d(hidden, **dd),
             nn.ReLU(),
-            nn.Conv2d(hidden, filters * _TAPS, 1, groups=groups, **dd),
-            nn.GroupNorm(filters, filters * _TAPS, **dd),
+            nn.Conv2d(hidden, filters * 9, 1, groups=groups, **dd),
+            nn.GroupNorm(filters, filters * 9, **dd),
         )
         self.conv1x1 = nn.Sequential(
             nn.Conv2d(dim, dim, 1, groups=groups, bias=False, **dd),
@@ -81,14 +80,18 @@ class CoTLayer(nn.Module):
         k = self.key_embed(x)
         # Channels of x and k in turn: every group sees its share of both.
         both = torch.stack([x, k], 2).flatten(1, 2) if self.groups > 1 else torch.cat([x, k], 1)
-        filters = self.embed(both).unflatten(1, (-1, _TAPS))
-        options = {"grouping": "interleaved", "parts": self.groups, "dilation": self.dilation}
-        y = self.act(self.bn(dynamic_filter(self.conv1x1(x), filters, 3, **options)))
+        filters = self.embed(both).unflatten(1, (-1, 9))
+        values, groups, dilation = self.conv1x1(x), self.groups, self.dilation
+        y = dynamic_filter(values, filters, 3, grouping="interleaved", parts=groups, dilation=dilation)
+        y = self.act(self.bn(y))
         gate = self.gate((y + k).mean((2, 3), keepdim=True))
         return k + gate * (y - k)
 
     def gate(self, pooled: Tensor) -> Tensor:
         """`[B, C, 1, 1]` to the same: the share of the dynamic context."""
-        squeeze, norm, act, excite = self.se
-        scores = excite(act(normalize_pooled(norm, squeeze(pooled)))).unflatten(1, (-1, 2))
-        return scores.softmax(2)[:, :, 0]
+        if torch.jit.is_scripting():
+            scores = self.se(pooled)
+        else:
+            squeezed = normalize_pooled(self.se[1], self.se[0](pooled))
+            scores = self.se[3](self.se[2](squeezed))
+        return scores.unflatten(1, (-1, 2)).softmax(2)[:, :, 0]

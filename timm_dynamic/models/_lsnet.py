@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split(self.sizes, 1)
-        q, k, v = [t.flatten(2).unflatten(1, (self.num_heads, -1)) for t in (self.dw(q), k, v)]
+        q, k, v = [t.flatten(2).unflatten(1, (self.num_heads, -1)) for t in [self.dw(q), k, v]]
         scores = q.transpose(2, 3) @ k * self.scale + self.bias(x.shape[2], x.shape[3])
         y = v @ scores.softmax(-1).transpose(2, 3)
         return self.proj(y.flatten(1, 2).unflatten(2, x.shape[2:]))
@@ -83,7 +83,8 @@ class Attention(nn.Module):
                 f"a map of {height} x {width} positions is larger than that of the attention biases, {rows} x "
                 f"{columns}: create the model with img_size=(height, width) of the largest images"
             )
-        y, x = (torch.arange(size, device=self.attention_biases.device) for size in (height, width))
+        y = torch.arange(height, device=self.attention_biases.device)
+        x = torch.arange(width, device=self.attention_biases.device)
         dy, dx = (y[:, None] - y).abs(), (x[:, None] - x).abs()
         return self.attention_biases[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3).flatten(1, 2)
 
@@ -168,7 +169,11 @@ class NormLinear(nn.Module):
         nn.init.zeros_(self.l.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.l(self.drop(normalize_pooled(self.bn, x)))
+        if torch.jit.is_scripting():
+            x = self.bn(x)
+        else:
+            x = normalize_pooled(self.bn, x)
+        return self.l(self.drop(x))
 
     @torch.no_grad()
     def optimized(self) -> nn.Linear | None:

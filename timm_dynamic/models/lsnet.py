@@ -56,6 +56,9 @@ class LSNet(nn.Module):
         global_pool: As for timm's `SelectAdaptivePool2d`; "" for none, without a classifier.
         drop_rate: Of dropout before the classifier.
         drop_path_rate: Of stochastic depth, in the last block; it grows from 0. The authors do without.
+
+    Raises:
+        ValueError: If an argument has an unusable value; from the forward pass, for images that are too large.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class LSNet(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        if not len(embed_dim) == len(depth) == 4:
+            raise ValueError(f"embed_dim and depth must be four numbers each, got {embed_dim} and {depth}")
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.num_features = self.head_hidden_size = embed_dim[-1]
@@ -135,14 +140,11 @@ class LSNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
-        for stage in (self.blocks1, self.blocks2, self.blocks3, self.blocks4):
-            x = self._run(stage, x)
-        return x
-
-    def _run(self, stage: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and len(stage) and not torch.jit.is_scripting():
-            return checkpoint_seq(stage, x)
-        return stage(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in self._stages():
+                x = checkpoint_seq(stage, x)
+            return x
+        return self.blocks4(self.blocks3(self.blocks2(self.blocks1(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.global_pool(x)
@@ -176,7 +178,7 @@ class LSNet(nn.Module):
         wanted, last = feature_take_indices(len(stages), indices)
         x, intermediates = self.patch_embed(x), []
         for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
-            x = self._run(stage, x)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
             if i in wanted:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -223,7 +225,7 @@ class LSNetDistilled(LSNet):
         """Of timm: return the outputs of both classifiers in training."""
         self.distilled_training = enable
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_head(self, x: Tensor, pre_logits: bool = False):
         x = self.global_pool(x)
         if pre_logits:
             return x

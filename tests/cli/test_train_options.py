@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 from commands import TRAIN_FLAGS, read_summary, run
+from timm_dynamic.cli.train_arguments import make_parser
 
 from timm_dynamic.cli.train import build_optimizer
-from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_build import build_scaler
 from timm_dynamic.cli.train_epoch import ramp_mixup
 from timm_dynamic.convert import read_checkpoint

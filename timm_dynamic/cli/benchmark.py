@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from timm_dynamic import families
 from timm_dynamic.cli import common
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cost import count_macs
 from timm_dynamic.dispatch import use
 from timm_dynamic.layers.base import DynamicLayer
@@ -38,98 +38,27 @@ class Candidate:
     compiler: str | None
 
 
-def make_parser() -> common.Parser:
-    parser = common.Parser("benchmark", "Time models, in turns in one process, and print ratios to a baseline.")
-    group = parser.add_argument_group("what")
-    group.add_argument("--models", nargs="+", required=True, metavar="NAME", help="any timm or timm-dynamic models")
-    group.add_argument(
-        "--baseline",
-        default="none",
-        metavar="static|NAME|none",
-        help="what ratios refer to: each model's static twin (with --dynamize: the model without it), a model, or "
-        "nothing (default: none)",
-    )
-    group.add_argument(
-        "--backends",
-        nargs="+",
-        default=["kernel"],
-        choices=("kernel", "reference", "compiled-reference"),
-        help="how our operators run: compiled kernels, plain PyTorch, or that under torch.compile (default: kernel)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=("eval", "train"),
-        default="eval",
-        help="what to time; train: forward, backward and SGD step (default: eval)",
-    )
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        nargs="+",
-        type=common.positive_int,
-        default=[1],
-        metavar="N",
-        help="images a batch; several are timed one after the other (default: 1)",
-    )
-    group.add_argument("--img-size", type=common.positive_int, metavar="N", help="image size (default: the model's)")
-    group.add_argument(
-        "--num-classes", type=common.positive_int, metavar="N", help="number of classes (default: the model's)"
-    )
-    group.add_argument(
-        "--dynamize", choices=tuple(families.layers()), help="put this dynamic layer into each of --models"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=common.KeyValues,
-        metavar="K=V",
-        help="more arguments for --models, not for a baseline that is another model",
-    )
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--num-warm-iter", type=common.positive_int, default=10, metavar="N", help="untimed rounds (default: 10)"
-    )
-    group.add_argument(
-        "--num-bench-iter", type=common.positive_int, default=40, metavar="N", help="timed rounds (default: 40)"
-    )
-    group.add_argument("--threads", type=common.positive_int, metavar="N", help="CPU threads (default: torch's)")
-    common.add_device_arguments(parser)
-    common.add_optimize_argument(group, "also time the inference copy of every model, baselines included")
-    group = parser.add_argument_group("results")
-    group.add_argument("--json", metavar="OUT.json", help="write every row here")
-    group.add_argument("--plot", metavar="OUT.png", help="draw the ratios here")
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
-    device = common.resolve_device(args.device)
+def main(args: argparse.Namespace) -> None:
+    device = common.resolve_device(args)
+    common.check_compile(args)
     if device.type not in _KERNELS:
         raise ValueError(f"--device {args.device}: only cpu and cuda can be timed")
-    if args.optimize and args.mode != "eval":
-        raise ValueError("--optimize makes models for inference: it needs --mode eval")
-    if args.json:
-        common.check_output_file("--json", args.json, (".json",))
     if args.plot:
-        common.check_output_file("--plot", args.plot, (".png", ".pdf", ".svg"))
-        if args.baseline == "none":
-            raise ValueError("--plot draws ratios: give a --baseline")
         from timm_dynamic.cli.plot import save_ratios  # before the timing, so that a missing matplotlib costs no time
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
 
-    report = {"command": shlex.join(["timm-dynamic", "benchmark", *argv]), **environment(device)}
+    report = {"command": args.command, **environment(device)}
     report["kernels"] = backend_info()[device.type]
     report["cudnn_tf32"] = torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None
     report["rows"] = [row | {key: report[key] for key in _MACHINE} for row in run(args, device)]
     print(format_report(report))
     if args.json:
-        with common.replacing(args.json) as path:
+        with replacing(args.json) as path:
             path.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        with common.replacing(args.plot) as path:
+        with replacing(args.plot) as path:
             save_ratios(report["rows"], describe(report), path)
 
 

@@ -11,7 +11,7 @@ from timm.task.task import TrainingTask
 from timm.utils import ApexScaler, NativeScaler
 from torch import nn
 
-from timm_dynamic.cli.common import create_model
+from timm_dynamic.cli.common import create_model, name_of
 from timm_dynamic.training import DynamicTask, add_terms
 
 
@@ -52,7 +52,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module,
     if args.kd_distill_type != "feature" and teacher.num_classes != model.num_classes:
         raise ValueError(
             f"--kd-model-name {args.kd_model_name} tells {teacher.num_classes} classes apart, "
-            f"{args.model} {model.num_classes}"
+            f"{name_of(args)} {model.num_classes}"
         )
     options = {
         "student_model": model,

@@ -14,7 +14,8 @@ import torch
 from timm.utils import CheckpointSaver, is_primary
 from torch.distributed import PrefixStore, Store
 
-from timm_dynamic.cli.common import replacing
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.arguments.train import run_folder
 from timm_dynamic.convert import read_checkpoint
 
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
@@ -134,10 +135,6 @@ def find_checkpoint(args: argparse.Namespace) -> str:
     if args.distributed:
         torch.distributed.broadcast_object_list(found)
     return found[0]
-
-
-def run_folder(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.output or "output/train", name)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 
 from timm_dynamic.cli.arguments.base import (
     KeyValues,
@@ -49,6 +50,13 @@ def make_parser() -> Parser:
         help="images a batch; several are timed one after the other (default: 1)",
     )
     group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
+    group.add_argument(
+        "--pretrained", action="store_true", help="take the models' pretrained weights (masks depend on them)"
+    )
+    group.add_argument("--checkpoint", default="", metavar="FILE", help="weights of the one model of --models")
+    group.add_argument(
+        "--images", metavar="DIR", help="folder of images to run on, instead of noise (masks depend on them)"
+    )
     group.add_argument("--num-classes", type=positive_int, metavar="N", help="number of classes (default: the model's)")
     add_dynamize_arguments(group, "each of --models")
     group.add_argument(
@@ -79,6 +87,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     check_dynamize(parser, args)
+    if args.checkpoint and len(args.models) > 1:
+        parser.error("--checkpoint is for one model: name one in --models")
+    check_file(args.checkpoint)
+    if args.images and not Path(args.images).is_dir():
+        raise ValueError(f"no such folder of images: {args.images}")
     if args.optimize and args.mode != "eval":
         raise ValueError("--optimize makes models for inference: it needs --mode eval")
     if args.json:

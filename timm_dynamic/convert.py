@@ -60,6 +60,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file or is damaged ({error}): download it again") from error
     _refuse_enlarging(path)
+    _check_sums(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
@@ -88,6 +89,20 @@ def _refuse_enlarging(path: Path) -> None:
         if found := _ENLARGING.search(data):
             name = found[1].decode().replace("\n", ".")
             raise ValueError(f"{path} is refused: it calls {name!r}, which weights do not need. Save the weights alone")
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the checksums in an archive of torch.save with its content, which torch.load does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # no archive: an older format. Or a damaged one
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\3\4":
+                raise ValueError(f"{path} {_why_unreadable(str(error))}") from error
+        return
+    if damaged:
+        raise ValueError(f"{path} is damaged (the checksum of {damaged[:80]!r} in it is wrong): download it again")
 
 
 def _why_unreadable(message: str) -> str:

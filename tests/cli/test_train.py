@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 def train(capsys, flags=""):
     """Train; what it printed, the rows of its summary, and its last checkpoint."""
+    if "--resume" not in flags and "--experiment" not in flags:
+        shutil.rmtree("out/run", ignore_errors=True)
     status, out, err = run(capsys, "train", "data", *TRAIN_FLAGS, *flags.split())
     assert status == 0, err
     folder = Path(out.split(" in ")[-1].strip())
@@ -72,15 +74,20 @@ def test_a_run(capsys):
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
 
 
-def test_fewer_classes_than_the_model_has(capsys, caplog):
-    """Are said, unless they are meant."""
+def test_classes_are_those_of_the_data_or_of_the_weights(capsys, caplog):
+    """Fewer ones than the weights' are said, unless they are meant."""
     note = "test_resnet has 1000 classes, the data 10: to train with these alone pass --num-classes 10"
-    flags = "--model test_resnet --epochs 1 --val-split="
-    train(capsys, f"{flags} --num-classes 1000")
-    assert note not in caplog.text
+    flags = "--model test_resnet --epochs 1 --val-split= --lr 0"
+    _, _, last = train(capsys, f"{flags} --num-classes 1000")
+    assert len(last["state_dict"]["fc.bias"]) == 1000 and note not in caplog.text
     kept = [flag for flag in TRAIN_FLAGS if flag not in ("--num-classes", "10")]
-    assert cli.main(["train", "data", *kept, *flags.split()]) == 0
+    start = "--initial-checkpoint out/run/last.pth.tar --experiment weights"
+    assert cli.main(["train", "data", *kept, *flags.split(), *start.split()]) == 0
     assert caplog.text.count(note) == 1
+    caplog.clear()
+    assert cli.main(["train", "data", *kept, *flags.split(), "--experiment", "data"]) == 0
+    assert len(read_checkpoint("out/data/last.pth.tar")["state_dict"]["fc.bias"]) == 10
+    assert note not in caplog.text and "10 classes" in caplog.text and "in out/data" in caplog.text
 
 
 def test_learns(capsys):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def spoil(monkeypatch):
 
 def train(capsys, flags=""):
     """Exit status, stderr, the summary's rows and the last checkpoint."""
+    shutil.rmtree("out/run", ignore_errors=True)
     status, _, err = run(capsys, *FLAGS, *flags.split())
     return status, err, read_summary(), read_checkpoint("out/run/last.pth.tar")
 

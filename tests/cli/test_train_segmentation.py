@@ -73,6 +73,8 @@ def run(capsys, flags=""):
 
 def train(capsys, flags=""):
     """Train; what it printed, and the rows of its summary."""
+    if "--resume" not in flags:
+        shutil.rmtree("out/run", ignore_errors=True)
     status, out, err = run(capsys, flags)
     assert status == 0, err
     return out, read_summary(out.splitlines()[0].split(" in ")[-1])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from timm_dynamic.cli.arguments.data import INTERPOLATIONS
 from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.common import (
     amp_autocast,
@@ -40,6 +41,7 @@ from timm_dynamic.optimize import optimize
 _logger = logging.getLogger(__name__)
 
 _PREPROCESSING = ("img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
+_INTERPOLATIONS = (None, "", *INTERPOLATIONS)
 _EXAMPLES = 16  # images at most on which the way to run is chosen
 
 
@@ -104,12 +106,20 @@ def main(args: argparse.Namespace) -> None:
 def take_over_preprocessing(args: argparse.Namespace) -> None:
     """Where no flag says how images are prepared, prepare them as in the training that the checkpoint is from."""
     trained = read_checkpoint(args.checkpoint).get("args")
-    flags = {name: getattr(trained, name, None) for name in _PREPROCESSING}
+    trained = vars(trained) if isinstance(trained, argparse.Namespace) else {}
+    flags = {name: trained.get(name) for name in _PREPROCESSING}
+    numbers = [value for name in _PREPROCESSING[:-1] for value in _listed(flags[name])]
+    if not all(isinstance(value, (int, float)) for value in numbers) or flags["interpolation"] not in _INTERPOLATIONS:
+        return  # a file can hold anything
     if any(getattr(args, name) for name in _PREPROCESSING) or not any(flags.values()):
         return
     vars(args).update({name: value for name, value in flags.items() if value})
     words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value)
     _logger.info(f"as in training: {words}")
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from timm_dynamic.cli.arguments.base import (
     add_dynamize_arguments,
     add_optimize_argument,
     check_dynamize,
+    check_file,
     positive_int,
 )
 from timm_dynamic.cli.arguments.files import check_output_file

@@ -189,23 +189,23 @@ def filter_fn_of(name: str) -> Callable | None:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
-    own, optional = model.state_dict(), {KEY} if has_progress(model) else ()
+    expected, optional = model.state_dict(), {KEY} if has_progress(model) else ()
     wrong_shape = [
         f"{key} {str(list(state[key].shape))[:60]} instead of {list(value.shape)}"
-        for key, value in own.items()
+        for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
     kinds = {
-        "missing": [key for key in own if key not in state and key not in optional],
-        "unexpected": [key for key in state if key not in own and key not in optional],
+        "missing": [key for key in expected if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in expected and key not in optional],
         "of another shape": wrong_shape,
     }
     if any(kinds.values()):
         problems = [f"{len(keys)} keys {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
-        raise ValueError("; ".join(problems) + _num_classes_hint(state, own, model))
+        raise ValueError("; ".join(problems) + _num_classes_hint(state, expected, model))
     for key in state.keys() & optional:
         check_done(state[key])
-    for key, value in own.items():
+    for key, value in expected.items():
         if key in optional:
             continue
         if value.is_floating_point() and not state[key].is_floating_point():
@@ -235,11 +235,11 @@ def _name(key: Any) -> str:
     return repr(key)[1:-1][:100] if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _num_classes_hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> str:
+def _num_classes_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> str:
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
         key = f"{name}.weight"
-        if key in state and (key not in own or len(state[key]) != len(own[key])):
+        if key in state and (key not in expected or len(state[key]) != len(expected[key])):
             return f"; create the model with num_classes={len(state[key])} (--num-classes {len(state[key])})"
     return ""
 

@@ -289,6 +289,7 @@ def test_learning_rate_from_the_batch(capsys):
     keep = [flag for flag in TRAIN_FLAGS if flag not in ("--lr", "0.05")]
     rates = []
     for extra in ([], ["--lr-base-scale", "sqrt"], ["--opt", "adamw"]):
+        shutil.rmtree("out", ignore_errors=True)
         assert cli.main(["train", "data", *keep, *flags, *extra]) == 0
         rates.append(read_summary()[0]["lr"])
     assert rates == pytest.approx([0.02, 0.1 * 0.2**0.5, 0.1 * 0.2**0.5])

@@ -140,8 +140,10 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 def _record(args, verdicts: dict[str, dict], rows: list[dict]) -> dict:
     facts = environment(torch.device(args.device))
-    kept = [{k: v for k, v in row.items() if k not in ("setting", "device")} for row in rows if row["name"] in verdicts]
-    return facts | records.place(args.device, facts["device"]) | {"names": verdicts, "cases": kept}
+    cases = [
+        {k: v for k, v in row.items() if k not in ("setting", "device")} for row in rows if row["name"] in verdicts
+    ]
+    return facts | records.place(args.device, facts["device"]) | {"names": verdicts, "cases": cases}
 
 
 def _print_summary(verdicts: dict[str, dict], left: set[str], device: str) -> None:

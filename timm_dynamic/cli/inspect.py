@@ -61,8 +61,8 @@ def main(args: argparse.Namespace) -> None:
     if args.pretrained or not args.checkpoint:
         model = create_model(args.model, pretrained=True, **options)
     config = resolve_data(args, model, use_test_size=True)
-    own = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
-    out = Path(args.out or Path("output/inspect", safe_model_name(name_of(args)), *own))
+    checkpoint_parts = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
+    out = Path(args.out or Path("output/inspect", safe_model_name(name_of(args)), *checkpoint_parts))
     if path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
         args.workers = 0  # starting processes would take longer than the image

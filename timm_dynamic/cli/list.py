@@ -36,22 +36,23 @@ def row(name: str, family: Family) -> str:
     macs = count_macs(model, torch.zeros(1, *size, device="meta"))
     twin = family.twins.get(name) or " ".join(f"{key}={value}" for key, value in family.static.items())
     parameters, macs = sum(p.numel() for p in model.parameters()), macs.static + macs.linear
-    weights = ", ".join(f"{tag} ({where})" for tag, where in weights_of(name).items())
+    weights = "; ".join(f"{', '.join(tags)} ({place})" for place, tags in weights_of(name).items())
     return (
         f"{name:<34} {parameters / 1e6:7.2f} M  {macs / 1e9:7.3f} GMACs at {size[-1]} px  "
         f"{f'twin {twin}' if twin else '':<28} {f'weights {weights}' if weights else ''}"
     ).rstrip()
 
 
-def weights_of(name: str) -> dict[str, str]:
-    """Where the weights of each tag of a model are: in the package, in the local folder, or with the authors only."""
-    found = {}
+def weights_of(name: str) -> dict[str, list[str]]:
+    """The tags with weights of a model, by where these are: in the package, in the local folder, with their authors."""
+    found: dict[str, list[str]] = {}
     for tagged in timm.list_pretrained(f"{name}.*"):
         cfg = timm.get_pretrained_cfg(tagged)
         if local_weights(tagged).exists():
-            found[cfg.tag] = "here"
+            place = "here"
         elif cfg.file and PACKAGE_WEIGHTS.as_posix() in cfg.file:
-            found[cfg.tag] = "in the package"
+            place = "in the package"
         else:
-            found[cfg.tag] = "to convert from the authors' file"
+            place = "to convert from the authors' file"
+        found.setdefault(place, []).append(cfg.tag)
     return found

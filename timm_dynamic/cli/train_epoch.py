@@ -69,7 +69,7 @@ def train_one_epoch(
     done = epoch * -(-steps // accumulate)  # updates so far
     sums, images_seen = defaultdict(lambda: torch.zeros((), device=device)), 0
     optimizer.zero_grad()
-    began = told = time.perf_counter()
+    began = reported = time.perf_counter()
     bar = tqdm(
         total=steps * args.batch_size * args.world_size,
         desc=f"epoch {epoch}",
@@ -85,7 +85,7 @@ def train_one_epoch(
             update = step % accumulate == group - 1
             if step % accumulate == 0:
                 guard.start()
-                kept = sums.copy(), images_seen
+                before = sums.copy(), images_seen
             lr = optimizer.param_groups[0]["lr"]
             where = f"epoch {epoch}, step {step + 1} of {steps}, learning rate {lr:.3g}"
             tell_progress(model, epoch + step / steps, epochs, args)
@@ -126,14 +126,14 @@ def train_one_epoch(
             done += 1
             optimizer.zero_grad()
             if skipped:
-                sums, images_seen = kept
+                sums, images_seen = before
             else:
                 guard.note(where)
                 task.update_ema(step=done)
             now = time.perf_counter()
-            due = now - told >= (_SECONDS_OF_LOG if bar.disable else _SECONDS_OF_BAR)
+            due = now - reported >= (_SECONDS_OF_LOG if bar.disable else _SECONDS_OF_BAR)
             if is_primary(args) and images_seen and (due or done % args.log_interval == 0):
-                told = now
+                reported = now
                 mean = sums["loss"].item() / images_seen
                 state = {"loss": f"{mean:.4g}", "lr": f"{lr:.3g}"}
                 bar.set_postfix(state)

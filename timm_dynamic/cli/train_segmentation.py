@@ -75,16 +75,16 @@ def evaluate(
     """
     model.eval()
     # Several processes get equally many images, the surplus repeated from the start: those are not counted twice.
-    own, seen = len(range(rank, len(loader.dataset), world_size)), 0
+    share, seen = len(range(rank, len(loader.dataset), world_size)), 0
     miou = MulticlassJaccardIndex(loader.dataset.num_classes, ignore_index=IGNORED, validate_args=False)
     miou, sums = miou.to(loader.device), torch.zeros(2, dtype=torch.float64, device=loader.device)  # of loss and pixels
-    with tqdm(total=own, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
+    with tqdm(total=share, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
         for images, masks in loader:
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with autocast or nullcontext():
                 output = model(images)
-            output, masks = output[: own - seen].float(), masks[: own - seen]
+            output, masks = output[: share - seen].float(), masks[: share - seen]
             miou.update(output.argmax(1), masks)
             loss = F.cross_entropy(output, masks, ignore_index=IGNORED, reduction="sum")
             sums += torch.stack([loss, (masks != IGNORED).sum()])

@@ -146,7 +146,7 @@ def evaluate(
     model.eval()
     # Several processes get equally many images, the surplus repeated from the start: those are not counted twice.
     shared = world_size > 1 and not isinstance(loader.dataset, IterableDataset)
-    own = len(range(rank, len(loader.dataset), world_size)) if shared else None
+    share = len(range(rank, len(loader.dataset), world_size)) if shared else None
     seen, sums = 0, torch.zeros(4, device=loader.device)  # sums over images: loss, top-1, top-5 [percent], 1
     total = len(loader.dataset) // world_size
     with tqdm(total=total, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
@@ -156,7 +156,7 @@ def evaluate(
             with autocast or nullcontext():
                 output = model(images)
             if shared:
-                output, target = output[: own - seen], target[: own - seen]
+                output, target = output[: share - seen], target[: share - seen]
             read = len(target)
             if getattr(loader.dataset, "bad", None) is not None:  # images that could not be read have the label -1
                 output, target = output[target >= 0], target[target >= 0]

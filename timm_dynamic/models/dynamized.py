@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, get_arch_name, register_model
 from timm.models._builder import load_pretrained
 from torch import Tensor, nn
 
-from timm_dynamic.convert import check_finite, filter_fn_of
+from timm_dynamic.convert import check_finite, filter_fn_of, one_line
 from timm_dynamic.hub import WEIGHT_SOURCES, check_hub_file
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import KEY
@@ -32,7 +32,7 @@ class Recipe:
         base_kwargs: Its arguments.
         layer: The dynamic layer: a name of `timm_dynamic.families.layers()`, or a class.
         where: Which convolutions are replaced, as for `dynamize`.
-        layer_kwargs: The layer's own keyword arguments.
+        layer_kwargs: The layer's keyword arguments.
     """
 
     base: str
@@ -83,7 +83,7 @@ def dynamized(
     features = {key: recipe.base_kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
     cfg |= pretrained_cfg_overlay or {}
-    elsewhere = any(cfg.get(key) for key in WEIGHT_SOURCES)  # weights that are not the base's own
+    elsewhere = any(cfg.get(key) for key in WEIGHT_SOURCES)  # weights that are not the base's
     base_model = recipe.make_base(pretrained=pretrained and not elsewhere, cache_dir=cache_dir)
     base_cfg = {key: value for key, value in base_model.pretrained_cfg.items() if key not in WEIGHT_SOURCES}
     model = recipe.dynamize(base_model)
@@ -92,7 +92,10 @@ def dynamized(
     if pretrained and elsewhere:
         check_hub_file(model.pretrained_cfg, cache_dir)
         channels = recipe.base_kwargs.get("in_chans", 3)
-        load_pretrained(model, model.pretrained_cfg, model.num_classes, channels, checkpoint_filter_fn)
+        try:
+            load_pretrained(model, model.pretrained_cfg, model.num_classes, channels, checkpoint_filter_fn)
+        except RuntimeError as error:
+            raise ValueError(f"the weights do not load into {base} with {layer}: {one_line(error)}") from error
         check_finite(model.state_dict())
     return _features(model, features) if features_only else model
 
@@ -108,13 +111,13 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     translate = filter_fn_of(get_arch_name(model.recipe.base))
     try:
         static = translate(state, base) if translate else state
-    except Exception:  # it expects one format and breaks in its own ways on others
+    except Exception:  # it expects one format and breaks on others
         return state
-    own = base.state_dict()
-    if _names(static) != _names(own):
+    expected = base.state_dict()
+    if _names(static) != _names(expected):
         return state
-    others = {key: value for key, value in static.items() if key not in own or value.shape != own[key].shape}
-    base.load_state_dict({**own, **{key: value for key, value in static.items() if key not in others}})
+    others = {key: value for key, value in static.items() if key not in expected or value.shape != expected[key].shape}
+    base.load_state_dict({**expected, **{key: value for key, value in static.items() if key not in others}})
     _logger.info(f"the file holds weights of the static {model.recipe.base}: they were loaded before it became dynamic")
     return {**model.recipe.dynamize(base).state_dict(), **others}
 

@@ -87,8 +87,7 @@ def run_folder(args: argparse.Namespace, name: str) -> Path:
 def _check_folder(args: argparse.Namespace) -> None:
     """Refuse to write over another run."""
     folder = run_folder(args, args.experiment)
-    resumed = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    if not resumed and ((folder / "summary.csv").exists() or any(folder.glob("*.pth.tar"))):
+    if not args.resume and ((folder / "summary.csv").exists() or any(folder.glob("*.pth.tar"))):
         raise ValueError(f"{folder} holds a run already: go on with it by --resume auto, or give another --experiment")
 
 

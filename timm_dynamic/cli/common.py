@@ -81,7 +81,8 @@ def name_of(args: argparse.Namespace) -> str:
 
 def dynamize_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `--dynamize` and `--where` mean to `create_model`."""
-    return {"dynamize": args.dynamize, "where": args.where}
+    options = {"dynamize": args.dynamize, "where": args.where}
+    return {key: value for key, value in options.items() if value}
 
 
 @contextmanager

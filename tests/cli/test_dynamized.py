@@ -33,7 +33,7 @@ def test_from_static_weights_to_the_hub_and_back(capsys, caplog, name):
     rows = read_summary()
     assert 0 < rows[-1]["eval_routing_spread"] < 1
     spread = json.loads(Path("out/run/routing.json").read_text())["spread"]
-    assert set(spread) == {"layer2.0.conv1", "layer2.0.conv2"} or all(key.startswith("layer2.") for key in spread)
+    assert spread and all(key.startswith("layer2.") for key in spread)
 
     validate = ["validate", "data", *SMALL, *name, "--num-classes", "10", "--checkpoint", "out/run/last.pth.tar"]
     status, out, err = run(capsys, *validate)  # at the size of the training, which the checkpoint knows

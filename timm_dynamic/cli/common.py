@@ -45,7 +45,9 @@ def create_model(
     """
     shown = network_name(name, dynamize, kwargs)
     if dynamize:
-        name, kwargs = "dynamized", {**kwargs, "base": name, "layer": dynamize, "where": where}
+        name, kwargs = "dynamized", {**kwargs, "base": name, "layer": dynamize}
+    if where:
+        kwargs["where"] = where
     pretrained = kwargs.get("pretrained")
     static = kwargs.get("base") or name
     from_folder = static.lower().startswith(_FOLDERS)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -202,6 +203,8 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, config: dict, device
 
     Worker processes start anew each epoch, so that an epoch's random numbers depend on nothing before it.
     """
+    # torch warns of more workers than cores in every epoch, which hides what is said below.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     try:
         return create_loader(
             dataset,

@@ -1,6 +1,7 @@
 """Checkpoints: reading ours, timm's and the original authors' without running what is in them, and converting them."""
 
 import argparse
+import logging
 import mmap
 import os
 import re
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.progress import KEY, check_done, has_progress
 from timm_dynamic.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 _EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's, and its scripts' older name
 _STATE_KEYS = ("state_dict", "model")
@@ -149,7 +152,7 @@ def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> 
     return {key: torch.Tensor.detach(value) for key, value in state.items()}
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False, new_head: bool = False) -> None:
     """Load a checkpoint file into a model: strictly, or not at all.
 
     The `checkpoint_filter_fn` of the module that defines the model, ours or timm's, translates other formats.
@@ -158,6 +161,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
         model: As `timm.create_model` made it.
         path: File to load: ours, timm's, or an author's (see `read_checkpoint`).
         use_ema: Take the averaged weights of the checkpoint.
+        new_head: Leave the model's classifier as it is if the file has one of another number of classes.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -169,6 +173,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
         state = extract_state_dict(checkpoint, use_ema)
         filter_fn = filter_fn_of(name)
         state = filter_fn(state, model) if filter_fn else state
+        state = _with_head_of(model, state) if new_head else state
         _check_fits(state, model)
     except ValueError as error:
         raise ValueError(f"{path} does not load into {name}: {error}") from error
@@ -236,12 +241,28 @@ def _name(key: Any) -> str:
 
 
 def _num_classes_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> str:
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    for name in (classifier,) if isinstance(classifier, str) else classifier:
+    for name in _classifiers(model):
         key = f"{name}.weight"
         if key in state and (key not in expected or len(state[key]) != len(expected[key])):
             return f"; create the model with num_classes={len(state[key])} (--num-classes {len(state[key])})"
     return ""
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _with_head_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    heads = tuple(f"{name}." for name in _classifiers(model))
+    head = {key: value for key, value in model.state_dict().items() if key.startswith(heads)} if heads else {}
+    others = [key for key, value in head.items() if key in state and state[key].shape != value.shape]
+    if not others:
+        return state
+    _logger.info(
+        f"the file has {len(state[others[0]])} classes, the model {len(head[others[0]])}: its classifier is new"
+    )
+    return {**state, **head}
 
 
 def convert(src: str | os.PathLike, dst: str | os.PathLike, model: nn.Module, use_ema: bool = False) -> None:

@@ -267,6 +267,12 @@ def test_initial_checkpoint(capsys):
     assert rows[0]["epoch"] == 0
     weights = [key for key, _ in timm.create_model(MODEL, num_classes=10).named_parameters()]
     assert_same(*({key: c["state_dict"][key] for key in weights} for c in (last, again)))
+    # With other classes, all but the classifier.
+    flags = "--initial-checkpoint out/run/last.pth.tar --lr 0 --experiment c --epochs 1 --num-classes 12"
+    _, _, other = train(capsys, flags)
+    assert len(other["state_dict"].pop("fc.bias")) == 12
+    weights = [key for key in weights if not key.startswith("fc.")]
+    assert_same(*({key: c["state_dict"][key] for key in weights} for c in (last, other)))
 
 
 def test_averaged_weights(capsys):

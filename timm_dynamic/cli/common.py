@@ -31,6 +31,7 @@ def create_model(
     use_ema: bool = False,
     dynamize: str | None = None,
     where: list[str] | None = None,
+    new_head: bool = False,
     **kwargs,
 ) -> nn.Module:
     """`timm.create_model`, with a one-line `ValueError` for what a user can get wrong.
@@ -41,6 +42,7 @@ def create_model(
         use_ema: Take the averaged weights of the checkpoint.
         dynamize: Layer to put into the model; it is then `dynamized`, with the named one as its base.
         where: Which convolutions that replaces (see `timm_dynamic.dynamize`).
+        new_head: Leave the classifier as it is if the checkpoint has one of another number of classes.
         **kwargs: For the model; those that are None are left out.
     """
     shown = network_name(name, dynamize, kwargs)
@@ -65,7 +67,7 @@ def create_model(
         raise ValueError(f"cannot create {shown}: {one_line(error)}{hint}") from error
     if checkpoint:
         with explaining(model, checkpoint, use_ema):
-            load_checkpoint(model, checkpoint, use_ema=use_ema)
+            load_checkpoint(model, checkpoint, use_ema, new_head)
     return model
 
 

@@ -234,7 +234,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
         "drop_path_rate": args.drop_path,
         **args.model_kwargs,
     }
-    model = create_model(args.model, checkpoint=args.initial_checkpoint, **dynamize_options(args), **options)
+    start = {"checkpoint": args.initial_checkpoint, "new_head": args.num_classes is not None}
+    model = create_model(args.model, **start, **dynamize_options(args), **options)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()

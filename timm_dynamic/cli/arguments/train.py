@@ -93,7 +93,12 @@ def _check_folder(args: argparse.Namespace) -> None:
 
 def add_start_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("start")
-    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
+    group.add_argument(
+        "--initial-checkpoint",
+        default="",
+        metavar="FILE",
+        help="weights to start from; with --num-classes, the classifier is new where theirs has another number",
+    )
     group.add_argument(
         "--resume",
         default="",

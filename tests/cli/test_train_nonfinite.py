@@ -47,7 +47,7 @@ def spoil(monkeypatch):
 
     def start(batches, term=False):
         monkeypatch.setattr(
-            "timm_dynamic.cli.train.create_model",
+            "timm_dynamic.cli.train_build.create_model",
             lambda *args, **kwargs: hook_up(create_model(*args, **kwargs), batches, term),
         )
 
@@ -150,8 +150,8 @@ def _with_scale(scaler, scale):
 RANKS = """
 import os, sys, torch
 from timm_dynamic import cli
-from timm_dynamic.cli import train
-create, count = train.create_model, iter(range(1000))
+from timm_dynamic.cli import train_build
+create, count = train_build.create_model, iter(range(1000))
 
 def spoil(module, args):
     if module.training and next(count) in (1, 3) and os.environ["RANK"] == "1":
@@ -162,7 +162,7 @@ def spoilt(*args, **kwargs):
     model.register_forward_pre_hook(spoil)
     return model
 
-train.create_model = spoilt
+train_build.create_model = spoilt
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import yaml
 from timm.data import FastCollateMixup
-from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -33,22 +32,18 @@ from timm_dynamic.cli.arguments.train import run_folder
 from timm_dynamic.cli.common import (
     amp_autocast,
     check_compile,
-    create_model,
-    dynamize_options,
     name_of,
     resolve_device,
 )
 from timm_dynamic.cli.data import (
-    class_folders,
     count_classes,
     describe,
-    image_channels,
     make_loader,
     open_dataset,
     report_bad_images,
     resolve_data,
 )
-from timm_dynamic.cli.train_build import build_scaler, build_task, check_options, start_log
+from timm_dynamic.cli.train_build import build_model, build_scaler, build_task, check_options, start_log
 from timm_dynamic.cli.train_decisions import FirstImages, executed_share, routing_spreads
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.train_finite import FiniteGuard
@@ -223,36 +218,6 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     if saver and saver.best_metric is not None:
         print(f"best {metric}: {saver.best_metric:.4f} (epoch {saver.best_epoch}), in {folder}")
     return folder, list(eval_models.values())[-1]
-
-
-def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    options = {
-        "pretrained": args.pretrained,
-        "num_classes": args.num_classes or _classes_of_data(args),
-        "in_chans": image_channels(args),
-        "drop_rate": args.drop,
-        "drop_path_rate": args.drop_path,
-        **args.model_kwargs,
-    }
-    start = {"checkpoint": args.initial_checkpoint, "new_head": args.num_classes is not None}
-    model = create_model(args.model, **start, **dynamize_options(args), **options)
-    if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()
-        except (AssertionError, AttributeError):
-            raise ValueError(f"{name_of(args)} does not support --grad-checkpointing") from None
-    if args.sync_bn and args.distributed:
-        if device.type == "cpu":
-            raise ValueError("--sync-bn needs a GPU")
-        model, args.dist_bn = convert_sync_batchnorm(model), ""
-    return model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-
-
-def _classes_of_data(args: argparse.Namespace) -> int | None:
-    """The number of class folders, for a head that is new; None for the model's: its weights' or its teacher's."""
-    if args.pretrained or args.initial_checkpoint or args.kd_model_name or "num_classes" in args.model_kwargs:
-        return None
-    return class_folders(args, args.train_split)
 
 
 def build_loaders(

@@ -12,7 +12,7 @@ from timm_dynamic import cli
 ROOT = Path(__file__).parents[2]
 START = [sys.executable, ROOT / "timm_dynamic_start.py"]
 MISTAKES = {
-    "train --bathc-size 3": "unrecognized arguments: --bathc-size 3; did you mean --batch-size",
+    "train --bathc-size 3": "unrecognized arguments: --bathc-size; did you mean --batch-size",
     "train nowhere": "no such data folder: nowhere",
     "validate nowhere": "no such data folder: nowhere",
     "inspect nowhere --model x": "no such image or data folder: nowhere",

@@ -142,8 +142,8 @@ def test_auxiliary_terms_are_logged(capsys):
     assert rows[0]["train_loss"] == rows[1]["train_loss"] == rows[2]["train_loss"]
     first, second, third = (row["train_network_budget"] for row in rows)
     assert first - 2 * second + third == pytest.approx(10 * 2 * 0.2**2, rel=1e-4)
-    assert all(row["train_block_budget"] > 0 for row in rows)
-    assert "train_network_budget" not in train(capsys, f"{flags}-1")[1][0]
+    assert all(row["train_block_budget"] > 0 and 0 < row["eval_executed"] <= 1 for row in rows)
+    assert {"train_network_budget", "eval_executed"}.isdisjoint(train(capsys, f"{flags}-1")[1][0])
 
 
 def test_schedules_follow_the_epochs(capsys, monkeypatch):

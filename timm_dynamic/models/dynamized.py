@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg, get_arch_name, register_model
+from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_name, register_model
 from timm.models._builder import load_pretrained
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from timm_dynamic.replace import Where, dynamize, layer_class, layer_options
 from timm_dynamic.suggest import did_you_mean
 
 _logger = logging.getLogger(__name__)
+
+_TAG = "untrained"
+default_cfgs = generate_default_cfgs({f"dynamized.{_TAG}": {}})  # every model of timm has one; see that of the base
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ def dynamized(
             another network's.
     """
     recipe = _recipe(base, layer, where, kwargs)
-    if isinstance(pretrained_cfg, str):
+    if isinstance(pretrained_cfg, str) and pretrained_cfg != _TAG:
         raise ValueError(f"dynamized has no tag {pretrained_cfg!r}: name the base's, as in base='resnet50.a1_in1k'")
     features_only = recipe.base_kwargs.pop("features_only", False)
     features = {key: recipe.base_kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
-    cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg or {})
+    given = None if isinstance(pretrained_cfg, str) else pretrained_cfg
+    cfg = given.to_dict() if isinstance(given, PretrainedCfg) else dict(given or {})
     cfg |= pretrained_cfg_overlay or {}
     elsewhere = any(cfg.get(key) for key in WEIGHT_SOURCES)  # weights that are not the base's
     base_model = recipe.make_base(pretrained=pretrained and not elsewhere, cache_dir=cache_dir)

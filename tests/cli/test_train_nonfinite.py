@@ -113,7 +113,7 @@ def test_what_a_skipped_update_changes(capsys, caplog, spoil):
     assert loss == other_loss != whole_loss
     assert all(torch.equal(state[key], other[key]) for key in state)
     spoil(range(5))
-    status = cli.main([*FLAGS, *flags.split()])
+    status = cli.main([*FLAGS, *flags.split(), "--experiment", "none"])
     assert status == 2 and "epoch 0: all of its updates were skipped" in capsys.readouterr().err
 
 

@@ -110,6 +110,7 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     Which the file holds, its names say. Weights of other shapes (another number of classes) are passed on.
     """
     if _names(state) == _names(model.state_dict()):
+        _logger.info("the file holds weights of the dynamic network")
         return state
     base = model.recipe.make_base()
     translate = filter_fn_of(get_arch_name(model.recipe.base))

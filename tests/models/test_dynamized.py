@@ -1,11 +1,13 @@
 """`timm.create_model("dynamized", base=..., layer=...)`."""
 
 import copy
+import json
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import timm_dynamic
@@ -68,6 +70,22 @@ def test_features(base, tmp_path):
     with torch.no_grad():
         maps = model.forward_intermediates(X, indices=[1, 2], intermediates_only=True)
         assert all(torch.equal(a, b) for a, b in zip(features(X), maps, strict=True))
+
+
+def test_a_folder_says_how_many_classes_and_channels(tmp_path):
+    """As of timm's own models; others can be asked for."""
+    model = at_work(make(num_classes=7, in_chans=1))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    arguments = {"base": "test_resnet", "layer": "dcd"}  # all that older versions of timm write
+    save_config_for_hf(model, tmp_path / "config.json", model_args=arguments)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_args": arguments}))
+    pulled = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(pulled(X[:, :1]), model(X[:, :1]))
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
+    assert torch.equal(other.layer1[0].conv1.conv.weight, model.layer1[0].conv1.conv.weight)
+    assert other(X[:, :1]).shape == (2, 3)
 
 
 def test_copies_and_pickles(tmp_path):

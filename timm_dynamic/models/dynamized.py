@@ -86,6 +86,9 @@ def dynamized(
     features = {key: recipe.base_kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
     given = None if isinstance(pretrained_cfg, str) else pretrained_cfg
     cfg = given.to_dict() if isinstance(given, PretrainedCfg) else dict(given or {})
+    if cfg:  # of a repository or a folder: what it says of the network, as timm's own models take it
+        said = {"num_classes": cfg.get("num_classes"), "in_chans": (cfg.get("input_size") or [None])[0]}
+        recipe.base_kwargs.update({key: v for key, v in said.items() if v is not None and key not in kwargs})
     cfg |= pretrained_cfg_overlay or {}
     elsewhere = any(cfg.get(key) for key in WEIGHT_SOURCES)  # weights that are not the base's
     base_model = recipe.make_base(pretrained=pretrained and not elsewhere, cache_dir=cache_dir)

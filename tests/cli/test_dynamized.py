@@ -61,7 +61,12 @@ def test_from_static_weights_to_the_hub_and_back(capsys, caplog, name):
 
 
 def test_without_the_flag(capsys):
-    """The error says which flag is missing."""
+    """The error says which flag is missing, by the training's flags or by the names."""
+    flags = ["train", "data", *TRAIN_FLAGS, "--epochs", "1", *NAMES[0]]
+    assert run(capsys, *flags)[0] == 0
+    flags = ["data", *SMALL, "--model", "test_resnet", "--num-classes", "10", "--checkpoint", "out/run/last.pth.tar"]
+    status, _, err = run(capsys, "validate", *flags)
+    assert status == 2 and "it was trained with --dynamize dcd --where layer2.*: add that" in err
     model = timm_dynamic.dynamize(timm.create_model("test_resnet", num_classes=10), "ped")
     torch.save(model.state_dict(), "dynamic.pth")
     flags = ["data", *SMALL, "--model", "test_resnet", "--num-classes", "10", "--checkpoint", "dynamic.pth"]

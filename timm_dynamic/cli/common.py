@@ -102,11 +102,17 @@ def _dynamized_hint(model: nn.Module, checkpoint: str, use_ema: bool) -> str:
     if hasattr(model, "recipe"):
         return ""
     try:
-        names = set(extract_state_dict(read_checkpoint(checkpoint), use_ema))
+        content = read_checkpoint(checkpoint)
+        names = set(extract_state_dict(content, use_ema))
     except ValueError:
         return ""
     if names <= set(model.state_dict()):
         return ""
+    flags = content["args"] if isinstance(content.get("args"), argparse.Namespace) else argparse.Namespace()
+    if isinstance(layer := getattr(flags, "dynamize", None), str):
+        patterns = [str(pattern)[:80] for pattern in getattr(flags, "where", None) or ()]
+        where = f" --where {' '.join(patterns)}" if patterns else ""
+        return f"; it was trained with --dynamize {layer[:80]}{where}: add that"
     for layer in timm_dynamic.families.layers():
         try:
             dynamic = timm_dynamic.dynamize(copy.deepcopy(model), layer)

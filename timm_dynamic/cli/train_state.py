@@ -20,7 +20,13 @@ from timm_dynamic.convert import read_checkpoint
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
-_LEFTOVERS = ("tmp.pth.tar", ".*.pth.*.tar", ".summary.*.csv", ".args.*.yaml")  # timm's, and those of `replacing`
+_LEFTOVERS = (
+    "tmp.pth.tar",
+    ".*.pth.*.tar",
+    ".summary.*.csv",
+    ".args.*.yaml",
+    ".routing.*.json",
+)  # timm's, and those of `replacing`
 
 
 class SafeSaver(CheckpointSaver):

@@ -1,5 +1,3 @@
-import sys
+from timm_dynamic_start import run
 
-from timm_dynamic.cli import main
-
-sys.exit(main(["validate", *sys.argv[1:]]))
+run("validate")

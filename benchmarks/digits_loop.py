@@ -21,7 +21,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from timm_dynamic.cli.common import replacing
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.families import FAMILIES
 from timm_dynamic.timing import environment
 

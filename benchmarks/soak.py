@@ -21,7 +21,7 @@ import torch
 
 import timm_dynamic.cli.train  # noqa: F401 (before the forks)
 from timm_dynamic import cli
-from timm_dynamic.cli.common import replacing
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.timing import environment
 

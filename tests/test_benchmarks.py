@@ -80,12 +80,12 @@ def test_models_does_not_go_on_with_other_code(script, tmp_path):
 
 
 def test_cases_are_options_of_the_benchmark(script):
-    from timm_dynamic.cli import benchmark
+    from timm_dynamic.cli.arguments.benchmark import make_parser
 
     for device in ("cpu", "cuda"):
         for paths in (False, True):
             for case in script("models").cases(device, paths):
-                benchmark.make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])
+                make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_dynamic.cli.arguments.train import make_parser
+from timm_dynamic.cli.arguments.train_segmentation import make_parser as make_segmentation_parser
 from timm_dynamic.cli.common import create_model
-from timm_dynamic.cli.train_arguments import make_parser, make_segmentation_parser
 from timm_dynamic.cli.train_segmentation import build_optimizer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

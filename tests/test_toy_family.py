@@ -39,9 +39,10 @@ class TestFamily(FamilyContract):
 def test_it_is_known_everywhere(toy, script, capsys):
     assert toy.models == ["test_toy_resnet", "toy_resnet18"]
     assert families.family_of("toy_resnet18.untrained") is toy and families.layers()["toy"] is toy.layer
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
-    assert re.search(r"--dynamize \{[a-z,]*\btoy\b", capsys.readouterr().out)
+    assert cli.main(["list", "--family", "toy"]) == 0
+    out = capsys.readouterr().out
+    assert "--dynamize toy: ToyConv2d\n" in out
+    assert re.search(r"toy_resnet18 +12.39 M +1.81\d GMACs at 224 px +twin resnet18", out)
     table = script("tables").models_table([toy])
     assert "| `toy_resnet18` | 12.39 M | 1.81 G |" in table and "`resnet18`, 1.81 G" in table
     assert script("tables").papers([toy]) == "Toy: Nobody, On toys."

@@ -1,6 +1,7 @@
 """Checkpoints: reading ours, timm's and the original authors' without running what is in them, and converting them."""
 
 import argparse
+import logging
 import mmap
 import os
 import re
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.progress import KEY, check_done, has_progress
 from timm_dynamic.version import __version__
+
+_logger = logging.getLogger(__name__)
 
 _EMA_KEYS = ("state_dict_ema", "model_ema")  # timm's, and its scripts' older name
 _STATE_KEYS = ("state_dict", "model")
@@ -60,6 +63,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file or is damaged ({error}): download it again") from error
     _refuse_enlarging(path)
+    _check_sums(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
@@ -88,6 +92,20 @@ def _refuse_enlarging(path: Path) -> None:
         if found := _ENLARGING.search(data):
             name = found[1].decode().replace("\n", ".")
             raise ValueError(f"{path} is refused: it calls {name!r}, which weights do not need. Save the weights alone")
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the checksums in an archive of torch.save with its content, which torch.load does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # no archive: an older format. Or a damaged one
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\3\4":
+                raise ValueError(f"{path} {_why_unreadable(str(error))}") from error
+        return
+    if damaged:
+        raise ValueError(f"{path} is damaged (the checksum of {damaged[:80]!r} in it is wrong): download it again")
 
 
 def _why_unreadable(message: str) -> str:
@@ -134,7 +152,7 @@ def extract_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = False) -> 
     return {key: torch.Tensor.detach(value) for key, value in state.items()}
 
 
-def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = False, new_head: bool = False) -> None:
     """Load a checkpoint file into a model: strictly, or not at all.
 
     The `checkpoint_filter_fn` of the module that defines the model, ours or timm's, translates other formats.
@@ -143,6 +161,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
         model: As `timm.create_model` made it.
         path: File to load: ours, timm's, or an author's (see `read_checkpoint`).
         use_ema: Take the averaged weights of the checkpoint.
+        new_head: Leave the model's classifier as it is if the file has one of another number of classes.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -154,6 +173,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
         state = extract_state_dict(checkpoint, use_ema)
         filter_fn = filter_fn_of(name)
         state = filter_fn(state, model) if filter_fn else state
+        state = _with_head_of(model, state) if new_head else state
         _check_fits(state, model)
     except ValueError as error:
         raise ValueError(f"{path} does not load into {name}: {error}") from error
@@ -174,23 +194,23 @@ def filter_fn_of(name: str) -> Callable | None:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
-    own, optional = model.state_dict(), {KEY} if has_progress(model) else ()
+    expected, optional = model.state_dict(), {KEY} if has_progress(model) else ()
     wrong_shape = [
         f"{key} {str(list(state[key].shape))[:60]} instead of {list(value.shape)}"
-        for key, value in own.items()
+        for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
     kinds = {
-        "missing": [key for key in own if key not in state and key not in optional],
-        "unexpected": [key for key in state if key not in own and key not in optional],
+        "missing": [key for key in expected if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in expected and key not in optional],
         "of another shape": wrong_shape,
     }
     if any(kinds.values()):
         problems = [f"{len(keys)} keys {kind} ({_some(keys)})" for kind, keys in kinds.items() if keys]
-        raise ValueError("; ".join(problems) + _num_classes_hint(state, own, model))
+        raise ValueError("; ".join(problems) + _num_classes_hint(state, expected, model))
     for key in state.keys() & optional:
         check_done(state[key])
-    for key, value in own.items():
+    for key, value in expected.items():
         if key in optional:
             continue
         if value.is_floating_point() and not state[key].is_floating_point():
@@ -220,13 +240,29 @@ def _name(key: Any) -> str:
     return repr(key)[1:-1][:100] if isinstance(key, str) else f"<{type(key).__name__}>"
 
 
-def _num_classes_hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor], model: nn.Module) -> str:
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    for name in (classifier,) if isinstance(classifier, str) else classifier:
+def _num_classes_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> str:
+    for name in _classifiers(model):
         key = f"{name}.weight"
-        if key in state and (key not in own or len(state[key]) != len(own[key])):
+        if key in state and (key not in expected or len(state[key]) != len(expected[key])):
             return f"; create the model with num_classes={len(state[key])} (--num-classes {len(state[key])})"
     return ""
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _with_head_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    heads = tuple(f"{name}." for name in _classifiers(model))
+    head = {key: value for key, value in model.state_dict().items() if key.startswith(heads)} if heads else {}
+    others = [key for key, value in head.items() if key in state and state[key].shape != value.shape]
+    if not others:
+        return state
+    _logger.info(
+        f"the file has {len(state[others[0]])} classes, the model {len(head[others[0]])}: its classifier is new"
+    )
+    return {**state, **head}
 
 
 def convert(src: str | os.PathLike, dst: str | os.PathLike, model: nn.Module, use_ema: bool = False) -> None:

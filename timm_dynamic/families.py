@@ -33,6 +33,7 @@ class Family:
         reported: The authors' ImageNet top-1 in percent: by tag of published weights, or by model if only the paper has
             it. (On another dataset if the tag says so.)
         patterns: Of the names of its models, where they are others, such as `rednet*`.
+        static: Arguments that make a model of it its own static network, where no timm model is that.
         golden: Cases in tests/data whose name is not that of their model: the model, and its arguments.
     """
 
@@ -50,6 +51,7 @@ class Family:
     twins: Mapping[str, str] = field(default_factory=dict)
     reported: Mapping[str, float] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()
+    static: Mapping[str, Any] = field(default_factory=dict)
     golden: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     @property

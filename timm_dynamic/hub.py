@@ -27,6 +27,7 @@ from timm_dynamic.layers.warehouse import save_warehouses_once
 from timm_dynamic.version import __version__
 
 PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
+WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id", "source")  # keys of a cfg that say where weights are
 _FILENAME = "model.safetensors"  # timm's name for weights in a hub repository
 
 
@@ -76,14 +77,12 @@ def build_model(
     file = None
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):
         overlay = pretrained_cfg_overlay or {}
-        if not any(overlay.get(key) for key in ("file", "url", "state_dict", "hf_hub_id", "source")):
+        if not any(overlay.get(key) for key in WEIGHT_SOURCES):
             cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
             file = _find_weights(cfg, cache_dir)
             pretrained_cfg_overlay = {**overlay, "file": file}
-    elif pretrained and isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "hf-hub":
-        repo_id, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
-        with suppress(EntryNotFoundError):  # timm knows other file names, too
-            _check_content(_download(repo_id, _FILENAME, revision or None, cache_dir), repo_id)
+    elif pretrained and isinstance(pretrained_cfg, dict):
+        check_hub_file(pretrained_cfg, cache_dir)
     try:
         model = build_model_with_cfg(
             model_cls,
@@ -110,6 +109,18 @@ def build_model(
         except ValueError as error:
             raise ValueError(f"{file} does not load into {variant}: {error}") from error
     return model
+
+
+def check_hub_file(cfg: dict[str, Any], cache_dir: str | os.PathLike | None) -> None:
+    """Download the weights of an `hf-hub:` name, whose cfg this is, and check them; nothing for other cfgs.
+
+    Raises:
+        ValueError: They are damaged.
+    """
+    if cfg.get("source") == "hf-hub":
+        repo_id, _, revision = cfg["hf_hub_id"].partition("@")
+        with suppress(EntryNotFoundError):  # timm knows other file names, too
+            _check_content(_download(repo_id, _FILENAME, revision or None, cache_dir), repo_id)
 
 
 def _find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None) -> str | None:

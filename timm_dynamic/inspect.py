@@ -97,6 +97,24 @@ def routing_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def routing_spread(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """How much what each layer decides differs between images: 0 where it decides the same for all of them.
+
+    Args:
+        model: Any model, in eval mode.
+        images: `[B, C, H, W]`, at least two.
+
+    Returns:
+        By layer, the standard deviation over the images of what `record` has of it, on average over its numbers; empty
+        for a model without such layers.
+    """
+    if not any(hasattr(module, "routing") for module in model.modules()):
+        return {}
+    with torch.inference_mode(), record(model) as routing:
+        model(images)
+    return {name: values.double().flatten(1).std(0).mean().item() for name, values in routing.items()}
+
+
 def routing_entropy(layer: nn.Module, routing: Tensor) -> tuple[Tensor, float]:
     """How undecided a layer is: the entropy of what `record` has of it, in nats.
 

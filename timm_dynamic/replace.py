@@ -1,5 +1,6 @@
 """Putting a dynamic layer into any timm model."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from timm_dynamic.layers import MaskUnit
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import share_progress
 from timm_dynamic.layers.warehouse import save_warehouses_once
+from timm_dynamic.suggest import did_you_mean
 
 # How timm's models name the modules on a shortcut, and a module that looks at the whole map to weigh it.
 _SHORTCUTS = {"downsample", "shortcut", "skip", "project", "c1x1_w_s1", "c1x1_w_s2"}
@@ -19,11 +21,13 @@ _ATTENTION = {"attn", "self_attn", "se"}
 _ATTENTION_CLASS = re.compile("Attn|Attention|SEModule|EseModule|Excite|LiteMLA|SHMA|SHSA")
 _SHOWN = 3  # convolutions named in an error
 
+Where = Callable[[str, nn.Conv2d], bool] | str | Iterable[str] | None  # which convolutions to replace: see `dynamize`
+
 
 def dynamize(
     model: nn.Module,
     layer: str | type[DropInConv2d],
-    where: Callable[[str, nn.Conv2d], bool] | str | Iterable[str] | None = None,
+    where: Where = None,
     **layer_kwargs,
 ) -> nn.Module:
     """Replace convolutions of a model by dynamic ones, each made from what it replaces (`layer.from_conv`).
@@ -51,12 +55,10 @@ def dynamize(
         ValueError: If the layer is unknown, a pattern matches nothing, a convolution that `where` names cannot be
             replaced, or none can. The model is as it was.
     """
-    layers = families.layers()
-    cls = layers.get(layer) if isinstance(layer, str) else layer
-    if not (isinstance(cls, type) and issubclass(cls, DropInConv2d)):
-        raise ValueError(
-            f"layer must be one of {', '.join(map(repr, layers))} or a dynamic layer's class, got {layer!r}"
-        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"dynamize changes a model, got {model!r}: for a name, timm.create_model makes the model")
+    cls = layer_class(layer)
+    _check_options(cls, layer_kwargs)
     convs = _convolutions(model)
     if where is None:
         names = _default_names(model, convs)
@@ -66,7 +68,9 @@ def dynamize(
         names = _matching_names([where] if isinstance(where, str) else list(where), convs)
     if not names:
         choice = "by default, none" if where is None else "where chooses none"
-        hint = ": name some with `where=` in Python" if where is None else ""
+        hint = ": name some with `where=` (--where)" if where is None else ""
+        if dynamic := sum(isinstance(module, DropInConv2d) for module in model.modules()):
+            hint = f": {dynamic} dynamic layers are in it already, which stay as they are"
         raise ValueError(f"{choice} of the {len(convs)} convolutions of {_kind(model)} is replaced{hint}")
 
     replacements, reasons = {}, {}
@@ -92,6 +96,38 @@ def dynamize(
     share_progress(model)
     save_warehouses_once(model)
     return model
+
+
+def layer_class(layer: str | type[DropInConv2d]) -> type[DropInConv2d]:
+    """The class of a layer that can replace convolutions, by the name of its family or as it is.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    layers = families.layers()
+    cls = layers.get(layer) if isinstance(layer, str) else layer
+    if isinstance(cls, type) and issubclass(cls, DropInConv2d):
+        return cls
+    hint = did_you_mean(layer.lower(), layers) if isinstance(layer, str) else ""
+    raise ValueError(
+        f"layer must be one of {', '.join(map(repr, layers))} or a dynamic layer's class, got {layer!r}"
+        + (f"; {hint}" if hint else "")
+    )
+
+
+def layer_options(cls: type[DropInConv2d]) -> list[str]:
+    """The keyword arguments of a layer beyond those of a convolution."""
+    parameters = [p for f in (cls.__init__, cls.from_conv) for p in inspect.signature(f).parameters.values()]
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
+
+
+def _check_options(cls: type[DropInConv2d], given: dict) -> None:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values())
+    options = layer_options(cls)
+    for name in given if not takes_any else ():
+        if name not in options:
+            known = did_you_mean(name, options, f"it takes {', '.join(options) or 'none'}")
+            raise ValueError(f"{cls.__name__} has no argument {name!r}; {known}")
 
 
 def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:

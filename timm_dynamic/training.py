@@ -1,5 +1,6 @@
 """Training: the auxiliary losses that models carry."""
 
+import warnings
 from collections import defaultdict
 from os.path import commonprefix
 
@@ -58,6 +59,10 @@ def set_progress(model: nn.Module, epoch: float, epochs: float) -> None:
     """
     if epoch < 0 or epochs <= 0:
         raise ValueError(f"epoch must not be negative and epochs must be positive, got {epoch} and {epochs}")
+    if epoch >= 2 * epochs:
+        warnings.warn(
+            f"set_progress(model, {epoch}, {epochs}): epoch {epoch} of {epochs}, or the other way?", stacklevel=2
+        )
     for module in model.modules():
         if hasattr(module, "set_progress"):
             module.set_progress(epoch, epochs)

@@ -10,6 +10,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 import timm_dynamic
 from timm_dynamic.cli import benchmark, main
+from timm_dynamic.cli.arguments.benchmark import make_parser
 from timm_dynamic.ops import kernels
 
 QUICK = ["--img-size", "32", "--num-warm-iter", "1", "--num-bench-iter", "2", "--device", "cpu"]
@@ -121,7 +122,7 @@ def test_static_baseline_is_the_twin_at_the_same_size(run, monkeypatch):
         ("test_resnet", "test_resnet"),
         ("test_ddf_resnet", "test_resnet"),
     ]
-    args = benchmark.make_parser().parse_args([*flags, "--num-bench-iter", "1", "--device", "cpu"])
+    args = make_parser().parse_args([*flags, "--num-bench-iter", "1", "--device", "cpu"])
     rows = benchmark.run(args, torch.device("cpu"))  # test_resnet's own size is 160
     assert [row["img_size"] for row in rows] == [64, 64]
 
@@ -134,7 +135,7 @@ def test_without_a_baseline_there_are_no_ratios(run, capsys):
 
 
 def test_train_mode_trains(monkeypatch):
-    args = benchmark.make_parser().parse_args([*PAIR, *QUICK, "--mode", "train", "-b", "2", "--img-size", "64"])
+    args = make_parser().parse_args([*PAIR, *QUICK, "--mode", "train", "-b", "2", "--img-size", "64"])
     seen = {}
     step = benchmark._step
 

@@ -137,7 +137,7 @@ def test_default_folder_and_dynamize(tmp_path, capsys, small_digits, monkeypatch
     torch.save(timm_dynamic.dynamize(timm.create_model("test_resnet"), "dy").state_dict(), "c.pth")
     flags = ["--model", "test_resnet", *FLAGS[2:], "--dynamize", "dy", "--checkpoint", "c.pth"]
     assert run(capsys, small_digits, *flags)[0] == 0
-    file = tmp_path / "output/inspect/test_resnet" / tmp_path.name / "c.pth/entropy.json"
+    file = tmp_path / "output/inspect/test_resnet_dy" / tmp_path.name / "c.pth/entropy.json"
     assert json.loads(file.read_text())["images"] == 20
 
 

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 def train(capsys, flags=""):
     """Train; what it printed, the rows of its summary, and its last checkpoint."""
+    if "--resume" not in flags and "--experiment" not in flags:
+        shutil.rmtree("out/run", ignore_errors=True)
     status, out, err = run(capsys, "train", "data", *TRAIN_FLAGS, *flags.split())
     assert status == 0, err
     folder = Path(out.split(" in ")[-1].strip())
@@ -72,15 +74,20 @@ def test_a_run(capsys):
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(rows[-1]["eval_top1"], abs=1e-3)
 
 
-def test_fewer_classes_than_the_model_has(capsys, caplog):
-    """Are said, unless they are meant."""
+def test_classes_are_those_of_the_data_or_of_the_weights(capsys, caplog):
+    """Fewer ones than the weights' are said, unless they are meant."""
     note = "test_resnet has 1000 classes, the data 10: to train with these alone pass --num-classes 10"
-    flags = "--model test_resnet --epochs 1 --val-split="
-    train(capsys, f"{flags} --num-classes 1000")
-    assert note not in caplog.text
+    flags = "--model test_resnet --epochs 1 --val-split= --lr 0"
+    _, _, last = train(capsys, f"{flags} --num-classes 1000")
+    assert len(last["state_dict"]["fc.bias"]) == 1000 and note not in caplog.text
     kept = [flag for flag in TRAIN_FLAGS if flag not in ("--num-classes", "10")]
-    assert cli.main(["train", "data", *kept, *flags.split()]) == 0
+    start = "--initial-checkpoint out/run/last.pth.tar --experiment weights"
+    assert cli.main(["train", "data", *kept, *flags.split(), *start.split()]) == 0
     assert caplog.text.count(note) == 1
+    caplog.clear()
+    assert cli.main(["train", "data", *kept, *flags.split(), "--experiment", "data"]) == 0
+    assert len(read_checkpoint("out/data/last.pth.tar")["state_dict"]["fc.bias"]) == 10
+    assert note not in caplog.text and "10 classes" in caplog.text and "in out/data" in caplog.text
 
 
 def test_learns(capsys):
@@ -135,8 +142,8 @@ def test_auxiliary_terms_are_logged(capsys):
     assert rows[0]["train_loss"] == rows[1]["train_loss"] == rows[2]["train_loss"]
     first, second, third = (row["train_network_budget"] for row in rows)
     assert first - 2 * second + third == pytest.approx(10 * 2 * 0.2**2, rel=1e-4)
-    assert all(row["train_block_budget"] > 0 for row in rows)
-    assert "train_network_budget" not in train(capsys, f"{flags}-1")[1][0]
+    assert all(row["train_block_budget"] > 0 and 0 < row["eval_executed"] <= 1 for row in rows)
+    assert {"train_network_budget", "eval_executed"}.isdisjoint(train(capsys, f"{flags}-1")[1][0])
 
 
 def test_schedules_follow_the_epochs(capsys, monkeypatch):
@@ -260,6 +267,12 @@ def test_initial_checkpoint(capsys):
     assert rows[0]["epoch"] == 0
     weights = [key for key, _ in timm.create_model(MODEL, num_classes=10).named_parameters()]
     assert_same(*({key: c["state_dict"][key] for key in weights} for c in (last, again)))
+    # With other classes, all but the classifier.
+    flags = "--initial-checkpoint out/run/last.pth.tar --lr 0 --experiment c --epochs 1 --num-classes 12"
+    _, _, other = train(capsys, flags)
+    assert len(other["state_dict"].pop("fc.bias")) == 12
+    weights = [key for key in weights if not key.startswith("fc.")]
+    assert_same(*({key: c["state_dict"][key] for key in weights} for c in (last, other)))
 
 
 def test_averaged_weights(capsys):
@@ -282,6 +295,7 @@ def test_learning_rate_from_the_batch(capsys):
     keep = [flag for flag in TRAIN_FLAGS if flag not in ("--lr", "0.05")]
     rates = []
     for extra in ([], ["--lr-base-scale", "sqrt"], ["--opt", "adamw"]):
+        shutil.rmtree("out", ignore_errors=True)
         assert cli.main(["train", "data", *keep, *flags, *extra]) == 0
         rates.append(read_summary()[0]["lr"])
     assert rates == pytest.approx([0.02, 0.1 * 0.2**0.5, 0.1 * 0.2**0.5])

@@ -28,15 +28,14 @@ def workplace(tmp_path, monkeypatch, small_digits):
 
 
 def train(capsys, flags):
+    shutil.rmtree("out/run", ignore_errors=True)
     status = cli.main(["train", *FLAGS, *flags.split()])
     return status, capsys.readouterr().err
 
 
 def last_rows():
     with open("out/run/summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    Path("out/run/summary.csv").unlink()
-    return rows
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

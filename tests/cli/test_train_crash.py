@@ -184,11 +184,11 @@ def test_killed_again_and_again(run, flags):
 
 
 def test_killed_at_each_event_of_a_save(run):
-    """From the summary's row to the link to the best one, after the last of two epochs."""
+    """From the file of the routing to the link to the best one, after the last of two epochs."""
     flags = "--model test_ped_resnet --epochs 2 --checkpoint-hist 1 --eval-metric loss"
     expected = finish(run, "whole", flags)
     saw_half_a_file = False
-    for event in range(14, 24):
+    for event in range(15, 26):
         shutil.rmtree("killed", ignore_errors=True)
         status, log = run("killed", flags, event=event)
         assert status == -signal.SIGKILL, log

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def spoil(monkeypatch):
 
     def start(batches, term=False):
         monkeypatch.setattr(
-            "timm_dynamic.cli.train.create_model",
+            "timm_dynamic.cli.train_build.create_model",
             lambda *args, **kwargs: hook_up(create_model(*args, **kwargs), batches, term),
         )
 
@@ -55,6 +56,7 @@ def spoil(monkeypatch):
 
 def train(capsys, flags=""):
     """Exit status, stderr, the summary's rows and the last checkpoint."""
+    shutil.rmtree("out/run", ignore_errors=True)
     status, _, err = run(capsys, *FLAGS, *flags.split())
     return status, err, read_summary(), read_checkpoint("out/run/last.pth.tar")
 
@@ -111,7 +113,7 @@ def test_what_a_skipped_update_changes(capsys, caplog, spoil):
     assert loss == other_loss != whole_loss
     assert all(torch.equal(state[key], other[key]) for key in state)
     spoil(range(5))
-    status = cli.main([*FLAGS, *flags.split()])
+    status = cli.main([*FLAGS, *flags.split(), "--experiment", "none"])
     assert status == 2 and "epoch 0: all of its updates were skipped" in capsys.readouterr().err
 
 
@@ -148,8 +150,8 @@ def _with_scale(scaler, scale):
 RANKS = """
 import os, sys, torch
 from timm_dynamic import cli
-from timm_dynamic.cli import train
-create, count = train.create_model, iter(range(1000))
+from timm_dynamic.cli import train_build
+create, count = train_build.create_model, iter(range(1000))
 
 def spoil(module, args):
     if module.training and next(count) in (1, 3) and os.environ["RANK"] == "1":
@@ -160,7 +162,7 @@ def spoilt(*args, **kwargs):
     model.register_forward_pre_hook(spoil)
     return model
 
-train.create_model = spoilt
+train_build.create_model = spoilt
 sys.exit(cli.main(sys.argv[1:]))
 """
 

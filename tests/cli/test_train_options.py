@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 import sys
 import types
 import warnings
@@ -12,8 +13,8 @@ import torch
 import yaml
 from commands import TRAIN_FLAGS, read_summary, run
 
+from timm_dynamic.cli.arguments.train import make_parser
 from timm_dynamic.cli.train import build_optimizer
-from timm_dynamic.cli.train_arguments import make_parser
 from timm_dynamic.cli.train_build import build_scaler
 from timm_dynamic.cli.train_epoch import ramp_mixup
 from timm_dynamic.convert import read_checkpoint
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 def train(capsys, flags, experiment="run"):
     """Train; the rows of its summary, and its last checkpoint."""
+    if "--resume" not in flags:
+        shutil.rmtree(f"out/{experiment}", ignore_errors=True)
     status, _, err = run(capsys, *FLAGS, *flags.split(), "--experiment", experiment)
     assert status == 0, err
     rows = read_summary(f"out/{experiment}")

@@ -73,6 +73,8 @@ def run(capsys, flags=""):
 
 def train(capsys, flags=""):
     """Train; what it printed, and the rows of its summary."""
+    if "--resume" not in flags:
+        shutil.rmtree("out/run", ignore_errors=True)
     status, out, err = run(capsys, flags)
     assert status == 0, err
     return out, read_summary(out.splitlines()[0].split(" in ")[-1])
@@ -108,7 +110,7 @@ def test_learns(capsys):
     folder = Path("out/run")
     best = max(rows, key=lambda row: row["eval_miou"])
     assert out.startswith(f"best eval_miou: {best['eval_miou']:.4f} (epoch {best['epoch']:.0f})")
-    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_miou", "lr"]
+    assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_miou", "eval_routing_spread", "lr"]
     assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
     assert rows[0]["eval_miou"] < 45 and rows[-1]["eval_miou"] > 60
     assert {path.name for path in folder.iterdir()} == {
@@ -118,6 +120,7 @@ def test_learns(capsys):
         "model_best.pth.tar",
         f"checkpoint-{best['epoch']:.0f}.pth.tar",
         "predictions.png",
+        "routing.json",
     }
     with Image.open(folder / "predictions.png") as picture:
         assert picture.width > 1000 and len(np.unique(np.asarray(picture.convert("RGB")))) > 100
@@ -260,7 +263,7 @@ def spoil(kind):
         (
             "--data-dir nowhere",
             "",
-            "no VOC data: nowhere/VOCdevkit/VOC2012 does not exist (--dataset-download fetches it)",
+            "no such data folder: nowhere",
         ),
         ("--dataset voc+sbd", "", "no SBD data: data/sbd/img does not exist (--dataset-download fetches it)"),
         ("--val-split trainval", "", "VOC in data has no list of the split trainval: data/VOCdevkit/"),

@@ -29,4 +29,4 @@ class TestModelsWithMoreKernels:
 
 def test_every_model_of_the_package_has_a_family():
     ours = {name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm_dynamic.")}
-    assert {name for family in FAMILIES.values() for name in family.models} == ours
+    assert {name for family in FAMILIES.values() for name in family.models} == ours - {"dynamized"}

@@ -1,13 +1,22 @@
-"""The `timm-dynamic` command: one module a subcommand, each with a `main(argv)`."""
+"""The `timm-dynamic` command: a parser in `arguments` and a module with a `main(args)` for each subcommand.
+
+Parsers import neither torch nor timm, so that help and mistakes are answered at once.
+"""
 
 import importlib
+import logging
+import os
 import sys
+
+from timm_dynamic.suggest import did_you_mean
+from timm_dynamic.version import __version__
 
 COMMANDS = {
     "train": "train a model (flags as in timm's train.py)",
     "train_segmentation": "train a network for semantic segmentation on Pascal VOC or SBD",
     "validate": "measure a model's accuracy on a dataset (flags as in timm's validate.py)",
     "benchmark": "time models side by side, as ratios to a baseline",
+    "list": "list the models, with parameters, MACs, static twin and weights, and the layers for --dynamize",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",
     "push": "upload weights and their card to the Hugging Face Hub, in timm's format",
     "card": "write the model card of weights",
@@ -24,12 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: timm-dynamic COMMAND ...\n\ncommands:")
         print("\n".join(f"  {name:<18} {text}" for name, text in COMMANDS.items()))
+        print("\ntimm-dynamic COMMAND --help: its flags; timm-dynamic --version")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"timm-dynamic {__version__}")
+        return 0
     command = argv[0]
     if command not in COMMANDS:
-        return _fail("timm-dynamic", f"unknown command {command!r}; choose from {', '.join(COMMANDS)}")
+        hint = did_you_mean(command, COMMANDS, f"choose from {', '.join(COMMANDS)}")
+        return _fail("timm-dynamic", f"unknown command {command!r}; {hint}")
     try:
-        return importlib.import_module(f"timm_dynamic.cli.{command}").main(argv[1:]) or 0
+        args = importlib.import_module(f"timm_dynamic.cli.arguments.{command}").parse(argv[1:])
+        _begin()
+        return importlib.import_module(f"timm_dynamic.cli.{command}").main(args) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(f"timm-dynamic {command}", str(error))
     except KeyboardInterrupt:
@@ -38,6 +54,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> None:
     sys.exit(main())
+
+
+def _begin() -> None:
+    """Import the package, which takes seconds, if `timm_dynamic_start` has put that off; show what it has to say."""
+    package = sys.modules["timm_dynamic"]
+    if not hasattr(package, "__version__"):
+        package.__spec__.loader.exec_module(package)
+    logging.basicConfig(format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("timm_dynamic").setLevel(logging.INFO if first else logging.WARNING)
 
 
 def _fail(program: str, message: str) -> int:

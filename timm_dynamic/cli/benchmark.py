@@ -2,21 +2,24 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_dynamic import families
 from timm_dynamic.cli import common
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.data import IMAGE_MODES, Images
 from timm_dynamic.cost import count_macs
 from timm_dynamic.dispatch import use
+from timm_dynamic.hub import is_ours
 from timm_dynamic.layers.base import DynamicLayer
 from timm_dynamic.ops import backend_info
 from timm_dynamic.optimize import optimize
@@ -38,118 +41,52 @@ class Candidate:
     compiler: str | None
 
 
-def make_parser() -> common.Parser:
-    parser = common.Parser("benchmark", "Time models, in turns in one process, and print ratios to a baseline.")
-    group = parser.add_argument_group("what")
-    group.add_argument("--models", nargs="+", required=True, metavar="NAME", help="any timm or timm-dynamic models")
-    group.add_argument(
-        "--baseline",
-        default="none",
-        metavar="static|NAME|none",
-        help="what ratios refer to: each model's static twin (with --dynamize: the model without it), a model, or "
-        "nothing (default: none)",
-    )
-    group.add_argument(
-        "--backends",
-        nargs="+",
-        default=["kernel"],
-        choices=("kernel", "reference", "compiled-reference"),
-        help="how our operators run: compiled kernels, plain PyTorch, or that under torch.compile (default: kernel)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=("eval", "train"),
-        default="eval",
-        help="what to time; train: forward, backward and SGD step (default: eval)",
-    )
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        nargs="+",
-        type=common.positive_int,
-        default=[1],
-        metavar="N",
-        help="images a batch; several are timed one after the other (default: 1)",
-    )
-    group.add_argument("--img-size", type=common.positive_int, metavar="N", help="image size (default: the model's)")
-    group.add_argument(
-        "--num-classes", type=common.positive_int, metavar="N", help="number of classes (default: the model's)"
-    )
-    group.add_argument(
-        "--dynamize", choices=tuple(families.layers()), help="put this dynamic layer into each of --models"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=common.KeyValues,
-        metavar="K=V",
-        help="more arguments for --models, not for a baseline that is another model",
-    )
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--num-warm-iter", type=common.positive_int, default=10, metavar="N", help="untimed rounds (default: 10)"
-    )
-    group.add_argument(
-        "--num-bench-iter", type=common.positive_int, default=40, metavar="N", help="timed rounds (default: 40)"
-    )
-    group.add_argument("--threads", type=common.positive_int, metavar="N", help="CPU threads (default: torch's)")
-    common.add_device_arguments(parser)
-    common.add_optimize_argument(group, "also time the inference copy of every model, baselines included")
-    group = parser.add_argument_group("results")
-    group.add_argument("--json", metavar="OUT.json", help="write every row here")
-    group.add_argument("--plot", metavar="OUT.png", help="draw the ratios here")
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    args = make_parser().parse_args(argv)
-    device = common.resolve_device(args.device)
+def main(args: argparse.Namespace) -> None:
+    device = common.resolve_device(args)
+    common.check_compile(args)
     if device.type not in _KERNELS:
         raise ValueError(f"--device {args.device}: only cpu and cuda can be timed")
-    if args.optimize and args.mode != "eval":
-        raise ValueError("--optimize makes models for inference: it needs --mode eval")
-    if args.json:
-        common.check_output_file("--json", args.json, (".json",))
     if args.plot:
-        common.check_output_file("--plot", args.plot, (".png", ".pdf", ".svg"))
-        if args.baseline == "none":
-            raise ValueError("--plot draws ratios: give a --baseline")
         from timm_dynamic.cli.plot import save_ratios  # before the timing, so that a missing matplotlib costs no time
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
 
-    report = {"command": shlex.join(["timm-dynamic", "benchmark", *argv]), **environment(device)}
+    report = {"command": args.command, **environment(device)}
     report["kernels"] = backend_info()[device.type]
     report["cudnn_tf32"] = torch.backends.cudnn.allow_tf32 if device.type == "cuda" else None
     report["rows"] = [row | {key: report[key] for key in _MACHINE} for row in run(args, device)]
     print(format_report(report))
     if args.json:
-        with common.replacing(args.json) as path:
+        with replacing(args.json) as path:
             path.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        with common.replacing(args.plot) as path:
+        with replacing(args.plot) as path:
             save_ratios(report["rows"], describe(report), path)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Build every model, then time all candidates at each batch size; one row for each of both."""
     built: dict[tuple[str, int], nn.Module] = {}
+    options = {"checkpoint": args.checkpoint, "pretrained": args.pretrained, "num_classes": args.num_classes}
+    baselines: dict[tuple[str, int], tuple[str, str, dict] | None] = {}
     for name in args.models:
-        model, size = _create(name, args, args.img_size, dynamize=args.dynamize, **args.model_kwargs)
-        built.setdefault((name + (f"+{args.dynamize}" if args.dynamize else ""), size), model)
+        kwargs = {**options, **common.dynamize_options(args), **args.model_kwargs}
+        model, size = _create(name, args, args.img_size, kwargs)
+        label = common.network_name(name, args.dynamize, args.model_kwargs)
+        built.setdefault((label, size), model)
+        baselines[label, size] = _baseline(args, name, model)
     candidates: dict[Candidate, Candidate | None] = {}  # to the one its ratios refer to
-    for name, size in list(built):
-        baseline, reference = _baseline(args, name), None
-        if baseline:
-            if (baseline, size) not in built:
-                same = args.dynamize and args.baseline == "static"
-                built[baseline, size] = _create(baseline, args, size, **(args.model_kwargs if same else {}))[0]
-            reference = _candidate(baseline, size, built[baseline, size], args.backends[0], args, device)
+    for label, size in list(built):
+        reference = None
+        if baseline := baselines[label, size]:
+            other, name, kwargs = baseline
+            if (other, size) not in built:
+                built[other, size] = _create(name, args, size, {"num_classes": args.num_classes, **kwargs})[0]
+            reference = _candidate(other, size, built[other, size], args.backends[0], args, device)
             candidates[reference] = reference
         for backend in args.backends:
-            candidates.setdefault(_candidate(name, size, built[name, size], backend, args, device), reference)
+            candidates.setdefault(_candidate(label, size, built[label, size], backend, args, device), reference)
 
     rows, rounds = [], (args.num_warm_iter + args.num_bench_iter) * len(args.batch_size)
     with tqdm(total=rounds, desc=f"{len(candidates)} candidates", unit="round", disable=None) as progress:
@@ -166,20 +103,32 @@ def run(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def _baseline(args: argparse.Namespace, model: str) -> str | None:
-    if args.baseline == "static":
-        return model.removesuffix(f"+{args.dynamize}") if args.dynamize else families.static_twin(model)
-    return None if args.baseline == "none" else args.baseline
+def _baseline(args: argparse.Namespace, name: str, model: nn.Module) -> tuple[str, str, dict] | None:
+    """What the ratios of a model refer to: a label, a name and arguments."""
+    if args.baseline == "none":
+        return None
+    if args.baseline != "static":
+        return args.baseline, args.baseline, {}
+    if recipe := getattr(model, "recipe", None):
+        return recipe.base, recipe.base, recipe.base_kwargs
+    try:
+        twin = families.static_twin(name)
+    except ValueError:
+        static = families.family_of(name).static if is_ours(name) else {}
+        if not static:
+            raise
+        label = ", ".join(f"{key}={value}" for key, value in static.items())
+        return f"{name} ({label})", name, {**args.model_kwargs, **static}
+    return twin, twin, {}
 
 
-def _create(name: str, args: argparse.Namespace, img_size: int | None, /, **kwargs) -> tuple[nn.Module, int]:
+def _create(name: str, args: argparse.Namespace, img_size: int | None, kwargs: dict) -> tuple[nn.Module, int]:
     """The model, ready to run, and the side of its images."""
-    kwargs = {"num_classes": args.num_classes, **kwargs}
     model = common.create_model(name, **kwargs)
-    own = model.pretrained_cfg["input_size"][-1]
-    if img_size not in (None, own) and model.pretrained_cfg.get("fixed_input_size"):
+    usual_size = model.pretrained_cfg["input_size"][-1]
+    if img_size not in (None, usual_size) and model.pretrained_cfg.get("fixed_input_size"):
         model = common.create_model(name, **kwargs, img_size=img_size)
-    return model.to(args.device, memory_format=_memory_format(args)).train(args.mode == "train"), img_size or own
+    return model.to(args.device, memory_format=_memory_format(args)).train(args.mode == "train"), img_size or usual_size
 
 
 def _memory_format(args: argparse.Namespace) -> torch.memory_format:
@@ -203,8 +152,20 @@ def _candidate(
 
 
 def _images(model: nn.Module, batch: int, size: int, args: argparse.Namespace, device: torch.device) -> Tensor:
-    x = torch.randn(batch, model.pretrained_cfg["input_size"][0], size, size, device=device)
-    return x.contiguous(memory_format=_memory_format(args))
+    channels = model.pretrained_cfg["input_size"][0]
+    if args.images:
+        x = _photographs(args.images, batch, resolve_data_config({"input_size": (channels, size, size)}, model=model))
+    else:
+        x = torch.randn(batch, channels, size, size)
+    return x.to(device).contiguous(memory_format=_memory_format(args))
+
+
+def _photographs(folder: str, batch: int, config: dict) -> Tensor:
+    """The first images of a folder, as validation sees them; repeated if they are fewer than the batch."""
+    reader = create_dataset("", folder, search_split=False).reader
+    images = Images(reader, IMAGE_MODES[config["input_size"][0]])
+    images.transform = create_transform(**config, is_training=False)
+    return torch.stack([images[i % len(images)][0] for i in range(batch)])
 
 
 def _run_batch(

@@ -3,8 +3,6 @@
 import argparse
 import csv
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,17 @@ import timm
 from torch import nn
 
 from timm_dynamic.card import model_card
-from timm_dynamic.cli.common import KeyValues, Parser, check_output_file, create_model, replacing
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.common import create_model, dynamize_options, explaining
 from timm_dynamic.convert import load_checkpoint
-from timm_dynamic.hub import check_repo_id, file_sha256, is_ours
+from timm_dynamic.hub import check_repo_id, file_sha256
 
 
-def main(argv: list[str]) -> None:
-    parser = Parser(
-        "card", "Write the model card of weights, in Markdown, for their repository on the Hugging Face Hub."
-    )
-    add_model_arguments(parser)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="the weights (default: those of the tag)")
-    parser.add_argument("--repo", metavar="ORG/NAME", help="their repository (default: the tag's)")
-    parser.add_argument("--out", metavar="FILE", help="file to write, *.md (default: standard output)")
-    add_card_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.out:
-        check_output_file("--out", args.out, (".md",))
-
+def main(args: argparse.Namespace) -> None:
     model, tag = make_model(args), named_tag(args)
     if not args.checkpoint:
-        cfg = timm.get_pretrained_cfg(args.model) if ":" not in args.model else None
+        plain = ":" not in args.model and not args.dynamize and args.model != "dynamized"
+        cfg = timm.get_pretrained_cfg(args.model) if plain else None
         if not (cfg and cfg.has_weights):
             raise ValueError(f"no weights of {args.model} are known: give a CHECKPOINT")
         tag = cfg.tag
@@ -44,7 +32,7 @@ def main(argv: list[str]) -> None:
     )
     check_repo_id(repo)
     if args.checkpoint:
-        with explain_dynamized(model):
+        with explaining(model, args.checkpoint, args.use_ema):
             load_checkpoint(model, args.checkpoint, args.use_ema)
     text = make_card(args, model, tag, repo)
     if not args.out:
@@ -54,32 +42,9 @@ def main(argv: list[str]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="their model; with a tag if they are that tag's weights")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
-    parser.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=KeyValues,
-        metavar="K=V",
-        help="what the model is created with, as in training; kept for those who pull it",
-    )
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-
-
-def add_card_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("card")
-    group.add_argument("--license", metavar="ID", help="licence of the weights, as the Hub names it (default: unknown)")
-    group.add_argument("--source", metavar="TEXT", help="where the weights come from (default: as known of the tag)")
-    group.add_argument("--dataset", metavar="NAME", help="dataset they were trained on, as the Hub names it")
-    group.add_argument("--results-file", metavar="FILE", help="what `validate --results-file` measured, .json or .csv")
-    return group
-
-
 def make_model(args: argparse.Namespace) -> nn.Module:
     """The model that `args` describe, its cfg that of the weights: a file's have a tag and licence if one is named."""
-    model = create_model(args.model, **{"num_classes": args.num_classes, **args.model_kwargs})
+    model = create_model(args.model, **dynamize_options(args), **{"num_classes": args.num_classes, **args.model_kwargs})
     cfg = dict(model.pretrained_cfg)
     if "in_chans" in args.model_kwargs:
         cfg["input_size"] = (args.model_kwargs["in_chans"], *cfg["input_size"][1:])
@@ -90,26 +55,15 @@ def make_model(args: argparse.Namespace) -> nn.Module:
 
 
 def named_tag(args: argparse.Namespace) -> str | None:
-    """The tag in `args.model`."""
-    return None if ":" in args.model else args.model.partition(".")[2] or None
-
-
-@contextmanager
-def explain_dynamized(model: nn.Module) -> Iterator[None]:
-    """Add to the error of a checkpoint that does not load what the reason may be."""
-    try:
-        yield
-    except ValueError as error:
-        if is_ours(model.pretrained_cfg["architecture"]):
-            raise
-        raise ValueError(
-            f"{error} (a model changed by --dynamize cannot go to the Hub: timm.create_model could not build it again)"
-        ) from error
+    """The tag in `args.model`; None for a base's."""
+    return None if ":" in args.model or args.dynamize else args.model.partition(".")[2] or None
 
 
 def model_args(args: argparse.Namespace) -> dict[str, Any]:
     """What the model has to be created with again."""
-    return {key: value for key, value in args.model_kwargs.items() if not key.startswith("pretrained_cfg")}
+    made = {"base": args.model, "layer": args.dynamize, "where": args.where} if args.dynamize else {}
+    given = {key: value for key, value in args.model_kwargs.items() if not key.startswith("pretrained_cfg")}
+    return {key: value for key, value in made.items() if value} | given
 
 
 def make_card(args: argparse.Namespace, model: nn.Module, tag: str | None, repo: str) -> str:
@@ -138,6 +92,6 @@ def _read_results(path: str, architecture: str) -> dict[str, Any]:
             raise ValueError(f"--results-file {path} is not what `validate --results-file` writes") from None
     if missing:
         raise ValueError(f"--results-file {path} lacks {', '.join(sorted(missing))}")
-    if timm.is_model(measured.partition(".")[0]) and measured.partition(".")[0] != architecture:
+    if "+" not in measured and timm.is_model(measured.partition(".")[0]) and measured.partition(".")[0] != architecture:
         raise ValueError(f"--results-file {path} is of {measured}, not of {architecture}")
     return results

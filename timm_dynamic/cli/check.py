@@ -1,5 +1,6 @@
 """`timm-dynamic check`: are the faster implementations right on this machine, and faster?"""
 
+import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,10 +13,10 @@ from tqdm import tqdm
 
 from timm_dynamic.cases import Case, operators_of, plan
 from timm_dynamic.check import isolated, run
-from timm_dynamic.cli.common import Parser, check_output_file, positive, positive_int
 from timm_dynamic.families import FAMILIES, family_of
 from timm_dynamic.ops import records
 from timm_dynamic.ops.kernels import backend_info
+from timm_dynamic.suggest import did_you_mean
 from timm_dynamic.timing import environment
 
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
@@ -23,50 +24,14 @@ _ROW = "{:26} {:34} {:9} {:13} {:5} {:>9} {:>10} {:>10} {:>6}  {}"
 _HEAD = _ROW.format("implementation", "shapes", "dtype", "layout", "mode", "error/std", "ms", "formula", "ratio", "")
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        "check",
-        "Run every implementation of this machine (rows of layers' tables, operators' kernels) on calls of the models, "
-        "each in a process of its own; compare with the formula in float64, forwards and backwards; time both; and "
-        "record for this user what is right and faster. On a GPU nothing else runs by default. Ends with status 1 if "
-        "something is wrong.",
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="kind of device (default: cpu)")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="families, operators, or implementations as the table names them (default: all)",
-    )
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="whose calls (default: some of each family)")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="the families' tiny models instead, whose times say nothing: nothing is recorded",
-    )
-    parser.add_argument("-b", "--batch-size", nargs="+", type=positive_int, default=[1, 8], help="(default: 1 8)")
-    parser.add_argument("--shapes", type=positive_int, default=3, metavar="N", help="of each layer (default: 3)")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="of operators' calls")
-    parser.add_argument("--compiled", action="store_true", help="time the formula under torch.compile too")
-    parser.add_argument("--seconds", type=positive, default=0.3, metavar="S", help="to time a case (default: 0.3)")
-    parser.add_argument("--timeout", type=positive, default=120, metavar="S", help="for a case (default: 120)")
-    parser.add_argument("--minutes", type=positive, default=math.inf, help="start nothing after so many")
-    parser.add_argument("--json", metavar="FILE", help="write the record to this file too")
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.json:
-        check_output_file("--json", args.json, (".json",))
+def main(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here")
+        raise ValueError("--device cuda: there is no CUDA device here")
     models = args.models or default_models(args.quick)
     unknown = [name for name in models if not timm.is_model(timm.models.get_arch_name(name))]
     if unknown:
-        parser.error(f"unknown models {', '.join(unknown)}")
-    _check_names(parser, args.only or (), args.device)
+        raise ValueError(f"unknown models {', '.join(unknown)}; {did_you_mean(unknown[0], timm.list_models())}")
+    _check_names(args.only or (), args.device)
     print(f"{args.device} kernels: {backend_info()[args.device]}")
     deadline = monotonic() + 60 * args.minutes
     cases, results = _planned(models, args, deadline)
@@ -92,11 +57,11 @@ def default_models(quick: bool) -> list[str]:
     return [name for group in names for name in group if name]
 
 
-def _check_names(parser: Parser, names: Iterable[str], device: str) -> None:
+def _check_names(names: Iterable[str], device: str) -> None:
     known = {*FAMILIES, *operators_of(device)}
     for name in names:
         if name.split(":")[0] not in known:
-            parser.error(f"--only {name}: there are {', '.join(sorted(known))}")
+            raise ValueError(f"--only {name}: there are {', '.join(sorted(known))}")
 
 
 def _wanted(name: str, only: list[str] | None) -> bool:
@@ -175,8 +140,10 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 def _record(args, verdicts: dict[str, dict], rows: list[dict]) -> dict:
     facts = environment(torch.device(args.device))
-    kept = [{k: v for k, v in row.items() if k not in ("setting", "device")} for row in rows if row["name"] in verdicts]
-    return facts | records.place(args.device, facts["device"]) | {"names": verdicts, "cases": kept}
+    cases = [
+        {k: v for k, v in row.items() if k not in ("setting", "device")} for row in rows if row["name"] in verdicts
+    ]
+    return facts | records.place(args.device, facts["device"]) | {"names": verdicts, "cases": cases}
 
 
 def _print_summary(verdicts: dict[str, dict], left: set[str], device: str) -> None:

@@ -7,36 +7,12 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from timm_dynamic.cli.common import KeyValues, Parser, create_model
+from timm_dynamic.cli.common import create_model
 from timm_dynamic.convert import convert
 from timm_dynamic.hub import is_ours, local_weights
 
 
-def main(argv: list[str]) -> None:
-    parser = Parser("convert", "Turn an original author's checkpoint into safetensors that our model loads strictly.")
-    parser.add_argument("src", metavar="SRC", help="the author's file; nothing in it is executed")
-    parser.add_argument("dst", metavar="DST", nargs="?", help="file to write, *.safetensors")
-    parser.add_argument(
-        "--install",
-        action="store_true",
-        help="write to the local weights folder (TIMM_DYNAMIC_WEIGHTS), where pretrained=True looks first",
-    )
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="NAME",
-        required=True,
-        help="the model whose weights these are; with --install NAME.TAG (default: the model's default tag)",
-    )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the model's)")
-    parser.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="arguments of the model"
-    )
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-    args = parser.parse_args(argv)
-    if bool(args.dst) == args.install:
-        parser.error("give either DST or --install" if args.install else "the following arguments are required: DST")
-
+def main(args: argparse.Namespace) -> None:
     model = create_model(args.model, **{"num_classes": args.num_classes, **args.model_kwargs})
     dst, replaced = args.dst, ""
     if args.install:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,15 +12,11 @@ from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_dynamic.cli.common import count, positive, positive_int
+from timm_dynamic.cli.arguments.data import find_split
 
 _logger = logging.getLogger(__name__)
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Dataset prefixes whose data does not lie in split folders.
-OTHER_SOURCES = ("torch", "hfds", "hfids", "tfds", "wds")
-SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
 class UnreadableImage(ValueError):
@@ -110,62 +107,6 @@ def report_bad_images(dataset: Dataset, where: str, distributed: bool, device: t
             _logger.warning(f"{where}: {_list_bad(dataset)}: left out")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, the same as --data-dir")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="folder that holds the split folders")
-    group.add_argument("--dataset", default="", metavar="NAME", help="timm dataset, TYPE/NAME (default: image folder)")
-    group.add_argument(
-        "--dataset-download", action="store_true", help="download the dataset first (for torch/..., tfds/...)"
-    )
-    group.add_argument(
-        "--class-map",
-        default="",
-        metavar="FILE",
-        help="text file of the classes' folder names, one a line, in the order of the model's outputs",
-    )
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="image size (default: the model's)")
-    group.add_argument("--input-size", type=positive_int, nargs=3, metavar="N", help="image channels, height and width")
-    group.add_argument(
-        "--crop-pct", type=positive, metavar="X", help="share of an image that validation sees (default: the model's)"
-    )
-    group.add_argument(
-        "--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1 (default: the model's)"
-    )
-    group.add_argument(
-        "--std", type=positive, nargs="+", metavar="X", help="their standard deviation (default: the model's)"
-    )
-    group.add_argument(
-        "--interpolation",
-        default="",
-        choices=("", *INTERPOLATIONS),
-        metavar="MODE",
-        help=f"resizing in validation: {', '.join(INTERPOLATIONS)} (default: the model's)",
-    )
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        type=positive_int,
-        default=batch_size,
-        metavar="N",
-        help=f"images a batch (default: {batch_size})",
-    )
-    group.add_argument(
-        "-j", "--workers", type=int, default=4, metavar="N", help="processes that load images; 0: none (default: 4)"
-    )
-    group.add_argument("--pin-mem", action="store_true", help="load into pinned memory, faster to copy to a GPU")
-
-
-def add_bad_images_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-bad-images",
-        type=count,
-        default=0,
-        metavar="N",
-        help="leave out up to N unreadable images of a split, and name them, then stop (default: 0)",
-    )
-
-
 def image_channels(args: argparse.Namespace) -> int | None:
     """Image channels that the flags ask for; None for the model's own."""
     if args.input_size and args.in_chans not in (None, args.input_size[0]):
@@ -186,18 +127,21 @@ def resolve_data(args: argparse.Namespace, model: nn.Module, use_test_size: bool
     return {**config, "input_size": (channels, *config["input_size"][1:])}
 
 
-def find_split(args: argparse.Namespace, split: str) -> tuple[str, dict]:
-    """The root of the data, which for folders is that of the split, and what `create_dataset` should know of it.
+def describe(config: dict) -> str:
+    """A data configuration in words."""
+    height, width = config["input_size"][1:]
+    size = f"{height}" if height == width else f"{height} x {width}"
+    mean, std = (" ".join(f"{value:.3g}" for value in config[key]) for key in ("mean", "std"))
+    return f"{size} px, crop {config['crop_pct']:g}, {config['interpolation']}, mean {mean}, std {std}"
 
-    Raises:
-        ValueError: No data given, no such folder or split.
-    """
-    root = args.data or args.data_dir
-    if args.dataset.partition("/")[0].lower() in OTHER_SOURCES:
-        return root, {}
-    if not root:
-        raise ValueError("no data: name its folder, as in `DATA` or --data-dir")
-    return str(_split_folder(Path(root), split)), {"search_split": False}
+
+def class_folders(args: argparse.Namespace, split: str) -> int | None:
+    """The number of class folders of a split; None where there are no two."""
+    if args.dataset or args.class_map:
+        return None
+    folder = Path(find_split(args, split)[0])
+    number = sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else 0
+    return number if number > 1 else None
 
 
 def open_dataset(
@@ -259,6 +203,8 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, config: dict, device
 
     Worker processes start anew each epoch, so that an epoch's random numbers depend on nothing before it.
     """
+    # torch warns of more workers than cores in every epoch, which hides what is said below.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     try:
         return create_loader(
             dataset,
@@ -274,16 +220,3 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, config: dict, device
         )
     except (AssertionError, KeyError) as error:
         raise ValueError(f"cannot make the data loader: {error}") from error
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    """The folder of a split, by its name or a synonym of it; `root` itself where that has no split folders at all."""
-    if not root.exists():
-        raise ValueError(f"no such data folder: {root}")
-    names = next((synonyms for synonyms in SPLITS if split in synonyms), ())
-    for name in (split, *names):
-        if (root / name).is_dir():
-            return root / name
-    if any((root / name).is_dir() for synonyms in SPLITS for name in synonyms):
-        raise ValueError(f"no {split} folder in {root}")
-    return root

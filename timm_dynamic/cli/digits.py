@@ -1,5 +1,6 @@
 """`timm-dynamic digits`: a small real dataset that needs no download."""
 
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -7,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-from timm_dynamic.cli.common import Parser
 
 _VAL_IMAGES = 360
 _SEED = 0
@@ -65,9 +64,6 @@ def write_digits(folder: str | os.PathLike) -> bool:
     return True
 
 
-def main(argv: list[str]) -> None:
-    parser = Parser("digits", "Write scikit-learn's digits as an image folder: 1437 images to train on, 360 to test.")
-    parser.add_argument("folder", metavar="DIR", help="folder to write, new or empty; gets train/ and val/")
-    folder = parser.parse_args(argv).folder
-    written = write_digits(folder)
-    print(f"{folder}: 1437 images in train/, 360 in val/, 10 classes{'' if written else ' (already there)'}")
+def main(args: argparse.Namespace) -> None:
+    written = write_digits(args.folder)
+    print(f"{args.folder}: 1437 images in train/, 360 in val/, 10 classes{'' if written else ' (already there)'}")

@@ -1,5 +1,6 @@
 """`timm-dynamic env`: what a bug report should say about the installation."""
 
+import argparse
 import os
 import platform
 from importlib import metadata
@@ -7,7 +8,6 @@ from importlib import metadata
 import torch
 
 from timm_dynamic import __version__, backend_info
-from timm_dynamic.cli.common import Parser
 
 _PACKAGES = ("torchvision", "timm", "safetensors", "huggingface_hub")
 
@@ -36,7 +36,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main(argv: list[str]) -> None:
-    Parser("env", "Print versions, devices, and which kernels are loaded or why not.").parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     for name, value in environment().items():
         print(f"{name:<16} {value}")

@@ -1,5 +1,6 @@
 """`timm-dynamic inspect`: the entropy of a model's attention (or gates), by feature resolution; pictures of masks."""
 
+import argparse
 import json
 from pathlib import Path
 from statistics import mean
@@ -7,22 +8,14 @@ from statistics import mean
 import torch
 from timm.data.readers.reader import Reader
 from timm.models import safe_model_name
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_dynamic.cli.common import (
-    Parser,
-    add_model_arguments,
-    add_optimize_argument,
-    create_model,
-    positive_int,
-    replacing,
-    resolve_device,
-)
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.common import create_model, dynamize_options, name_of, resolve_device
 from timm_dynamic.cli.data import (
     IMAGE_MODES,
     Images,
-    add_data_arguments,
     image_channels,
     make_loader,
     open_dataset,
@@ -50,48 +43,15 @@ class _OneImage(Reader):
         return str(self.path)
 
 
-def make_parser() -> Parser:
-    parser = Parser(
-        "inspect", "Measure the entropy of a model's attention or gates, or draw its masks, on a folder or one image."
-    )
-    add_data_arguments(parser, batch_size=64)
-    parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
-    add_model_arguments(parser, default=None, pretrained="take the model's pretrained weights, as without --checkpoint")
-    parser.add_argument(
-        "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
-    )
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="device to run on (default: cuda if there is one, else cpu)")
-    add_optimize_argument(parser, "look into the model's inference copy")
-    parser.add_argument(
-        "--images", type=positive_int, default=8, metavar="N", help="draw masks for the first N images (default: 8)"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder for the results (default: output/inspect/NAME[/FOLDER/FILE][/IMAGE], FOLDER/FILE the checkpoint)",
-    )
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if not args.model:
-        parser.error("name a model with --model")
-    if args.use_ema and not args.checkpoint:
-        parser.error("--use-ema needs --checkpoint")
+def main(args: argparse.Namespace) -> None:
     path = Path(args.data or args.data_dir or "")
-    if not args.dataset and not path.exists():
-        raise ValueError(f"no such image or data folder: {path}")
     from timm_dynamic.cli.inspect_masks import report_masks  # before the work: a missing matplotlib costs no time
 
-    device = resolve_device(args.device)
+    device = resolve_device(args)
     options = {
         "checkpoint": args.checkpoint,
         "use_ema": args.use_ema,
-        "dynamize": args.dynamize,
+        **dynamize_options(args),
         "num_classes": args.num_classes,
         "in_chans": image_channels(args),
         **args.model_kwargs,
@@ -101,8 +61,8 @@ def main(argv: list[str]) -> None:
     if args.pretrained or not args.checkpoint:
         model = create_model(args.model, pretrained=True, **options)
     config = resolve_data(args, model, use_test_size=True)
-    own = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
-    out = Path(args.out or Path("output/inspect", safe_model_name(args.model), *own))
+    checkpoint_parts = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
+    out = Path(args.out or Path("output/inspect", safe_model_name(name_of(args)), *checkpoint_parts))
     if path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
         args.workers = 0  # starting processes would take longer than the image
@@ -115,7 +75,7 @@ def main(argv: list[str]) -> None:
     if args.optimize:
         model = optimize(model, torch.zeros(1, *config["input_size"], device=device))
     about = {
-        "model": args.model,
+        "model": name_of(args),
         "checkpoint": args.checkpoint or None,
         "images": len(dataset),
         "img_size": list(config["input_size"][1:]),
@@ -147,7 +107,7 @@ def report_entropy(model: nn.Module, loader, about: dict, out: Path) -> None:
 
 @torch.inference_mode()
 def measure(model: nn.Module, loader) -> list[dict]:
-    """Mean entropy of every layer over the images of a loader, in the order in which the layers run.
+    """Mean entropy, and spread between images, of every layer over a loader, in the order in which the layers run.
 
     Args:
         model: In eval mode.
@@ -157,6 +117,7 @@ def measure(model: nn.Module, loader) -> list[dict]:
         ValueError: If a layer's attention is not finite.
     """
     rows: dict[str, dict] = {}
+    spreads: dict[str, _Spread] = {}
     layers = gates(model)
     with tqdm(total=len(loader.dataset), desc="inspect", unit="img", leave=False, disable=None) as bar:
         for images, _ in loader:
@@ -179,11 +140,31 @@ def measure(model: nn.Module, loader) -> list[dict]:
                 row = rows.setdefault(name, {**row, "inputs": 0, "entropy": 0.0})
                 row["inputs"] += len(entropy)
                 row["entropy"] += entropy.sum().item()
+                spreads.setdefault(name, _Spread(routing)).add(routing)
             bar.update(len(images))
-    for row in rows.values():
+    for name, row in rows.items():
+        row["spread"] = spreads[name].mean()
         row["entropy"] /= row["inputs"]
         row["normalised"] = row["entropy"] / row["highest"] if row["highest"] else 0.0  # attention over one kernel
     return list(rows.values())
+
+
+class _Spread:
+    """The standard deviation of numbers between images, summed up batch by batch."""
+
+    def __init__(self, values: Tensor):
+        self.zero = values[:1].double()  # what is the same for all images so has a deviation of exactly 0
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor) -> None:
+        difference = values.double() - self.zero
+        self.count += len(values)
+        self.sum = self.sum + difference.sum(0)
+        self.squares = self.squares + difference.square().sum(0)
+
+    def mean(self) -> float:
+        variance = (self.squares - self.sum.square() / self.count) / max(1, self.count - 1)
+        return variance.clamp(min=0).sqrt().mean().item()
 
 
 def by_resolution(layers: list[dict]) -> list[dict]:
@@ -195,7 +176,7 @@ def by_resolution(layers: list[dict]) -> list[dict]:
         {
             "resolution": resolution,
             "layers": len(rows),
-            **{key: mean(row[key] for row in rows) for key in ("entropy", "normalised")},
+            **{key: mean(row[key] for row in rows) for key in ("entropy", "normalised", "spread")},
         }
         for resolution, rows in groups.items()
     ]
@@ -206,17 +187,24 @@ def format_report(report: dict) -> str:
     kinds = " and ".join(dict.fromkeys(row["kind"] for row in report["layers"]))
     lines = [
         f"{report['model']}: mean entropy of its {kinds} (images: {report['images']})",
-        "nats, and as a share of the highest entropy: log(values) of attention, log(2) of a gate",
+        "nats, and as a share of the highest entropy: log(values) of attention, log(2) of a gate; spread: the standard",
+        "deviation of the values between images, 0 where a layer decides the same for all of them",
         "",
-        f"{'resolution':<12}{'layers':>8}{'nats':>10}{'share':>9}",
+        f"{'resolution':<12}{'layers':>8}{'nats':>10}{'share':>9}{'spread':>10}",
     ]
     for row in report["resolutions"]:
-        lines.append(f"{row['resolution']:<12}{row['layers']:>8}{row['entropy']:>10.4f}{row['normalised']:>9.4f}")
+        lines.append(
+            f"{row['resolution']:<12}{row['layers']:>8}{row['entropy']:>10.4f}{row['normalised']:>9.4f}"
+            f"{row['spread']:>10.1e}"
+        )
     width = 2 + max(len(row["layer"]) for row in report["layers"])
-    lines += ["", f"{'layer':<{width}}{'resolution':<12}{'kind':<11}{'values':>6}{'nats':>10}{'share':>9}"]
+    lines += [
+        "",
+        f"{'layer':<{width}}{'resolution':<12}{'kind':<11}{'values':>6}{'nats':>10}{'share':>9}{'spread':>10}",
+    ]
     for row in report["layers"]:
         lines.append(
             f"{row['layer']:<{width}}{row['resolution']:<12}{row['kind']:<11}{row['values']:>6}"
-            f"{row['entropy']:>10.4f}{row['normalised']:>9.4f}"
+            f"{row['entropy']:>10.4f}{row['normalised']:>9.4f}{row['spread']:>10.1e}"
         )
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_dynamic.cli.common import replacing
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.data import Images
 from timm_dynamic.cli.plot import save_masks, save_ponder_cost
 from timm_dynamic.cost import ActivePositions, count_active, count_macs

@@ -73,12 +73,12 @@ class DeviceLoader(DataLoader):
 
 
 def build_loaders(
-    args: argparse.Namespace, config: dict, device: torch.device, num_classes: int
+    args: argparse.Namespace, config: dict, val_config: dict, device: torch.device, num_classes: int
 ) -> tuple[DeviceLoader, DeviceLoader | None]:
     """The training and the validation loader; None for the latter if `--val-split` is empty."""
     if config["input_size"][0] != 3:
         raise ValueError("the images have three channels: leave out --in-chans")
-    val_set = open_scenes(args, config, num_classes) if args.val_split else None
+    val_set = open_scenes(args, val_config, num_classes) if args.val_split else None
     train_set = Scenes(_find(args, training=True), num_classes, train_transform(args, config))
     if len(train_set) < args.batch_size * args.world_size:
         raise ValueError(
@@ -93,7 +93,7 @@ def build_loaders(
         return loader, None
     sampler = OrderedDistributedSampler(val_set) if args.distributed else None
     batch_size = args.validation_batch_size or args.batch_size
-    collate = partial(pad_batch, size=config["input_size"][-2:])
+    collate = partial(pad_batch, size=val_config["input_size"][-2:])
     return loader, _make_loader(val_set, args, device, sampler, batch_size=batch_size, collate_fn=collate)
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import yaml
 from timm.data import FastCollateMixup
-from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -28,24 +27,33 @@ from timm.utils import (
 )
 from torch import nn
 
-from timm_dynamic.cli.common import amp_autocast, create_model, replacing, resolve_device
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.arguments.train import run_folder
+from timm_dynamic.cli.common import (
+    amp_autocast,
+    check_compile,
+    name_of,
+    resolve_device,
+)
 from timm_dynamic.cli.data import (
     count_classes,
-    image_channels,
+    describe,
     make_loader,
     open_dataset,
     report_bad_images,
     resolve_data,
 )
-from timm_dynamic.cli.train_arguments import make_parser
-from timm_dynamic.cli.train_build import build_scaler, build_task, check_options, start_log
+from timm_dynamic.cli.train_build import build_model, build_scaler, build_task, check_options, start_log
+from timm_dynamic.cli.train_decisions import FirstImages, executed_share, routing_spreads
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.train_finite import FiniteGuard
-from timm_dynamic.cli.train_state import SafeSaver, find_checkpoint, reload_history, repeatable, run_folder, sync
+from timm_dynamic.cli.train_state import SafeSaver, find_checkpoint, reload_history, repeatable, sync
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import check_finite, extract_state_dict, one_line, read_checkpoint
 
 _logger = logging.getLogger(__name__)
+
+_WARMUP_EPOCHS = 5
 
 
 class Parts(NamedTuple):
@@ -57,14 +65,15 @@ class Parts(NamedTuple):
     evaluate: Callable
 
 
-def main(argv: list[str]) -> None:
-    run(make_parser().parse_args(argv))
+def main(args: argparse.Namespace) -> None:
+    run(args)
 
 
 def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | None, nn.Module]:
     """Prepare this process and train; see `train`."""
     flags = yaml.safe_dump(vars(args), default_flow_style=False)  # before the run adds its own
-    resolve_device(args.device)
+    resolve_device(args)
+    check_compile(args)
     args.dist_url = "attempt://"  # see train_state.rendezvous_of_attempt
     device = init_distributed_device(args)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -96,9 +105,10 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     if auto := args.resume == "auto":
         args.resume = find_checkpoint(args)
     random_seed(args.seed, args.rank)
-    model = build_model(args, device)
+    name, model = name_of(args), build_model(args, device)
     config = resolve_data(args, model)
-    loader, val_loader = parts.build_loaders(args, config, device, model.num_classes)
+    val_config = resolve_data(args, model, use_test_size=True)  # as `validate` has it
+    loader, val_loader = parts.build_loaders(args, config, val_config, device, model.num_classes)
     task = build_task(args, model, parts.build_loss(args).to(device), device)
     optimizer = parts.build_optimizer(args, task.get_trainable_module())
     scaler = build_scaler(args, task, optimizer, device)
@@ -108,6 +118,8 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     resumed = resume(args, task, optimizer, scaler) if args.resume else 0
     start = resumed if args.start_epoch is None else args.start_epoch
 
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(_WARMUP_EPOCHS, args.epochs // 10)
     updates = -(-len(loader) // args.grad_accum_steps)
     decreasing = val_loader is None or args.eval_metric == "loss"
     scheduler, epochs = create_scheduler_v2(
@@ -133,8 +145,8 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     folder = saver = log = None
     metric = f"eval_{args.eval_metric}" if val_loader else "train_loss"
     if is_primary(args):
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{config['input_size'][-1]}"
-        folder = Path(get_outdir(run_folder(args, args.experiment or name)))
+        run_name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(name)}-{config['input_size'][-1]}"
+        folder = Path(get_outdir(run_folder(args, args.experiment or run_name)))
         saver = SafeSaver(
             model,
             optimizer,
@@ -152,8 +164,11 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
             temporary.write_text(flags)
     plan = f"epochs {start} to {epochs - 1}" if start < epochs else f"nothing left to do after {start} epochs"
     _logger.info(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {plan}, "
-        f"{updates} updates each, batch {args.batch_size} x {args.grad_accum_steps} x {args.world_size}, lr {args.lr:g}"
+        f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.num_classes} classes; {plan}, "
+        f"{updates} updates each, batch {args.batch_size} x {args.grad_accum_steps} x {args.world_size}, "
+        f"lr {args.lr:g}, {args.warmup_epochs} epochs to warm up, {args.workers} workers a process\n"
+        f"training images {describe(config)}; validation {describe(val_config)}\n"
+        f"in {folder}"
     )
 
     guard = FiniteGuard(model, args)
@@ -171,15 +186,21 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
             if args.distributed and args.dist_bn:
                 distribute_bn(eval_model, args.world_size, args.dist_bn == "reduce")
             tell_progress(eval_model, epoch, epochs, args)  # the averaged copy has not heard of this epoch yet
-            result = parts.evaluate(
-                eval_model,
-                val_loader,
-                amp_autocast(args, device),
-                args.channels_last,
-                args.rank,
-                args.world_size,
-                label,
-            )
+            images = FirstImages(val_loader)
+            with executed_share(eval_model, val_config["input_size"], device) as executed:
+                result = parts.evaluate(
+                    eval_model,
+                    images,
+                    amp_autocast(args, device),
+                    args.channels_last,
+                    args.rank,
+                    args.world_size,
+                    label,
+                )
+            result |= executed
+            if saver and label == "validate":
+                with amp_autocast(args, device):
+                    result |= routing_spreads(model, images.first, folder / "routing.json", epoch)
             metrics |= {f"eval_{key}": value for key, value in result.items()}  # the averaged weights' come last
         for part in (loader, val_loader) if val_loader else (loader,):
             report_bad_images(part.dataset, f"epoch {epoch}", args.distributed, device)
@@ -199,29 +220,9 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
     return folder, list(eval_models.values())[-1]
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    options = {
-        "pretrained": args.pretrained,
-        "num_classes": args.num_classes,
-        "in_chans": image_channels(args),
-        "drop_rate": args.drop,
-        "drop_path_rate": args.drop_path,
-        **args.model_kwargs,
-    }
-    model = create_model(args.model, checkpoint=args.initial_checkpoint, dynamize=args.dynamize, **options)
-    if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()
-        except (AssertionError, AttributeError):
-            raise ValueError(f"{args.model} does not support --grad-checkpointing") from None
-    if args.sync_bn and args.distributed:
-        if device.type == "cpu":
-            raise ValueError("--sync-bn needs a GPU")
-        model, args.dist_bn = convert_sync_batchnorm(model), ""
-    return model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-
-
-def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, num_classes: int) -> tuple:
+def build_loaders(
+    args: argparse.Namespace, config: dict, val_config: dict, device: torch.device, num_classes: int
+) -> tuple:
     """The training and the validation loader; None for the latter if `--val-split` is empty."""
     train_set = open_dataset(args, args.train_split, config, num_classes, is_training=True, max_bad=args.max_bad_images)
     if args.num_classes is None and 0 < (classes := count_classes(train_set)) < num_classes:
@@ -269,7 +270,7 @@ def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, 
         )
     if not args.val_split:
         return loader, None
-    val_set = open_dataset(args, args.val_split, config, num_classes, max_bad=args.max_bad_images)
+    val_set = open_dataset(args, args.val_split, val_config, num_classes, max_bad=args.max_bad_images)
     reader, val_reader = getattr(train_set, "reader", None), getattr(val_set, "reader", None)
     classes, val_classes = getattr(reader, "class_to_idx", {}), getattr(val_reader, "class_to_idx", {})
     if args.train_split != args.val_split and reader and getattr(reader, "root", 0) == getattr(val_reader, "root", 1):
@@ -278,10 +279,10 @@ def build_loaders(args: argparse.Namespace, config: dict, device: torch.device, 
         if unknown := sorted(set(val_classes) - set(classes)):
             raise ValueError(f"classes in {args.val_split} that {args.train_split} lacks: {', '.join(unknown[:5])}")
         val_set = open_dataset(
-            args, args.val_split, config, num_classes, class_map=classes, max_bad=args.max_bad_images
+            args, args.val_split, val_config, num_classes, class_map=classes, max_bad=args.max_bad_images
         )
     batch_size = args.validation_batch_size or args.batch_size
-    return loader, make_loader(val_set, args, config, device, distributed=args.distributed, batch_size=batch_size)
+    return loader, make_loader(val_set, args, val_config, device, distributed=args.distributed, batch_size=batch_size)
 
 
 def build_loss(args: argparse.Namespace) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What `timm-dynamic train` puts together beyond model, data and optimizer: task, loss scaling, logs."""
+"""What `timm-dynamic train` puts together beyond data and optimizer: model, task, loss scaling, logs."""
 
 import argparse
 import importlib.util
@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from timm.task.task import TrainingTask
 from timm.utils import ApexScaler, NativeScaler
 from torch import nn
 
-from timm_dynamic.cli.common import create_model
+from timm_dynamic.cli.common import create_model, dynamize_options, name_of
+from timm_dynamic.cli.data import class_folders, image_channels
 from timm_dynamic.training import DynamicTask, add_terms
 
 
@@ -40,6 +42,36 @@ def check_options(args: argparse.Namespace, device: torch.device) -> None:
             raise ValueError("--amp-impl apex needs a GPU and --amp-dtype float16, without --torchcompile")
 
 
+def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    options = {
+        "pretrained": args.pretrained,
+        "num_classes": args.num_classes or _classes_of_data(args),
+        "in_chans": image_channels(args),
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        **args.model_kwargs,
+    }
+    start = {"checkpoint": args.initial_checkpoint, "new_head": args.num_classes is not None}
+    model = create_model(args.model, **start, **dynamize_options(args), **options)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise ValueError(f"{name_of(args)} does not support --grad-checkpointing") from None
+    if args.sync_bn and args.distributed:
+        if device.type == "cpu":
+            raise ValueError("--sync-bn needs a GPU")
+        model, args.dist_bn = convert_sync_batchnorm(model), ""
+    return model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+
+
+def _classes_of_data(args: argparse.Namespace) -> int | None:
+    """The number of class folders, for a head that is new; None for the model's: its weights' or its teacher's."""
+    if args.pretrained or args.initial_checkpoint or args.kd_model_name or "num_classes" in args.model_kwargs:
+        return None
+    return class_folders(args, args.train_split)
+
+
 def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module, device: torch.device) -> TrainingTask:
     """timm's task, the model's auxiliary terms being a part of its loss.
 
@@ -52,7 +84,7 @@ def build_task(args: argparse.Namespace, model: nn.Module, criterion: nn.Module,
     if args.kd_distill_type != "feature" and teacher.num_classes != model.num_classes:
         raise ValueError(
             f"--kd-model-name {args.kd_model_name} tells {teacher.num_classes} classes apart, "
-            f"{args.model} {model.num_classes}"
+            f"{name_of(args)} {model.num_classes}"
         )
     options = {
         "student_model": model,

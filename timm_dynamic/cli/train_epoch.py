@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import time
 from collections import defaultdict
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 from timm.data import FastCollateMixup
@@ -18,6 +20,8 @@ from timm_dynamic.cli.train_finite import FiniteGuard
 from timm_dynamic.training import auxiliary_loss, set_progress
 
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
+
+_SECONDS_OF_LOG, _SECONDS_OF_BAR = 30, 1  # between two reports, beside those of --log-interval
 
 
 def tell_progress(model: nn.Module, epoch: float, epochs: int, args: argparse.Namespace) -> None:
@@ -65,6 +69,7 @@ def train_one_epoch(
     done = epoch * -(-steps // accumulate)  # updates so far
     sums, images_seen = defaultdict(lambda: torch.zeros((), device=device)), 0
     optimizer.zero_grad()
+    began = reported = time.perf_counter()
     bar = tqdm(
         total=steps * args.batch_size * args.world_size,
         desc=f"epoch {epoch}",
@@ -80,7 +85,7 @@ def train_one_epoch(
             update = step % accumulate == group - 1
             if step % accumulate == 0:
                 guard.start()
-                kept = sums.copy(), images_seen
+                before = sums.copy(), images_seen
             lr = optimizer.param_groups[0]["lr"]
             where = f"epoch {epoch}, step {step + 1} of {steps}, learning rate {lr:.3g}"
             tell_progress(model, epoch + step / steps, epochs, args)
@@ -121,16 +126,24 @@ def train_one_epoch(
             done += 1
             optimizer.zero_grad()
             if skipped:
-                sums, images_seen = kept
+                sums, images_seen = before
             else:
                 guard.note(where)
                 task.update_ema(step=done)
-            if done % args.log_interval == 0 and images_seen:
+            now = time.perf_counter()
+            due = now - reported >= (_SECONDS_OF_LOG if bar.disable else _SECONDS_OF_BAR)
+            if is_primary(args) and images_seen and (due or done % args.log_interval == 0):
+                reported = now
                 mean = sums["loss"].item() / images_seen
                 state = {"loss": f"{mean:.4g}", "lr": f"{lr:.3g}"}
                 bar.set_postfix(state)
                 if bar.disable:
-                    _logger.info(f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}")
+                    rate = images_seen * args.world_size / (now - began)
+                    left = timedelta(seconds=round((now - began) * (steps / (step + 1) - 1)))
+                    _logger.info(
+                        f"epoch {epoch} [{step + 1}/{steps}]: loss {state['loss']}, lr {state['lr']}, "
+                        f"{rate:.0f} images/s, {left} left"
+                    )
             if scheduler:
                 scheduler.step_update(done)
     guard.look()

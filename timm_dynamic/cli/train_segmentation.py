@@ -16,14 +16,13 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError('segmentation needs torchmetrics: pip install "timm-dynamic[train]"') from None
 
 from timm_dynamic.cli import train
-from timm_dynamic.cli.common import amp_autocast, replacing
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.common import amp_autocast
 from timm_dynamic.cli.data import resolve_data
 from timm_dynamic.cli.segmentation_data import IGNORED, DeviceLoader, build_loaders, open_scenes
-from timm_dynamic.cli.train_arguments import make_segmentation_parser
 
 
-def main(argv: list[str]) -> None:
-    args = make_segmentation_parser().parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     if args.pictures and args.val_split:
         from timm_dynamic.cli import plot  # noqa: F401 (says what is missing, before the training and not after)
     folder, model = train.run(args, train.Parts(build_loaders, build_loss, build_optimizer, evaluate))
@@ -76,16 +75,16 @@ def evaluate(
     """
     model.eval()
     # Several processes get equally many images, the surplus repeated from the start: those are not counted twice.
-    own, seen = len(range(rank, len(loader.dataset), world_size)), 0
+    share, seen = len(range(rank, len(loader.dataset), world_size)), 0
     miou = MulticlassJaccardIndex(loader.dataset.num_classes, ignore_index=IGNORED, validate_args=False)
     miou, sums = miou.to(loader.device), torch.zeros(2, dtype=torch.float64, device=loader.device)  # of loss and pixels
-    with tqdm(total=own, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
+    with tqdm(total=share, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
         for images, masks in loader:
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with autocast or nullcontext():
                 output = model(images)
-            output, masks = output[: own - seen].float(), masks[: own - seen]
+            output, masks = output[: share - seen].float(), masks[: share - seen]
             miou.update(output.argmax(1), masks)
             loss = F.cross_entropy(output, masks, ignore_index=IGNORED, reduction="sum")
             sums += torch.stack([loss, (masks != IGNORED).sum()])
@@ -109,7 +108,7 @@ def draw(args: argparse.Namespace, model: nn.Module, path: Path) -> None:
     from timm_dynamic.cli.plot import save_predictions
 
     device = next(model.parameters()).device
-    config = resolve_data(args, getattr(model, "_orig_mod", model))
+    config = resolve_data(args, getattr(model, "_orig_mod", model), use_test_size=True)
     scenes = open_scenes(args, config, model.num_classes)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     rows = []

@@ -5,7 +5,6 @@ import csv
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,20 @@ import torch
 from timm.utils import CheckpointSaver, is_primary
 from torch.distributed import PrefixStore, Store
 
-from timm_dynamic.cli.common import replacing
+from timm_dynamic.cli.arguments.files import replacing
+from timm_dynamic.cli.arguments.train import run_folder
 from timm_dynamic.convert import read_checkpoint
 
 _logger = logging.getLogger("timm_dynamic.cli.train")  # whose level the command sets
 
 LAST, BEST = "last.pth.tar", "model_best.pth.tar"
-_LEFTOVERS = ("tmp.pth.tar", ".*.pth.*.tar", ".summary.*.csv", ".args.*.yaml")  # timm's, and those of `replacing`
+_LEFTOVERS = (
+    "tmp.pth.tar",
+    ".*.pth.*.tar",
+    ".summary.*.csv",
+    ".args.*.yaml",
+    ".routing.*.json",
+)  # timm's, and those of `replacing`
 
 
 class SafeSaver(CheckpointSaver):
@@ -136,10 +142,6 @@ def find_checkpoint(args: argparse.Namespace) -> str:
     return found[0]
 
 
-def run_folder(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.output or "output/train", name)
-
-
 def _newest_first(folder: Path) -> list[Path]:
     numbers = {
         path: path.name.removeprefix("checkpoint-").split(".")[0] for path in folder.glob("checkpoint-*.pth.tar")
@@ -150,11 +152,8 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        checkpoint = read_checkpoint(path)
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
-            damaged = archive.testzip()
-        if damaged or not {"epoch", "state_dict", "optimizer"} <= checkpoint.keys():
-            raise ValueError("it is damaged" if damaged else "it lacks what a run needs")
+        if not {"epoch", "state_dict", "optimizer"} <= read_checkpoint(path).keys():
+            raise ValueError("it lacks what a run needs")
     except PermissionError:
         raise
     except Exception as error:  # a damaged archive fails in about every way there is

@@ -1,7 +1,9 @@
 """`timm-dynamic validate`: top-1 and top-5 accuracy of any timm model on a dataset."""
 
+import argparse
 import csv
 import json
+import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,68 +15,51 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from timm_dynamic.cli.arguments.data import INTERPOLATIONS
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.common import (
-    Parser,
-    add_device_arguments,
-    add_model_arguments,
-    add_optimize_argument,
     amp_autocast,
-    check_output_file,
+    check_compile,
     create_model,
-    replacing,
+    dynamize_options,
+    name_of,
     resolve_device,
 )
 from timm_dynamic.cli.data import (
-    add_bad_images_argument,
-    add_data_arguments,
     count_classes,
-    find_split,
+    describe,
     image_channels,
     make_loader,
     open_dataset,
     report_bad_images,
     resolve_data,
 )
+from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.optimize import optimize
 
+_logger = logging.getLogger(__name__)
+
+_PREPROCESSING = ("img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
+_INTERPOLATIONS = (None, "", *INTERPOLATIONS)
 _EXAMPLES = 16  # images at most on which the way to run is chosen
 
 
-def make_parser() -> Parser:
-    parser = Parser("validate", "Measure a model's accuracy on a dataset, with its pretrained weights or a checkpoint.")
-    add_data_arguments(parser, batch_size=256)
-    add_bad_images_argument(parser)
-    parser.add_argument("--split", default="validation", metavar="NAME", help="part of the data (default: validation)")
-    add_model_arguments(parser, pretrained="take the model's pretrained weights, as without --checkpoint")
-    parser.add_argument(
-        "--checkpoint", default="", metavar="FILE", help="weights: ours, timm's, or the authors' (default: pretrained)"
-    )
-    parser.add_argument("--use-ema", action="store_true", help="take the averaged weights of the checkpoint")
-    add_device_arguments(parser)
-    add_optimize_argument(parser, "run the model's inference copy")
-    parser.add_argument("--results-file", default="", metavar="FILE", help="write the results to a .csv or .json file")
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.use_ema and not args.checkpoint:
-        parser.error("--use-ema needs --checkpoint")
-    if args.results_file:
-        check_output_file("--results-file", args.results_file, (".csv", ".json"))
-    find_split(args, args.split)  # first: weights may have to be downloaded
-    device = resolve_device(args.device)
+def main(args: argparse.Namespace) -> None:
+    device = resolve_device(args)
+    check_compile(args)
+    if args.checkpoint:
+        take_over_preprocessing(args)
     model = create_model(
         args.model,
         checkpoint=args.checkpoint,
         use_ema=args.use_ema,
-        dynamize=args.dynamize,
+        **dynamize_options(args),
         pretrained=args.pretrained or not args.checkpoint,
         **{"num_classes": args.num_classes, "in_chans": image_channels(args), **args.model_kwargs},
     )
     config = resolve_data(args, model, use_test_size=True)
+    _logger.info(f"images {describe(config)}")
     dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
     loader = make_loader(dataset, args, config, device)
     if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:
@@ -99,7 +84,7 @@ def main(argv: list[str]) -> None:
         metrics = evaluate(runs, loader, amp_autocast(args, device), args.channels_last)
     report_bad_images(dataset, args.split, False, device)
     results = {
-        "model": args.model,
+        "model": name_of(args),
         "top1": round(metrics["top1"], 4),
         "top1_err": round(100 - metrics["top1"], 4),
         "top5": round(metrics["top5"], 4),
@@ -116,6 +101,25 @@ def main(argv: list[str]) -> None:
     if args.results_file:
         write_results(args.results_file, results)
     print(f"--result\n{json.dumps(results, indent=4)}")
+
+
+def take_over_preprocessing(args: argparse.Namespace) -> None:
+    """Where no flag says how images are prepared, prepare them as in the training that the checkpoint is from."""
+    trained = read_checkpoint(args.checkpoint).get("args")
+    trained = vars(trained) if isinstance(trained, argparse.Namespace) else {}
+    flags = {name: trained.get(name) for name in _PREPROCESSING}
+    numbers = [value for name in _PREPROCESSING[:-1] for value in _listed(flags[name])]
+    if not all(isinstance(value, (int, float)) for value in numbers) or flags["interpolation"] not in _INTERPOLATIONS:
+        return  # a file can hold anything
+    if any(getattr(args, name) for name in _PREPROCESSING) or not any(flags.values()):
+        return
+    vars(args).update({name: value for name, value in flags.items() if value})
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value)
+    _logger.info(f"as in training: {words}")
+
+
+def _listed(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 @torch.inference_mode()
@@ -142,7 +146,7 @@ def evaluate(
     model.eval()
     # Several processes get equally many images, the surplus repeated from the start: those are not counted twice.
     shared = world_size > 1 and not isinstance(loader.dataset, IterableDataset)
-    own = len(range(rank, len(loader.dataset), world_size)) if shared else None
+    share = len(range(rank, len(loader.dataset), world_size)) if shared else None
     seen, sums = 0, torch.zeros(4, device=loader.device)  # sums over images: loss, top-1, top-5 [percent], 1
     total = len(loader.dataset) // world_size
     with tqdm(total=total, desc=label, unit="img", leave=False, disable=True if rank else None) as bar:
@@ -152,7 +156,7 @@ def evaluate(
             with autocast or nullcontext():
                 output = model(images)
             if shared:
-                output, target = output[: own - seen], target[: own - seen]
+                output, target = output[: share - seen], target[: share - seen]
             read = len(target)
             if getattr(loader.dataset, "bad", None) is not None:  # images that could not be read have the label -1
                 output, target = output[target >= 0], target[target >= 0]

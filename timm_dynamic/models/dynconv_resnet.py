@@ -32,6 +32,7 @@ register(
         routing="the mask",
         terms=("network_budget", "block_budget"),
         exact={"gumbel_noise": False},
+        static={"budget": -1},
         twins={f"dynconv_resnet{n}": f"resnet{n}" for n in (18, 34, 50, 101, 152)},
         reported={"dynconv_resnet101.budget30_in1k": 75.71, "dynconv_resnet32.budget70_cifar10": 93.58},
     )

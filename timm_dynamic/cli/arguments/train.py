@@ -1,13 +1,15 @@
 """The flags of `timm-dynamic train`: names, meanings and defaults of timm's train.py, whose YAML configs load here."""
 
 import argparse
+from pathlib import Path
 
-from timm_dynamic.cli.common import (
+from timm_dynamic.cli.arguments.base import (
     KeyValues,
     Parser,
     add_device_arguments,
     add_model_arguments,
-    compile_mode,
+    check_dynamize,
+    check_file,
     count,
     non_negative,
     positive,
@@ -15,7 +17,13 @@ from timm_dynamic.cli.common import (
     share,
     share_below_one,
 )
-from timm_dynamic.cli.data import INTERPOLATIONS, add_bad_images_argument, add_data_arguments
+from timm_dynamic.cli.arguments.data import (
+    INTERPOLATIONS,
+    OTHER_SOURCES,
+    add_bad_images_argument,
+    add_data_arguments,
+    find_split,
+)
 
 # timm's `plateau` is left out: what it has seen is in no checkpoint, so a resumed run would take another course.
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
@@ -32,109 +40,65 @@ def make_parser() -> Parser:
         "-vb", "--validation-batch-size", type=positive_int, metavar="N", help="default: as in training"
     )
     add_model_arguments(parser)
-    _add_start_arguments(parser)
+    add_start_arguments(parser)
     add_device_arguments(parser)
-    _add_amp_arguments(parser)
-    _add_distributed_arguments(parser)
-    _add_optimizer_arguments(parser)
-    _add_rate_arguments(_add_schedule_arguments(parser))
+    add_amp_arguments(parser)
+    add_distributed_arguments(parser)
+    add_optimizer_arguments(parser)
+    _add_rate_arguments(add_schedule_arguments(parser))
     _add_augmentation_arguments(parser)
     _add_loss_arguments(parser)
     _add_distillation_arguments(parser)
-    _add_ema_arguments(parser)
-    _add_output_arguments(parser, ("top1", "top5", "loss"))
+    add_ema_arguments(parser)
+    add_output_arguments(parser, ("top1", "top5", "loss"))
     return parser
 
 
-def make_segmentation_parser() -> Parser:
-    parser = Parser(
-        "train_segmentation",
-        "Train a network for semantic segmentation. Flags are those of train, as far as they apply.",
-    )
-    parser.add_config()
-    _add_segmentation_data_arguments(parser)
-    add_model_arguments(
-        parser,
-        "dy_deeplabv3plus_mobilenetv2",
-        "a segmentation model of timm-dynamic",
-        "start from the whole model's pretrained weights",
-        "backbone=resnet50 pretrained_backbone=False",
-    )
-    _add_start_arguments(parser)
-    add_device_arguments(parser)
-    _add_amp_arguments(parser)
-    _add_distributed_arguments(parser)
-    _add_optimizer_arguments(parser)
-    group = _add_schedule_arguments(parser)
-    group.add_argument("--lr", type=float, default=0.007, metavar="X", help="of the backbone (default: 0.007)")
-    group.add_argument(
-        "--head-lr-scale",
-        type=float,
-        default=10.0,
-        metavar="X",
-        help="all the rest learns so much faster (default: 10)",
-    )
-    _add_segmentation_augmentation_arguments(parser)
-    _add_ema_arguments(parser)
-    _add_output_arguments(parser, ("miou", "loss"))
-    parser.add_argument(
-        "--pictures", type=int, default=4, metavar="N", help="validation images to draw with their masks (default: 4)"
-    )
-    # The recipe of T. Ardelean et al., and what `train` has flags for.
-    parser.set_defaults(
-        opt="momentum",
-        weight_decay=5e-4,
-        epochs=100,
-        min_lr=1e-6,
-        warmup_epochs=0,
-        output="output/train_segmentation",
-        drop_path=None,
-        input_size=None,
-        layer_decay=None,
-        no_decay_names=None,
-        mixup=0.0,
-        mixup_off_epoch=0,
-        mixup_ramp_epochs=0,
-        kd_model_name=None,
-    )
-    return parser
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser()
+    return check(parser, parser.parse_args(argv))
 
 
-def _add_segmentation_data_arguments(parser: Parser) -> None:
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of the data, as --data-dir")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="folder that holds VOCdevkit/VOC2012, and SBD's in sbd")
-    group.add_argument("--dataset", default="voc", choices=("voc", "sbd", "voc+sbd"), help="default: voc")
-    group.add_argument("--dataset-download", action="store_true", help="let torchvision download the dataset")
-    group.add_argument("--train-split", default="train", metavar="NAME", help="default: train")
-    group.add_argument("--val-split", default="val", metavar="NAME", help="default: val; '' for none")
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="size of the crops (default: the model's)")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="mean of the pixels, from 0 to 1")
-    group.add_argument("--std", type=positive, nargs="+", metavar="X", help="standard deviation of the pixels")
-    group.add_argument("-b", "--batch-size", type=positive_int, default=16, metavar="N", help="default: 16")
-    group.add_argument("-vb", "--validation-batch-size", type=positive_int, metavar="N", help="default: as in training")
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: 4)")
-    group.add_argument("--pin-mem", action="store_true", help="pin the loaders' memory")
+def check(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, after what can be found wrong with them before anything slow happens.
+
+    Raises:
+        ValueError, FileNotFoundError: No such data, split or checkpoint, or the run's folder is another run's.
+    """
+    check_dynamize(parser, args)
+    root = Path(args.data or args.data_dir or "")
+    if not args.dataset:
+        for split in filter(None, (args.train_split, args.val_split)):
+            find_split(args, split)
+    elif args.data or args.data_dir:
+        if not (root.exists() or args.dataset_download or args.dataset.partition("/")[0].lower() in OTHER_SOURCES):
+            raise ValueError(f"no such data folder: {root}")
+    check_file(args.initial_checkpoint)
+    check_file("" if args.resume == "auto" else args.resume)
+    if args.experiment:
+        _check_folder(args)
+    return args
 
 
-def _add_segmentation_augmentation_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument(
-        "--scale",
-        type=positive,
-        nargs=2,
-        default=[0.5, 2.0],
-        metavar="X",
-        help="shorter side over --img-size, 0.5 to 2",
-    )
-    group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
-    group.add_argument("--blur", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
-    group.add_argument("--drop", type=share, metavar="P", help="dropout (default: the model's)")
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.output or "output/train", name)
 
 
-def _add_start_arguments(parser: Parser) -> None:
+def _check_folder(args: argparse.Namespace) -> None:
+    """Refuse to write over another run."""
+    folder = run_folder(args, args.experiment)
+    if not args.resume and ((folder / "summary.csv").exists() or any(folder.glob("*.pth.tar"))):
+        raise ValueError(f"{folder} holds a run already: go on with it by --resume auto, or give another --experiment")
+
+
+def add_start_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("start")
-    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="weights to start from")
+    group.add_argument(
+        "--initial-checkpoint",
+        default="",
+        metavar="FILE",
+        help="weights to start from; with --num-classes, the classifier is new where theirs has another number",
+    )
     group.add_argument(
         "--resume",
         default="",
@@ -151,17 +115,15 @@ def _add_start_arguments(parser: Parser) -> None:
     )
 
 
-def _add_amp_arguments(parser: Parser) -> None:
+def add_amp_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("mixed precision and compilation in training")
     group.add_argument(
         "--amp-impl", default="native", choices=("native", "apex"), help="PyTorch's, or NVIDIA's Apex (default: native)"
     )
-    group.add_argument(
-        "--torchcompile-mode", type=compile_mode, metavar="MODE", help="torch.compile's mode, as reduce-overhead"
-    )
+    group.add_argument("--torchcompile-mode", metavar="MODE", help="torch.compile's mode, as reduce-overhead")
 
 
-def _add_distributed_arguments(parser: Parser) -> None:
+def add_distributed_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("memory and several processes")
     group.add_argument("--grad-accum-steps", type=positive_int, default=1, metavar="N", help="batches an update")
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations to save memory")
@@ -175,7 +137,7 @@ def _add_distributed_arguments(parser: Parser) -> None:
     )
 
 
-def _add_optimizer_arguments(parser: Parser) -> None:
+def add_optimizer_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("optimizer")
     group.add_argument(
         "--opt", default="sgd", metavar="NAME", help="timm optimizer; sgd is with Nesterov (default: %(default)s)"
@@ -224,7 +186,7 @@ def _add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--layer-decay-no-opt-scale", type=float, metavar="X", help="below it, layers are not trained")
 
 
-def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
+def add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("learning rate")
     group.add_argument("--epochs", type=positive_int, default=300, metavar="N", help="default: %(default)s")
     group.add_argument("--sched", default="cosine", choices=SCHEDULERS, help="default: cosine")
@@ -241,7 +203,9 @@ def _add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--lr-cycle-limit", type=positive_int, default=1, metavar="N", help="number of cycles")
     group.add_argument("--lr-k-decay", type=float, default=1.0, metavar="X", help="exponent in cosine and poly")
     group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="default: 1e-5")
-    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--warmup-epochs", type=int, metavar="N", help="default: 5, or a tenth of --epochs if that is less"
+    )
     group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
     group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="default: %(default)s")
     group.add_argument(
@@ -332,7 +296,7 @@ def _add_distillation_arguments(parser: Parser) -> None:
     group.add_argument("--task-loss-weight", type=float, metavar="X", help="default: 1")
 
 
-def _add_ema_arguments(parser: Parser) -> None:
+def add_ema_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("averaged weights")
     group.add_argument("--model-ema", action="store_true", help="keep, validate and save a moving average")
     group.add_argument("--model-ema-force-cpu", action="store_true", help="keep it on the CPU, and do not validate it")
@@ -340,7 +304,7 @@ def _add_ema_arguments(parser: Parser) -> None:
     group.add_argument("--model-ema-warmup", action="store_true", help="let the decay grow towards that")
 
 
-def _add_output_arguments(parser: Parser, metrics: tuple[str, ...]) -> None:
+def add_output_arguments(parser: Parser, metrics: tuple[str, ...]) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output", default="output/train", metavar="DIR", help="default: %(default)s")
     group.add_argument("--experiment", default="", metavar="NAME", help="folder in it (default: time, model and size)")

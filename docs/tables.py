@@ -1,4 +1,4 @@
-"""Writes what the code and the measurements say into README.md and docs/*.md: families, models, layers, operators, times.
+"""Writes what code and measurements say into README.md and docs/*.md: families, models, layers, operators, times.
 
     python docs/tables.py
 
@@ -105,7 +105,9 @@ def layers_pages(families: Iterable[Family]) -> str:
     for family in families:
         text += f"\n## {family.title}\n\n{family.about[0].upper()}{family.about[1:]}. {family.paper}.\n"
         if family.layer is not None:
-            text += f'\n`timm_dynamic.dynamize(model, "{family.name}")` puts `{family.layer.__name__}` into a network.\n'
+            text += (
+                f'\n`timm_dynamic.dynamize(model, "{family.name}")` puts `{family.layer.__name__}` into a network.\n'
+            )
         modules = {layer.__module__ for layer in layers_of(family)}
         names = [name for name, value in public.items() if isinstance(value, type) and value.__module__ in modules]
         text += "".join(f"\n::: timm_dynamic.layers.{name}\n" for name in names)
@@ -125,7 +127,9 @@ def speed_table() -> str:
                     cells[name] = f"{row[key]:.2f}"
                     heads += [name] if name not in heads else []
     head = " | ".join(["model / twin", *heads])
-    return table(head, ([name, *(cells.get(one, "") for one in heads)] for name, cells in rows.items())) + _machine(report)
+    return table(head, ([name, *(cells.get(one, "") for one in heads)] for name, cells in rows.items())) + _machine(
+        report
+    )
 
 
 def sparse_table() -> str:
@@ -136,7 +140,9 @@ def sparse_table() -> str:
         speedups = [f"{row[f'speedup_over_{dense}']:.2f}" for dense in ("folded_dense", "static_twin")]
         cells[row["pattern"]] = [f"{row['times']['sparse']['median_ms']:.1f} ms", *speedups]
     head = "model | batch | blob | over dense | over the twin | scattered | over dense | over the twin"
-    return table(head, ((*key, *cells["blob"], *cells["scattered"]) for key, cells in rows.items())) + _machine(reports[0])
+    return table(head, ((*key, *cells["blob"], *cells["scattered"]) for key, cells in rows.items())) + _machine(
+        reports[0]
+    )
 
 
 def budgets_table() -> str:
@@ -149,7 +155,9 @@ def budgets_table() -> str:
         times = [f"{row[way]['median_ms'] / static['dense']['median_ms']:.2f}" for way in ("auto", "dense")]
         times = times if row is not static else ["", "1"]
         rows.append([budget, f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f} M", share, *times])
-    head = "budget | top-1 | MACs executed per image | share of the masked ones | time | time with all positions computed"
+    head = (
+        "budget | top-1 | MACs executed per image | share of the masked ones | time | time with all positions computed"
+    )
     return table(head, rows) + _machine(report)
 
 

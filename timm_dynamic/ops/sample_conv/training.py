@@ -50,10 +50,12 @@ def backward(
     grad, x, attention, kernels, a_in, a_tap, a_out, rows, stride, padding, dilation, groups, needs
 ) -> tuple[Tensor, ...]:
     """The gradients of the six tensors, 0 elements where they are not needed."""
-    grads = empty_gradients(x, attention, kernels, a_in, a_tap, a_out, needs)
-    grad_x, grad_attention, grad_kernels, *grad_gates = grads
+    tensors = (x, attention, kernels, a_in, a_tap, a_out)
     if len(x) == 0:
-        return tuple(t.zero_() for t in grads)
+        return tuple(t.zero_() for t in empty_gradients(*tensors, needs))
+    # Room for that of `x` is made only where its parts are to be joined; `columns` makes that of the kernel.
+    alone = [False, needs[1], needs[2] and rows.ndim != 3, *needs[3:]]
+    grad_x, grad_attention, grad_kernels, *grad_gates = empty_gradients(*tensors, alone)
     options = (stride, padding, dilation, groups)
     with no_autocast(x):
         given = (a_in, a_tap, a_out)
@@ -64,7 +66,7 @@ def backward(
             if needs[0]:
                 grad_x = dx
             if needs[2]:
-                grad_kernels[0] = dkernel
+                grad_kernels = dkernel[None].contiguous().to(kernels.dtype)
         else:
             dpairs, da_out = (None, None) if pairs is None else (torch.empty_like(pairs), torch.empty_like(a_out))
             dtype = kernels.dtype if pairs is None else pairs.dtype
@@ -76,6 +78,7 @@ def backward(
                 if needs[0] and len(dx) == len(x):
                     grad_x = dx.contiguous(memory_format=memory_format(x))
                 elif needs[0]:
+                    grad_x = grad_x if grad_x.numel() else torch.empty_like(x, memory_format=memory_format(x))
                     grad_x[part] = dx
                 dweight = dweight.to(weight.dtype)
                 if gates is not None:

@@ -1,0 +1,159 @@
+"""Every family on CIFAR-10 with one recipe: accuracy beside parameters, multiply-accumulates and measured time.
+
+    python benchmarks/cifar.py train DATA RUNS [--seeds 0 1 2] [--networks NAME ...]
+    python benchmarks/cifar.py report DATA RUNS [--threads N]
+
+DATA has the photographs, DATA/train/CLASS/* and DATA/test/CLASS/*. `train` runs `timm-dynamic train` with
+configs/cifar10.yaml for every network and seed, seed by seed; what is in RUNS already is not done again, and a run that
+was stopped goes on. `report` takes the last epoch of every finished run (none is chosen by its accuracy on the test
+set), times the networks, and writes results/cifar_cpu.json.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+
+import timm
+import torch
+import yaml
+from timm.data import create_dataset, create_loader, resolve_data_config
+from torch import nn
+
+import timm_dynamic
+from timm_dynamic.cost import count_active, count_macs
+from timm_dynamic.families import layers
+from timm_dynamic.timing import environment, measure, summarise
+
+CONFIG = Path(__file__).parent.parent / "configs" / "cifar10.yaml"
+STATIC = {"budget": -1}
+# Of a static network: its channels, from which the curve is made that says what the same time buys statically.
+WIDTHS = {"static_050": (8, 16, 32), "static_150": (24, 48, 96), "static_200": (32, 64, 128)}
+NETWORKS = {
+    "static": STATIC,
+    **{name: {**STATIC, "channels": list(channels)} for name, channels in WIDTHS.items()},
+    **{f"dynconv_{int(100 * budget):03}": {"budget": budget} for budget in (0.7, 0.5, 0.3)},
+    **{family: STATIC for family in layers()},
+}
+
+
+def create(network: str, model: str) -> nn.Module:
+    """A network of the study, untrained."""
+    net = timm.create_model(model, num_classes=10, **NETWORKS[network])
+    return timm_dynamic.dynamize(net, network) if network in layers() else net
+
+
+def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None:
+    """Train what has not been trained; the log of every run is beside it."""
+    for seed in seeds:
+        for network in networks:
+            folder = runs / f"{network}.{seed}"
+            if (folder / "done.json").exists():
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [str(Path(sys.executable).with_name("timm-dynamic")), "train", str(data), "--config", str(CONFIG)]
+            command += ["--seed", str(seed), "--output", str(runs), "--experiment", folder.name, "--resume", "auto"]
+            command += ["--model-kwargs", *(f"{k}={v}".replace(" ", "") for k, v in NETWORKS[network].items())]
+            command += ["--dynamize", network] if network in layers() else []
+            print(time.strftime("%H:%M"), folder.name, flush=True)
+            begin = time.monotonic()
+            with open(folder / "log.txt", "a") as log:
+                status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+            if status:
+                print(f"{folder.name} ended with exit status {status}: see {folder / 'log.txt'}", flush=True)
+                continue
+            lines = (folder / "log.txt").read_text().splitlines()
+            done = {
+                "minutes": round((time.monotonic() - begin) / 60, 1),
+                "last_line": lines[-1],
+                "command": command[1:],
+            }
+            (folder / "done.json").write_text(json.dumps({**done, **environment(torch.device("cpu"))}, indent=1))
+
+
+def load(network: str, folder: Path, model: str) -> nn.Module:
+    net = create(network, model)
+    state = torch.load(folder / "last.pth.tar", map_location="cpu", weights_only=True)["state_dict"]
+    net.load_state_dict(state)
+    return net.eval()
+
+
+@torch.inference_mode()
+def executed_macs(net: nn.Module, data: Path, images: int = 1000) -> float:
+    """Multiply-accumulates of an image, on average of some test images: masks decide."""
+    config = resolve_data_config({}, model=net)
+    dataset = create_dataset("", root=str(data), split="test")
+    colours = {"mean": config["mean"], "std": config["std"]}
+    loader = create_loader(dataset, config["input_size"], 100, use_prefetcher=False, **colours)
+    # The folders of the classes follow each other: every tenth batch.
+    batches = [x for i, (x, _) in enumerate(loader) if i % (len(dataset) // images) == 0]
+    with count_active(net):
+        return mean(count_macs(net, x).executed / len(x) for x in batches)
+
+
+def executions(net: nn.Module, x: torch.Tensor) -> dict[str, partial]:
+    """The ways to run a network, of which the fastest counts."""
+    last = x.contiguous(memory_format=torch.channels_last)
+    fast = timm_dynamic.optimize(net, x)
+    return {"eager": partial(net, x), "eager, channels_last": partial(net, last), "optimized": partial(fast, x)}
+
+
+@torch.inference_mode()
+def report(data: Path, runs: Path, model: str, threads: int, iterations: int, output: Path) -> None:
+    torch.set_num_threads(threads)
+    rows = []
+    for network in NETWORKS:
+        folders = sorted(path.parent for path in runs.glob(f"{network}.*/done.json"))
+        if not folders:
+            continue
+        finished = [json.loads((folder / "done.json").read_text()) for folder in folders]
+        top1 = [float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"]) for folder in folders]
+        net = load(network, folders[0], model)
+        row = {"network": network, "seeds": [int(folder.suffix[1:]) for folder in folders], "top1": top1}
+        row |= {"top1_mean": mean(top1), "top1_std": stdev(top1) if len(top1) > 1 else None}
+        row |= {"params": sum(p.numel() for p in net.parameters()), "macs": executed_macs(net, data)}
+        row |= {"minutes": [one["minutes"] for one in finished], "last_lines": [one["last_line"] for one in finished]}
+        row |= {
+            "commits": sorted({str(one["commit"]) for one in finished}),
+            "command": " ".join(finished[0]["command"]),
+        }
+        for batch_size in (1, 64):
+            ways = executions(net, torch.randn(batch_size, 3, 32, 32))
+            times = measure(ways, iterations, 5, torch.device("cpu"))
+            medians = {way: summarise(samples)["median_ms"] / batch_size for way, samples in times.items()}
+            best = min(medians, key=medians.get)
+            row[f"batch_{batch_size}"] = {"execution": best, "ms_per_image": medians[best]}
+        rows.append(row)
+        print(json.dumps({k: row[k] for k in ("network", "top1", "params", "macs", "batch_1", "batch_64")}), flush=True)
+    found = {**environment(torch.device("cpu")), "threads": threads, "data": "CIFAR-10, JPEG", "rows": rows}
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(temporary, output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "report"))
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cifar_cpu.json")
+    args = parser.parse_args()
+    model = yaml.safe_load(CONFIG.read_text())["model"]
+    if args.what == "train":
+        train(args.data, args.runs, args.networks, args.seeds)
+    else:
+        report(args.data, args.runs, model, args.threads, args.iterations, args.output)
+
+
+if __name__ == "__main__":
+    main()

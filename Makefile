@@ -40,7 +40,7 @@ lint: install
 
 # The site, in build/site; any warning (a link to nowhere, a name without docstring) is an error.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # For every GPU, wherever it is built; `TIMM_DYNAMIC_CUDA=0 make wheel` leaves the CUDA kernels out. Torch brings its own
 # libraries, and the CUDA runtime is linked statically.

@@ -200,7 +200,8 @@ def _sentence(function: Callable) -> str:
 
 def operators_pages() -> str:
     """The public operators, whose docstrings mkdocstrings puts there."""
-    return "".join(f"\n::: timm_dynamic.ops.{name}\n" for name in ops.__all__ if name not in ("backend_info",))
+    functions = (getattr(ops, name) for name in ops.__all__ if name != "backend_info")
+    return "".join(f"\n::: {function.__module__}.{function.__name__}\n" for function in functions)
 
 
 def operators_table() -> str:

@@ -5,7 +5,7 @@ WHEEL_CUDA := $(or $(TIMM_DYNAMIC_CUDA),1)
 # Compiling for every GPU takes minutes: here only where a driver is. `TIMM_DYNAMIC_CUDA=1 make ...` does it anyway.
 export TIMM_DYNAMIC_CUDA ?= $(if $(shell command -v nvidia-smi),1,0)
 
-.PHONY: install demo test lint wheel check-wheel sanitize
+.PHONY: install demo test lint docs wheel check-wheel sanitize
 install: .venv/installed
 
 # Without build isolation the kernels are built against the torch in .venv, not against another copy of it.
@@ -37,6 +37,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror cuda_ops/*/* tests/cuda_on_host/*.cpp tests/cuda_on_host/*.h tests/cuda_on_host/include/*
+
+# The site, in build/site; any warning (a link to nowhere, a name without docstring) is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # For every GPU, wherever it is built; `TIMM_DYNAMIC_CUDA=0 make wheel` leaves the CUDA kernels out. Torch brings its own
 # libraries, and the CUDA runtime is linked statically.

@@ -1,4 +1,4 @@
-"""Writes what the code says into the README and docs/architecture.md: families, models, layers, operators.
+"""Writes what code and measurements say into README.md and docs/*.md: families, models, layers, operators, times.
 
     python docs/tables.py
 
@@ -7,9 +7,11 @@ A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`. Parameters and
 
 import functools
 import importlib
+import inspect
+import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
@@ -17,27 +19,79 @@ import torch
 from timm.models import model_entrypoint
 
 import timm_dynamic
+from timm_dynamic import layers, ops
 from timm_dynamic.families import FAMILIES, Family
 from timm_dynamic.layers.base import DynamicLayer
 
 ROOT = Path(__file__).parents[1]
-HEAD = """
-| model | parameters | MACs | top-1, in % | static twin |
-|---|---|---|---|---|
-"""
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def introduction(families: Iterable[Family]) -> str:
-    """A sentence that names all families."""
-    names = [f"{family.title} ({family.about})" for family in families]
-    number = NUMBERS[len(names)] if len(names) < len(NUMBERS) else str(len(names))
-    return f"{number.capitalize()} families are here: {', '.join(names[:-1])} and {names[-1]}."
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown; `head` has its columns between bars."""
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def families_table(families: Iterable[Family]) -> str:
+    """Which family to use: a row for each."""
+    head = "family | what depends on the image | formula | cost beside the twin | from static weights | paper"
+    return table(head, (_choice(family) for family in families))
+
+
+def _choice(family: Family) -> Iterator[str]:
+    yield family.title
+    yield family.about
+    yield formula_of(family)
+    yield _cost(family)
+    yield _kept(family)
+    yield family.paper
+
+
+def formula_of(family: Family) -> str:
+    """The equation in the docstring of a family's layer: that of `y` or `W(x)` if there is one, else the first."""
+    found = [equation for layer in layers_of(family) for equation in _equations(layer)]
+    preferred = [equation for equation in found if re.match(r"y|W\(x\)|out", equation)]
+    return f"`{re.split('  +', (preferred or found)[0])[0].strip(',')}`" if found else ""
+
+
+def _equations(layer: type) -> list[str]:
+    """Lines set off in its docstring, or code within a line, before its arguments."""
+    text = inspect.cleandoc(layer.__doc__ or "").split("\nArgs:")[0].split("\nAttributes:")[0]
+    found = re.findall(r"^ {4,}(\S.*)$|`([^`\n]*)`", text, re.MULTILINE)
+    return [a or b for a, b in found if " = " in a or " = " in b]
+
+
+def layers_of(family: Family) -> list[type]:
+    """Classes of `timm_dynamic.layers` that a family's smallest model has, first the one for `dynamize`."""
+    model = timm.create_model(family.tiny, device="meta")
+    kinds = (kind for module in model.modules() for kind in type(module).__mro__)
+    found = [kind for kind in kinds if kind.__module__.startswith("timm_dynamic.layers.") and kind.__doc__]
+    return list(dict.fromkeys([family.layer, *found] if family.layer else found))
+
+
+def _cost(family: Family) -> str:
+    """Parameters and MACs as ratios to those of the static twin, of one model; without a twin, the smallest model's."""
+    ours = next((model for model in (*family.timed, *family.twins) if model in family.twins), None)
+    if ours is None:
+        counts = {model: _count(model) for model in family.models if model != family.tiny or len(family.models) == 1}
+        ours = min(counts, key=lambda model: counts[model][0])
+        return f"`{ours}`: {counts[ours][0] / 1e6:.1f} M parameters, {_giga(counts[ours][1])} MACs"
+    (parameters, macs, _), (of_twin, macs_of_twin, _) = _count(ours), _count(family.twins[ours])
+    return f"`{ours}`: {parameters / of_twin:.2f}x parameters, {macs / macs_of_twin:.2f}x MACs"
+
+
+def _kept(family: Family) -> str:
+    """What `dynamize` leaves of a network's output."""
+    if family.layer is None:
+        return "only in its own models"
+    return "from scratch" if family.keeps is None else "nearly" if family.keeps else "exactly"
 
 
 def models_table(families: Iterable[Family]) -> str:
     """A row for each model."""
-    return HEAD + "".join(_row(model, family) for family in families for model in family.models)
+    head = "model | parameters | MACs | top-1, in % | static twin"
+    return table(head, (_row(model, family) for family in families for model in family.models))
 
 
 def papers(families: Iterable[Family]) -> str:
@@ -45,17 +99,86 @@ def papers(families: Iterable[Family]) -> str:
     return " ".join(f"{family.title}: {family.paper}." for family in families)
 
 
+def layers_pages(families: Iterable[Family]) -> str:
+    """A section for each family: its equation, and its public layers, whose docstrings mkdocstrings puts there."""
+    text, public = "", {name: value for name, value in vars(layers).items() if name in layers.__all__}
+    for family in families:
+        text += f"\n## {family.title}\n\n{family.about[0].upper()}{family.about[1:]}. {family.paper}.\n"
+        if family.layer is not None:
+            text += (
+                f'\n`timm_dynamic.dynamize(model, "{family.name}")` puts `{family.layer.__name__}` into a network.\n'
+            )
+        modules = {layer.__module__ for layer in layers_of(family)}
+        names = [name for name, value in public.items() if isinstance(value, type) and value.__module__ in modules]
+        text += "".join(f"\n::: timm_dynamic.layers.{name}\n" for name in names)
+        public = {name: value for name, value in public.items() if name not in names}
+    return text + "\n## Others\n" + "".join(f"\n::: timm_dynamic.layers.{name}\n" for name in public)
+
+
+def speed_table() -> str:
+    """Time beside the static twin, as benchmarks/models.py measured it."""
+    report, rows, heads = _results("models_cpu.json"), {}, []
+    for row in report["rows"]:
+        if row["model"] != row["baseline"]:
+            case = f"batch {row['batch_size']}" + (", training" if row["mode"] == "train" else "")
+            cells = rows.setdefault(f"`{row['model']}` / `{row['baseline']}`", {})
+            for key, name in (("time_ratio", case), ("optimized_ratio", f"{case}, optimized")):
+                if key in row:
+                    cells[name] = f"{row[key]:.2f}"
+                    heads += [name] if name not in heads else []
+    head = " | ".join(["model / twin", *heads])
+    return table(head, ([name, *(cells.get(one, "") for one in heads)] for name, cells in rows.items())) + _machine(
+        report
+    )
+
+
+def sparse_table() -> str:
+    """Time at 30 % active positions, as benchmarks/sparse.py measured it."""
+    reports, rows = [_results(name) for name in ("sparse_cpu.json", "sparse_cpu_mobilenetv2.json")], {}
+    for row in (row for report in reports for row in report["rows"] if row["share"] == 0.3):
+        cells = rows.setdefault((f"`{row['model']}`", str(row["batch_size"])), {})
+        speedups = [f"{row[f'speedup_over_{dense}']:.2f}" for dense in ("folded_dense", "static_twin")]
+        cells[row["pattern"]] = [f"{row['times']['sparse']['median_ms']:.1f} ms", *speedups]
+    head = "model | batch | blob | over dense | over the twin | scattered | over dense | over the twin"
+    return table(head, ((*key, *cells["blob"], *cells["scattered"]) for key, cells in rows.items())) + _machine(
+        reports[0]
+    )
+
+
+def budgets_table() -> str:
+    """What a trained network gives with several budgets, as benchmarks/digits_budgets.py measured it."""
+    report = _results("digits_budgets_cpu.json")
+    static = next(row for row in report["rows"] if "share" not in row)
+    rows = []
+    for row in report["rows"]:
+        budget, share = (str(row["budget"]), f"{row['share']:.3f}") if row is not static else ("static", "")
+        times = [f"{row[way]['median_ms'] / static['dense']['median_ms']:.2f}" for way in ("auto", "dense")]
+        times = times if row is not static else ["", "1"]
+        rows.append([budget, f"{row['top1']:.2f}", f"{row['macs'] / 1e6:.2f} M", share, *times])
+    head = (
+        "budget | top-1 | MACs executed per image | share of the masked ones | time | time with all positions computed"
+    )
+    return table(head, rows) + _machine(report)
+
+
+def _results(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _machine(report: dict) -> str:
+    return f"\n{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}.\n"
+
+
 def layers_table(families: Iterable[Family]) -> str:
     """How the layers of all families run, and what decides."""
-    rows = ["", "| layer | implementation | for | not where | faster, but not where |", "|---|---|---|---|---|"]
+    rows = []
     for layer in _dynamic_layers(families):
         for row in layer.implementations:
             kind = "training" if row.gradients else "inference"
             where = f"{kind}, {' and '.join(row.devices)}, {', '.join(str(d)[6:] for d in row.dtypes)}"
-            cells = (f"`{layer.__name__}`", row.name, where, _sentence(row.cannot), _sentence(row.pays))
-            rows.append(f"| {' | '.join(cells)} |")
-        rows.append(f"| `{layer.__name__}` | formula | everything else | | |")
-    return "\n".join(rows) + "\n"
+            rows.append((f"`{layer.__name__}`", row.name, where, _sentence(row.cannot), _sentence(row.pays)))
+        rows.append((f"`{layer.__name__}`", "formula", "everything else", "", ""))
+    return table("layer | implementation | for | not where | faster, but not where", rows)
 
 
 def _dynamic_layers(families: Iterable[Family]) -> list[type]:
@@ -75,15 +198,21 @@ def _sentence(function: Callable) -> str:
     return " ".join((function.__doc__ or "").split())
 
 
+def operators_pages() -> str:
+    """The public operators, whose docstrings mkdocstrings puts there."""
+    functions = (getattr(ops, name) for name in ops.__all__ if name != "backend_info")
+    return "".join(f"\n::: {function.__module__}.{function.__name__}\n" for function in functions)
+
+
 def operators_table() -> str:
     """All registered operators, and on which devices there are kernels."""
-    rows = ["", "| operator | gradients | kernels |", "|---|---|---|"]
+    rows = []
     sources = {device: _sources(device) for device in ("cpu", "cuda")}
     for name in sorted(one.partition("::")[2] for one in torch._C._dispatch_get_all_op_names() if _is_ours(one)):
         differentiable = torch._C._dispatch_has_kernel_for_dispatch_key(f"timm_dynamic::{name}", "Autograd")
         kernels = [device for device, text in sources.items() if f'm.impl("{name}"' in text]
-        rows.append(f"| `{name}` | {'yes' if differentiable else 'private'} | {', '.join(kernels)} |")
-    return "\n".join(rows) + "\n"
+        rows.append((f"`{name}`", "yes" if differentiable else "private", ", ".join(kernels)))
+    return table("operator | gradients | kernels", rows)
 
 
 def _is_ours(name: str) -> bool:
@@ -96,12 +225,12 @@ def _sources(device: str) -> str:
     return "".join(path.read_text() for path in files)
 
 
-def _row(model: str, family: Family) -> str:
+def _row(model: str, family: Family) -> list[str]:
     parameters, macs, size = _count(model)
     twin = family.twins.get(model)
     baseline = f"`{twin}`, {_giga(_count(twin)[1])}" if twin else ""
     at = f" at {size} px" if size != 224 else ""
-    return f"| `{model}` | {parameters / 1e6:.2f} M | {_giga(macs)}{at} | {_accuracies(model, family)} | {baseline} |\n"
+    return [f"`{model}`", f"{parameters / 1e6:.2f} M", _giga(macs) + at, _accuracies(model, family), baseline]
 
 
 @functools.cache
@@ -140,9 +269,15 @@ def parts(text: str) -> dict[str, str]:
 def written() -> dict[Path, dict[str, str]]:
     """What the parts of each file are to be."""
     families = FAMILIES.values()
-    readme = {"families": introduction(families), "models": models_table(families), "papers": papers(families)}
-    architecture = {"layers": layers_table(families), "operators": operators_table()}
-    return {ROOT / "README.md": readme, ROOT / "docs" / "architecture.md": architecture}
+    texts = {
+        "README.md": {"families": families_table(families), "speed": speed_table()},
+        "docs/models.md": {"models": models_table(families), "papers": papers(families)},
+        "docs/layers.md": {"classes": layers_pages(families)},
+        "docs/api.md": {"public_operators": operators_pages()},
+        "docs/sparse.md": {"sparse": sparse_table(), "budgets": budgets_table()},
+        "docs/architecture.md": {"layers": layers_table(families), "operators": operators_table()},
+    }
+    return {ROOT / name: of_it for name, of_it in texts.items()}
 
 
 def main() -> None:

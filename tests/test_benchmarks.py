@@ -150,24 +150,3 @@ def test_the_page_is_what_the_results_give(script, monkeypatch, tmp_path):
     assert (tmp_path / "README.md").read_text() == (BENCHMARKS / "README.md").read_text()
     pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
     assert pictures == {path.name for path in (BENCHMARKS / "results").glob("*.png")}
-
-
-def results(name):
-    return json.loads((BENCHMARKS / "results" / name).read_text())["rows"]
-
-
-def test_the_figures_in_the_readme_are_those_of_the_results():
-    readme, rows = (BENCHMARKS.parent / "README.md").read_text(), {}
-    for row in results("models_cpu.json"):
-        if row["model"] != row["baseline"]:
-            figures = rows.setdefault(f"| `{row['model']}` |", [])
-            figures.append(f"{row['time_ratio']:.2f}")
-            if "optimized_ratio" in row:
-                figures.append(f"{row['optimized_ratio']:.2f}")
-    for row in results("sparse_cpu.json") + results("sparse_cpu_mobilenetv2.json"):
-        if row["share"] == 0.3:
-            figures = [f"{row['times']['sparse']['median_ms']:.1f} ms"]
-            figures += [f"{row[f'speedup_over_{dense}']:.2f}" for dense in ("folded_dense", "static_twin")]
-            rows.setdefault(f"| `{row['model']}` | {row['batch_size']} |", []).extend(figures)
-    for head, figures in rows.items():
-        assert f"{head} {' | '.join(figures)} |" in readme

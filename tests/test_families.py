@@ -1,6 +1,7 @@
 """The contract of every family, and the records themselves."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,24 +39,6 @@ def test_records_of_several_files_are_joined(monkeypatch):
         families.family_of("resnet18.a1_in1k")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_readme_has_its_models(family, script):
-    """Written by `python docs/tables.py`: run it where this fails."""
-    table = script("tables").models_table([FAMILIES[family]])
-    rows = [row for row in table.splitlines() if row.startswith("| `")]
-    assert len(rows) == len(FAMILIES[family].models)
-    readme = (ROOT / "README.md").read_text()
-    assert not [row for row in rows if f"\n{row}\n" not in readme]
-
-
-def test_the_readme_has_all_families(script):
-    tables, readme = script("tables"), (ROOT / "README.md").read_text()
-    assert tables.introduction(FAMILIES.values()) in readme and tables.papers(FAMILIES.values()) in readme
-    assert sum(row.startswith("| `") for row in tables.parts(readme)["models"].splitlines()) == sum(
-        len(family.models) for family in FAMILIES.values()
-    )
-
-
 def test_no_other_list_of_files_of_models():
     """A file in the folder is enough."""
     code = "import timm_dynamic, sys; print(*(m for m in sys.modules if m.startswith('timm_dynamic.models.')))"
@@ -64,8 +47,26 @@ def test_no_other_list_of_files_of_models():
     assert files <= {name.rpartition(".")[2] for name in loaded}
 
 
-def test_the_architecture_page_has_the_layers_and_operators(script):
-    tables, page = script("tables"), ROOT / "docs" / "architecture.md"
-    texts = tables.written()[page]
-    assert tables.parts(page.read_text()) == texts and len(texts) == 2
-    assert texts["operators"].count("\n| `") <= 18  # the design's bound
+def test_the_pages_have_what_code_and_measurements_say(script):
+    """Written by `python docs/tables.py`: run it where this fails."""
+    tables = script("tables")
+    written = tables.written()
+    assert not [path for path, texts in written.items() if tables.parts(path.read_text()) != texts]
+    models, readme, architecture = (
+        written[ROOT / name] for name in ("docs/models.md", "README.md", "docs/architecture.md")
+    )
+    assert models["models"].count("\n| `") == sum(len(family.models) for family in FAMILIES.values())
+    assert readme["families"].count("\n| ") == 1 + len(FAMILIES)
+    assert architecture["operators"].count("\n| `") <= 18  # the design's bound
+
+
+def test_the_code_in_the_readme_runs(capsys):
+    """In one scope; the first block prints what stands below it."""
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 170
+    first, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope = {}
+    exec(first, scope)
+    assert capsys.readouterr().out == re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    for code in others:
+        exec(code, scope)

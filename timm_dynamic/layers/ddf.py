@@ -20,8 +20,10 @@ from timm_dynamic.ops.dynamic_filter.table import TABLE
 class DDFPack(DropInConv2d):
     """Decoupled dynamic filter layer: a K x K convolution whose filter depends on the sample, channel and position.
 
-    One branch makes a filter for every position, another one for every channel; each output uses the product (or sum)
-    of its two. `[B, C, H, W]` becomes `[B, C, ceil(H/stride), ceil(W/stride)]`.
+        y[c,p] = sum_k D[k,p] * C[c,k] * x[c, stride*p + o_k]
+
+    One branch makes a filter D for every position, another one a filter C for every channel; each output uses the
+    product (or sum) of its two. `[B, C, H, W]` becomes `[B, C, ceil(H/stride), ceil(W/stride)]`.
     Channels are filtered one by one, as in a depthwise convolution.
 
     Args:

@@ -1,10 +1,4 @@
-"""Residual branches that are computed where a mask says so (arXiv 1912.03203, section 3).
-
-    out = act(shortcut(x) + mask(x) * branch(x))
-
-That is what training computes, the branch at every position. In inference its active positions are enough: see
-`timm_dynamic.ops.sparse`.
-"""
+"""Residual branches that are computed where a mask says so (arXiv 1912.03203, section 3)."""
 
 import math
 
@@ -27,6 +21,11 @@ Steps = list[tuple[nn.Conv2d, nn.Module | None, nn.Module | None]]
 @register_notrace_module
 class SparseBranch(DynamicLayer):
     """Mixin of residual blocks with a mask.
+
+        y = act(shortcut(x) + mask(x) * branch(x))
+
+    That is what training computes, the branch at every position. In inference its active positions are enough: see
+    `timm_dynamic.ops.sparse`.
 
     A block has the modules `masker`, a `MaskUnit` with the block's stride, and `downsample`, or None, on the shortcut;
     and it defines `branch`, `finish`, `steps` and `final_activation`. Its convolutions are padded such that only

@@ -25,7 +25,7 @@ register(
     Family(
         name="dcd",
         title="DCD",
-        about="dynamic channel fusion",
+        about="the scale of output channels, and a residual of low rank",
         paper="Li et al., ICLR 2021, arXiv 2103.08756",
         tiny="test_dcd_resnet",
         layer=DCDConv2d,

@@ -21,7 +21,7 @@ register(
     Family(
         name="ddf",
         title="DDF",
-        about="decoupled dynamic filters",
+        about="a depthwise filter for each pixel, made of one for its position and one for its channel",
         paper="Zhou et al., CVPR 2021, arXiv 2104.14107",
         tiny="test_ddf_resnet",
         layer=DDFConv2d,

@@ -26,7 +26,7 @@ register(
     Family(
         name="dy",
         title="DY",
-        about="attention over convolution kernels",
+        about="a mixture of several kernels, by attention",
         paper="Chen et al., CVPR 2020, arXiv 1912.03458, as T. Ardelean implemented it",
         tiny="test_dy_resnet",
         layer=DynamicConv2d,

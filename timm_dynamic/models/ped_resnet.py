@@ -22,7 +22,7 @@ register(
     Family(
         name="ped",
         title="PEDConv",
-        about="parameter-efficient dynamic convolution",
+        about="gates of outputs, inputs and taps of the kernel",
         paper="Hou and Kung, BMVC 2021",
         tiny="test_ped_resnet",
         layer=PEDConv2d,

@@ -29,8 +29,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def table(head: str, rows: Iterable[Iterable[str]]) -> str:
     """A table of Markdown; `head` has its columns between bars."""
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(_table_row(row) for row in rows)]
     return "\n" + "\n".join(lines) + "\n"
+
+
+def _table_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def families_table(families: Iterable[Family]) -> str:
@@ -268,7 +272,7 @@ def parts(text: str) -> dict[str, str]:
 
 def written() -> dict[Path, dict[str, str]]:
     """What the parts of each file are to be."""
-    families = FAMILIES.values()
+    families = sorted(FAMILIES.values(), key=lambda family: family.title.lower())
     texts = {
         "README.md": {"families": families_table(families), "speed": speed_table()},
         "docs/models.md": {"models": models_table(families), "papers": papers(families)},

@@ -24,6 +24,8 @@ _MOST_KERNELS = 64
 class FDConv2d(AffineOutputs):
     """Frequency dynamic convolution; takes the place of an `nn.Conv2d`.
 
+        W(x) = a_out(x) * a_in(x) * a_tap(x) * a(x) * irfft2(sum_g kappa_g(x) * [frequencies of group g] * dft_weight)
+
     The kernel is the inverse Fourier transform of `dft_weight`, the half spectrum of a matrix of `O * Kh` rows and
     `I * Kw` columns. A sample's gates, all of them `2 * sigmoid` of functions of the average-pooled input, multiply the
     spectrum, one for each group of frequencies, and the kernel: by input, output and tap, and entry by entry. A 3x3

@@ -1,5 +1,6 @@
 """FDConv's layer."""
 
+import copy
 from fractions import Fraction
 
 import pytest
@@ -111,3 +112,13 @@ def test_one_sample_and_autocast(dtype):
     y.float().sum().backward()
     assert y.dtype == dtype and all(p.grad.isfinite().all() for p in layer.parameters())
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits(dtype):
+    layer, x = FDConv2d(8, 8, 3).to(dtype), torch.randn(4, 8, 6, 6).to(dtype)
+    layer(x).float().square().mean().backward()
+    norm = layer.KSM_Global.bn
+    assert norm.running_mean.dtype == dtype and norm.running_mean.any() and norm.num_batches_tracked == 1
+    expected = copy.deepcopy(layer).float().eval()(x.float())
+    torch.testing.assert_close(layer.eval()(x).float(), expected, rtol=0.05, atol=0.05)

@@ -95,6 +95,16 @@ def test_one_sample_and_autocast(dtype):
     assert layer.attention.norm1.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits(dtype):
+    layer, x = KWConv2d(8, 8, 3).to(dtype), torch.randn(4, 8, 6, 6).to(dtype)
+    layer(x).float().square().mean().backward()
+    norm = layer.attention.norm1
+    assert norm.running_mean.dtype == dtype and norm.running_mean.any() and norm.num_batches_tracked == 1
+    expected = copy.deepcopy(layer).float().eval()(x.float())
+    torch.testing.assert_close(layer.eval()(x).float(), expected, rtol=0.05, atol=0.05)
+
+
 class TestSharing:
     def test_dynamize_goes_by_stage(self):
         static, x = resnet().eval(), torch.randn(2, 3, 64, 64)

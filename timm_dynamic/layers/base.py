@@ -220,11 +220,17 @@ class AffineOutputs(DropInConv2d):
 
 
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
-    """`part(x)`, in the dtype of `x` even where the part's parameters are of another one."""
-    others = {
-        name: p.to(x.dtype) for name, p in part.named_parameters() if p.is_floating_point() and p.dtype != x.dtype
-    }
-    return torch.func.functional_call(part, others, (x,)) if others else part(x)
+    """`part(x)`, in the dtype of `x` even where the part's parameters and running statistics are of another one."""
+    others, statistics = (
+        {name: value.to(x.dtype) for name, value in named if value.is_floating_point() and value.dtype != x.dtype}
+        for named in (part.named_parameters(), part.named_buffers())
+    )
+    if not others and not statistics:
+        return part(x)
+    y = torch.func.functional_call(part, {**others, **statistics}, (x,))
+    for name, value in statistics.items() if part.training else ():
+        part.get_buffer(name).copy_(value)
+    return y
 
 
 def check_positive(**arguments: int | None) -> None:

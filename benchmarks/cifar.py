@@ -4,7 +4,7 @@
     python benchmarks/cifar.py report DATA RUNS [--threads N]
 
 DATA has the photographs, DATA/train/CLASS/* and DATA/test/CLASS/*. `train` runs `timm-dynamic train` with
-configs/cifar10.yaml for every network and seed, seed by seed; what is in RUNS already is not done again, and a run that
+configs/dynconv_resnet8.cifar10.yaml for every network and seed, seed by seed; what is in RUNS already is not done again, and a run that
 was stopped goes on. `report` takes the last epoch of every finished run (none is chosen by its accuracy on the test
 set), times the networks, and writes results/cifar_cpu.json.
 """
@@ -31,7 +31,7 @@ from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.families import layers
 from timm_dynamic.timing import environment, measure, summarise
 
-CONFIG = Path(__file__).parent.parent / "configs" / "cifar10.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "dynconv_resnet8.cifar10.yaml"
 STATIC = {"budget": -1}
 # Of a static network: its channels, from which the curve is made that says what the same time buys statically.
 WIDTHS = {"static_050": (8, 16, 32), "static_150": (24, 48, 96), "static_200": (32, 64, 128)}

@@ -19,7 +19,7 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
     if not x.is_contiguous() and memory_format(x) != torch.channels_last:
-        return "the input is contiguous in neither NCHW nor NHWC"
+        return "the input is not contiguous, in NCHW or NHWC"
     if layer.channel_branch[4].mean is not None or layer.spatial_branch[1].std is not None:
         return "a filter norm has other parameters than the layer gives it"
     if any(t is None or t.dtype != x.dtype for t in _parameters(layer)):

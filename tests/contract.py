@@ -5,6 +5,7 @@ A test file derives a class from one of these and gives it the fixture `name`, o
 
 import copy
 import importlib.util
+import re
 
 import pytest
 import timm
@@ -83,7 +84,7 @@ class ModelContract:
             extractor = timm.create_model(name, device="meta", **options).eval()
             inner = extractor.model if feature_cls == "getter" else extractor
             names = {
-                key: key.replace("blocks_", "blocks.") for key in inner.state_dict()
+                key: re.sub("^(blocks|stages|stem)_", r"\1.", key) for key in inner.state_dict()
             }  # stages taken out of a sequence
             inner.load_state_dict({key: state[name] for key, name in names.items()}, assign=True)
             assert extractor.feature_info.channels() == [info.channels()[i] for i in (1, 3)]

@@ -4,9 +4,9 @@
     python benchmarks/cifar.py report DATA RUNS [--threads N]
 
 DATA has the photographs, DATA/train/CLASS/* and DATA/test/CLASS/*. `train` runs `timm-dynamic train` with
-configs/dynconv_resnet8.cifar10.yaml for every network and seed, seed by seed; what is in RUNS already is not done again, and a run that
-was stopped goes on. `report` takes the last epoch of every finished run (none is chosen by its accuracy on the test
-set), times the networks, and writes results/cifar_cpu.json.
+configs/dynconv_resnet8.cifar10.yaml for every network and seed, seed by seed; what is in RUNS is not done again,
+and a run that was stopped goes on. `report` takes the last epoch of every finished run (none is chosen by its accuracy
+on the test set), times the networks, and writes results/cifar_cpu.json.
 """
 
 import argparse

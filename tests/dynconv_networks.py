@@ -79,3 +79,11 @@ def plain_with_share(kind, share, **kwargs):
 def build_with_share(kind, share, **kwargs):
     """Optimized, too."""
     return optimize(plain_with_share(kind, share, **kwargs), image(kind, 1), memory_format=torch.channels_last)
+
+
+def assert_same_in_all_executions(model, x, **close):
+    before, expected = x.clone(), run(model, x, "dense")
+    for execution in ("sparse", "auto"):
+        torch.testing.assert_close(run(model, x, execution), expected, **close)
+    assert torch.equal(x, before)
+    return expected

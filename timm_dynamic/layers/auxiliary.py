@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from timm_dynamic.ops import attached_gradient  # noqa: F401 - defines the operator
+from timm_dynamic.ops.attached_gradient import attached_gradient
 from timm_dynamic.ops.kernels import transforms
 
 
@@ -29,7 +29,7 @@ class _AttachLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         number = 1.0 if isinstance(ctx.weight, Tensor) else ctx.weight
         if isinstance(ctx.scale, Tensor):
-            attached = torch.ops.timm_dynamic.attached_gradient(grad, ctx.scale, number, ctx.dtype)
+            attached = attached_gradient(grad, ctx.scale, number, ctx.dtype)
         else:
             attached = torch.full((), number * ctx.scale, dtype=ctx.dtype, device=grad.device)
         return grad, attached * ctx.weight if isinstance(ctx.weight, Tensor) else attached, None, None

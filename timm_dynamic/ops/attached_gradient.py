@@ -6,6 +6,11 @@ from torch import Tensor
 from timm_dynamic.ops.registration import register
 
 
+def attached_gradient(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """`scale * weight`, a scalar of the dtype, when the backward pass gives `grad`: see `_definition`."""
+    return torch.ops.timm_dynamic.attached_gradient(grad, scale, weight, dtype)
+
+
 def _definition(grad: Tensor, scale: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
     """Of the registered operator.
 

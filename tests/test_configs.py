@@ -69,7 +69,7 @@ def test_config_is_taken_over(path):
     assert {key: args[key] for key in values} == values
     assert all(isinstance(args[key], type(value)) for key, value in values.items())
     assert timm.is_model(args["model"])
-    assert re.fullmatch(rf"{args['model']}(\.digits|_w\d+(_kernels)?)?", path.stem)
+    assert re.fullmatch(rf"{args['model']}(\.digits|\.cifar10|_w\d+(_kernels)?)?", path.stem)
 
 
 def config_of(tag):

@@ -215,6 +215,7 @@ def test_tracing_and_scripting(layer):
 
 
 def test_compiling(layer):
+    torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):

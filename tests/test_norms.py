@@ -27,10 +27,11 @@ class TestNorms:
     )
     @EVERY_NETWORK
     def test_batch_norms_of_other_arguments(self, family, kwargs):
-        model, x = make_network(family), images(4)
+        dtype = torch.float64 if family == "lsnet" else None  # its last norm amplifies rounding
+        model, x = make_network(family, dtype), images(4, dtype=dtype)
         for name, part in list(model.named_modules()):
             if type(part) in (nn.BatchNorm2d, nn.BatchNorm1d):
-                model.set_submodule(name, type(part)(part.num_features, **kwargs))
+                model.set_submodule(name, type(part)(part.num_features, dtype=dtype, **kwargs))
         settle(randomise(model), x)
         self.check(model, x)
 

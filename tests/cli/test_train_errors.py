@@ -74,7 +74,7 @@ def bad_inputs():
         ("-b 7 --mixup 0.2", "--batch-size 7 must be even"),
         ("--num-classes 9", "has 10 classes, the model 9: pass --num-classes 10"),
         ("--model resnet5O", "unknown model 'resnet5O'"),
-        ("--dynamize nonsense", "layer must be one of 'dcd', "),
+        ("--dynamize nonsense", "layer must be one of 'cond', "),
         ("--model test_vit --dynamize dy", "none of the 1 convolutions of test_vit is replaced"),
         ("--model-kwargs nonsense=1", f"cannot create {MODEL}"),
         ("--model dla60x_c --grad-checkpointing", "dla60x_c does not support --grad-checkpointing"),

@@ -64,8 +64,8 @@ inline DdfShape check_arguments(const Tensor& x, const Tensor& filters,
   s.inner = s.members() == 1 ? s.groups : s.groups / parts;
   if (channel_filter)
     check_tensor("channel_filter", *channel_filter, {or_one(s.B), or_one(s.C), s.taps()}, x);
-  check_tensor("filters", filters,
-               {or_one(s.B), s.groups, s.taps(), or_one(s.Ho), or_one(s.Wo)}, x);
+  check_tensor("filters", filters, {or_one(s.B), s.groups, s.taps(), or_one(s.Ho), or_one(s.Wo)},
+               x);
   return s;
 }
 

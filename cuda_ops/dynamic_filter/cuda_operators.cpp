@@ -97,7 +97,8 @@ Plan make_plan(const Call& call, const Tensor& from, const Tensor& to, Layout la
     plan.threads = ceil_div(rows, rows_of_warp) * kWarp;
   }
   const int64_t blocks = s.B * grid.x * grid.y * grid.z;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "dynamic_filter: tensors too large, ", blocks, " thread blocks");
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "dynamic_filter: tensors too large, ", blocks,
+                  " thread blocks");
   return plan;
 }
 
@@ -124,9 +125,10 @@ DdfShape check_call(const Tensor& x, const Tensor& filters,
                     int64_t stride, int64_t upsample) {
   const DdfShape s = check_arguments(x, filters, channel_filter, kernel_size, kernel_combine, parts,
                                      dilation, stride, upsample);
-  STD_TORCH_CHECK(channel_filter && s.groups == 1 && upsample == 1,
-                  "the CUDA kernels take a channel filter, one filter a position and no upsampling; "
-                  "timm_dynamic.ops.dynamic_filter takes all");
+  STD_TORCH_CHECK(
+      channel_filter && s.groups == 1 && upsample == 1,
+      "the CUDA kernels take a channel filter, one filter a position and no upsampling; "
+      "timm_dynamic.ops.dynamic_filter takes all");
   return s;
 }
 
@@ -193,10 +195,10 @@ void run_filter_grads(const Device& device, const DdfShape& s, const Tensor& gra
       spatial_sums = torch::stable::transpose(spatial_sums, 2, 4);
       spatial_sums = torch::stable::transpose(spatial_sums, 3, 4);
     }
-    grad_spatial = finish(
-        spatial_sums,
-        {spatial_filter.size(0), s.taps(), spatial_filter.size(3), spatial_filter.size(4)},
-        spatial_filter);
+    grad_spatial =
+        finish(spatial_sums,
+               {spatial_filter.size(0), s.taps(), spatial_filter.size(3), spatial_filter.size(4)},
+               spatial_filter);
   }
 }
 
@@ -220,8 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_filter_backward(
   const Device device(x);
   const Tensor grad = torch::stable::contiguous(
       grad_in, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (needs[0])
-    run_gather(device, s, grad, grad_x, *channel_filter, filters, true, layout_of(x));
+  if (needs[0]) run_gather(device, s, grad, grad_x, *channel_filter, filters, true, layout_of(x));
   if (needs[1] || needs[2])
     run_filter_grads(device, s, grad, x, *channel_filter, filters, needs, grad_channel,
                      grad_filters);

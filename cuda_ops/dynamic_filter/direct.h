@@ -1,10 +1,10 @@
-// dynamic_filter without channel filters on channels_last tensors, where neighbouring channels share
-// a filter. Included once per instruction set, after bands.h.
+// dynamic_filter without channel filters on channels_last tensors, where neighbouring channels
+// share a filter. Included once per instruction set, after bands.h.
 //
-// Some channels of some rows are copied to scratch, pixel after pixel with zeros around them: in the
-// tensor the pixels of a group lie so far apart that they share few sets of the cache. A vector of
-// channels is multiplied by one filter value, read where it lies. Neighbouring pixels, which read
-// almost the same input, are worked on together: each input is loaded once a row of taps.
+// Some channels of some rows are copied to scratch, pixel after pixel with zeros around them: in
+// the tensor the pixels of a group lie so far apart that they share few sets of the cache. A vector
+// of channels is multiplied by one filter value, read where it lies. Neighbouring pixels, which
+// read almost the same input, are worked on together: each input is loaded once a row of taps.
 
 namespace timm_dynamic::ISA {
 
@@ -40,8 +40,7 @@ void sum_window(T* out, int64_t out_step, const DirectRow<T>& in, int64_t x) {
 #pragma GCC unroll 8
       for (int p = 0; p < PIXELS; ++p) {
         if (p > i || i - p >= K) continue;
-        const Vec<A> f =
-            broadcast(static_cast<A>(filter[p * in.filter_x + (i - p) * in.filter_k]));
+        const Vec<A> f = broadcast(static_cast<A>(filter[p * in.filter_x + (i - p) * in.filter_k]));
         sums[p][0] += f * a, sums[p][1] += f * b;
       }
     }

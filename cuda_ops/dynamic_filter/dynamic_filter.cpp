@@ -27,9 +27,9 @@
 namespace timm_dynamic {
 namespace {
 
-// Bands of `total` rows, a multiple of `step`, whose scratch of `row_bytes` a row stays in the cache,
-// not much smaller than the `halo` of rows that neighbours share, and at least `count` of them where
-// there are rows.
+// Bands of `total` rows, a multiple of `step`, whose scratch of `row_bytes` a row stays in the
+// cache, not much smaller than the `halo` of rows that neighbours share, and at least `count` of
+// them where there are rows.
 Bands make_bands(int64_t total, int64_t row_bytes, int64_t halo, int64_t count, int64_t step = 1,
                  int64_t scratch_bytes = 192 << 10) {
   const int64_t rows = std::max<int64_t>({scratch_bytes / row_bytes, halo, 1});
@@ -76,8 +76,7 @@ void forward(const DdfShape& s, const Tensor& x, const Tensor& filters,
   const int64_t phases = op.rows.phases.size() * op.columns.phases.size();
   const int64_t planes = s.alone ? kSharing * phases : taps + phases + 1;
   const int64_t row_bytes = (s.Wo + op.columns.reach) * planes * sizeof(Accumulator<T>);
-  op.bands =
-      make_bands(s.Ho, row_bytes, op.rows.reach, ceil_div(kMinUnits, s.B * s.C), s.upsample);
+  op.bands = make_bands(s.Ho, row_bytes, op.rows.reach, ceil_div(kMinUnits, s.B * s.C), s.upsample);
   parallel(s.B * op.bands.count * s.C, op.bands.rows * s.Wo * taps,
            [&](int64_t begin, int64_t end) { kernels.forward_planes(op, begin, end); });
 }
@@ -108,8 +107,8 @@ void reduce_channel(const Tensor& grad, const A* partial, int64_t B, int64_t par
   });
 }
 
-// Sums partial [B, parts, planes, rows, columns] to grad [B or 1, planes, rows or 1, columns], whose
-// planes are groups and taps.
+// Sums partial [B, parts, planes, rows, columns] to grad [B or 1, planes, rows or 1, columns],
+// whose planes are groups and taps.
 template <typename T, typename A>
 void reduce_spatial(const Tensor& grad, const A* partial, int64_t B, int64_t parts, int64_t rows) {
   T* const out = static_cast<T*>(grad.mutable_data_ptr());
@@ -166,8 +165,8 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& x, const Tens
   const int64_t row_bytes = (s.Wo + op.columns.reach) * planes * sizeof(A);
   const int64_t min_bands =
       channels_last || s.members() < kMinUnits ? ceil_div(kMinUnits, units) : 1;
-  op.bands = make_bands(s.Ho, row_bytes, op.rows.reach, min_bands, s.upsample,
-                        (lanes ? 384 : 192) << 10);
+  op.bands =
+      make_bands(s.Ho, row_bytes, op.rows.reach, min_bands, s.upsample, (lanes ? 384 : 192) << 10);
   op.channel_blocks = 1;
   if (!channels_last) {
     constexpr int64_t kMinChannels = 32;  // a block has a spatial gradient of its own to add up
@@ -219,9 +218,8 @@ Tensor dynamic_filter(const Tensor& x, const Tensor& filters,
                      true);
   const Tensor out = empty(x, {s.B, s.C, s.Ho, s.Wo}, channels_last);
   if (out.numel() == 0) return out;
-  dispatch(x.scalar_type(), [&](auto zero) {
-    forward<decltype(zero)>(s, x, filters, channel_filter, out);
-  });
+  dispatch(x.scalar_type(),
+           [&](auto zero) { forward<decltype(zero)>(s, x, filters, channel_filter, out); });
   return out;
 }
 
@@ -248,9 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_filter_backward(
                                 kernel_combine, parts, dilation, stride, upsample, needs);
     return {needs[0] ? in_layout(grad_x, true) : grad_x, grad_filters, grad_channel};
   }
-  Tensor grads[] = {
-      empty_gradient(x, needs[0], channels_last), empty_gradient(filters, needs[1]),
-      channel_filter ? empty_gradient(*channel_filter, needs[2]) : empty(x, {0})};
+  Tensor grads[] = {empty_gradient(x, needs[0], channels_last), empty_gradient(filters, needs[1]),
+                    channel_filter ? empty_gradient(*channel_filter, needs[2]) : empty(x, {0})};
   if (x.numel() == 0) {
     for (Tensor& t : grads) torch::stable::zero_(t);
   } else if (needs[0] || needs[1] || (needs[2] && channel_filter)) {

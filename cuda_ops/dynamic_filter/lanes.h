@@ -2,8 +2,9 @@
 // Included once per instruction set, after pixels.h.
 //
 // A vector holds one channel of each of several groups, so it is multiplied by a vector of filter
-// values, which the other channels of these groups, `inner` apart, share. The filters are rearranged
-// to [pixel][part][tap][lane], the channel filters to [tap][channel]; maps are read in place.
+// values, which the other channels of these groups, `inner` apart, share. The filters are
+// rearranged to [pixel][part][tap][lane], the channel filters to [tap][channel]; maps are read in
+// place.
 
 namespace timm_dynamic::ISA {
 
@@ -91,8 +92,8 @@ struct LanesInput {
 // out[m][i] = sum_j (channel_j[m][i] o filter_j[i]) * map_j[m][i] for MEMBERS channels of n groups.
 template <typename T, Combine COMBINE, int MEMBERS, bool WHOLE>
 INLINE void sum_members(T* out, const T* map, const Accumulator<T>* filter,
-                        const Accumulator<T>* channel, const LanesInput<T>& in,
-                        const RowTap* taps, int64_t count, int64_t n) {
+                        const Accumulator<T>* channel, const LanesInput<T>& in, const RowTap* taps,
+                        int64_t count, int64_t n) {
   using A = Accumulator<T>;
   if (WHOLE) n = kLanes<A>;
   Vec<A> sums[MEMBERS] = {};

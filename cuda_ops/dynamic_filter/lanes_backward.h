@@ -1,5 +1,5 @@
-// The gradients of dynamic_filter on channels_last tensors where neighbouring channels read different
-// filters. Included once per instruction set, after lanes.h.
+// The gradients of dynamic_filter on channels_last tensors where neighbouring channels read
+// different filters. Included once per instruction set, after lanes.h.
 
 namespace timm_dynamic::ISA {
 
@@ -28,8 +28,8 @@ INLINE void correlate_members(Accumulator<T>* grad_filter, Accumulator<T>* grad_
         sums[j] += t;
       if constexpr (CHANNEL) {
         A* const total = grad_channel + taps[j].slot * in.C + at;
-        store<A>(total,
-                 load<A>(total, n) + weighted<COMBINE>(t, load<A>(filter + taps[j].filter)), n);
+        store<A>(total, load<A>(total, n) + weighted<COMBINE>(t, load<A>(filter + taps[j].filter)),
+                 n);
       }
     }
   }
@@ -57,7 +57,8 @@ struct BackwardLanes {
         sums_size(op.bands.rows * layout.row),
         scratch(rows_size + sums_size + 2 * channel_rows_size(op)) {
     filters = scratch.take(rows_size), sums = scratch.take(sums_size);
-    channel = scratch.take(channel_rows_size(op)), grad_channel = scratch.take(channel_rows_size(op));
+    channel = scratch.take(channel_rows_size(op)),
+    grad_channel = scratch.take(channel_rows_size(op));
   }
 
   LanesInput<T> input(const T* map, int64_t step) const {
@@ -183,8 +184,8 @@ struct BackwardLanes {
       for (const Shift& column : op.columns.shifts) {
         for (int64_t y = rows.begin; y < rows.end; ++y) {
           const A* from = sums + (y - rows.begin) * layout.row + slot * layout.lanes;
-          A* at = to + (row.tap * s.K + column.tap) * plane +
-                  (op.broadcast_rows ? band : y) * columns;
+          A* at =
+              to + (row.tap * s.K + column.tap) * plane + (op.broadcast_rows ? band : y) * columns;
           for (int64_t g = 0; g < s.groups; g += s.inner, from += layout.part)
             flush_row(at + g * s.taps() * plane, s.taps() * plane, from);
         }

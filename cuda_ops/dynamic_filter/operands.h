@@ -1,4 +1,5 @@
-// What dynamic_filter.cpp hands to the CPU kernels of kernels.h, the same for every instruction set.
+// What dynamic_filter.cpp hands to the CPU kernels of kernels.h, the same for every instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -85,8 +86,8 @@ struct DdfForward : DdfOperands<T> {
 // Null pointers mark gradients that are not needed. The filters' gradients leave the kernels as
 // partial sums, whose order of summation does not depend on the number of threads:
 //   partial_channel [B, bands, C, K*K], or [B, bands, K*K, C] from the kernels for channels_last
-//   partial_spatial [B, channel_blocks, G, K*K, rows, columns], where `rows` is Ho, or the number of
-//   bands if the filter is broadcast along y, and `columns` Wo, or 1 if it is broadcast along x.
+//   partial_spatial [B, channel_blocks, G, K*K, rows, columns], where `rows` is Ho, or the number
+//   of bands if the filter is broadcast along y, and `columns` Wo, or 1 if it is broadcast along x.
 template <typename T>
 struct DdfBackward : DdfOperands<T> {
   const T* grad;

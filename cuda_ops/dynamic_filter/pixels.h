@@ -1,5 +1,5 @@
-// dynamic_filter on channels_last tensors, where neighbouring channels share a filter. Included once
-// per instruction set, after bands.h.
+// dynamic_filter on channels_last tensors, where neighbouring channels share a filter. Included
+// once per instruction set, after bands.h.
 //
 // Vectors run along the channels, so the maps are read in place, whatever the stride; taps in the
 // padding are left out. Work goes in runs of neighbouring pixels that have the same taps, one
@@ -118,7 +118,7 @@ void sum_run(T* out, int64_t out_step, const RowInput<T>& in, const RowTap* row_
     sum_run_channels<T, COMBINE>(out, out_step, taps, step, channel, pixels, first, kStep);
   if (first < channels)
     sum_run_channels<T, COMBINE>(out, out_step, taps, step, channel, pixels, first,
-                                  channels - first);
+                                 channels - first);
 }
 
 // The same for any number of taps and up to PIXELS pixels, which share the loads of a tap.
@@ -148,7 +148,7 @@ void sum_any_taps(T* out, int64_t out_step, const RowInput<T>& in, const RowTap*
     sum_any_channels<T, COMBINE, PIXELS>(out, out_step, in, taps, count, x, first, kStep);
   if (first < in.channels)
     sum_any_channels<T, COMBINE, PIXELS>(out, out_step, in, taps, count, x, first,
-                                          in.channels - first);
+                                         in.channels - first);
 }
 
 template <typename T, Combine COMBINE>

@@ -46,10 +46,10 @@ void correlate_run(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, co
   int64_t first = 0;
   for (; first + kStep <= channels; first += kStep, channel += vector, grad_channel += vector)
     correlate_run_channels<T, COMBINE>(dots, grad_channel, grad, grad_step, taps, step, channel,
-                                        pixels, first, kStep);
+                                       pixels, first, kStep);
   if (first < channels)
     correlate_run_channels<T, COMBINE>(dots, grad_channel, grad, grad_step, taps, step, channel,
-                                        pixels, first, channels - first);
+                                       pixels, first, channels - first);
   for (int j = 0; j < TAPS; ++j) {
     A* const to = grad_filter + row_taps[j].filter + x;
     if (pixels == kRun<A>) {
@@ -105,8 +105,7 @@ template <typename A, typename T>
 void flush_channels(const A* from, const DdfBackward<T>& op, int64_t b, int64_t g, int64_t band) {
   const DdfShape& s = op.shape;
   const int64_t step = op.live_taps() * kLanes<A>, members = s.members();
-  A* const to =
-      op.partial_channel + (b * op.bands.count + band) * s.C * s.taps() + s.channel(g);
+  A* const to = op.partial_channel + (b * op.bands.count + band) * s.C * s.taps() + s.channel(g);
   for (int64_t k = 0; k < s.taps(); ++k) std::fill_n(to + k * s.C, members, A(0));  // dead taps
   for (const Shift& row : op.rows.shifts) {
     for (const Shift& column : op.columns.shifts) {
@@ -156,7 +155,7 @@ struct BackwardPixels {
       Runs<T> runs(taps, op.columns.phase_size(phase));
       while (const auto* run = runs.next())
         sum_taps<T, COMBINE>(out + runs.x * stride * to.x, stride * to.x, in, *run, runs.x,
-                              runs.pixels);
+                             runs.pixels);
     }
   }
 
@@ -175,7 +174,7 @@ struct BackwardPixels {
     Runs<T> runs(taps, op.shape.Wo);
     while (const auto* run = runs.next())
       correlate_taps<T, COMBINE>(grad_channel, sums, grad + runs.x * g.x, g.x, in, *run, runs.x,
-                                  runs.pixels);
+                                 runs.pixels);
   }
 
   void run(int64_t b, int64_t g, int64_t band) {

@@ -162,8 +162,8 @@ void sum_taps(A* out, const A* map, const A* spatial, const std::vector<FlatTap>
     sum_any_taps_block<A, COMBINE, 1>(out + p, map + p, spatial + p * count, taps, channel);
 }
 
-// out_c[p] = sum_j spatial_j[p] * map_c[p + distance_j] for some channels c, which share the loads of
-// the filters.
+// out_c[p] = sum_j spatial_j[p] * map_c[p + distance_j] for some channels c, which share the loads
+// of the filters.
 template <typename A, int CHANNELS>
 INLINE void sum_channels_block(A* out, int64_t out_plane, const A* map, int64_t map_plane,
                                const A* spatial, const std::vector<FlatTap>& taps) {

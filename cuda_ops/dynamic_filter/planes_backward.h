@@ -1,4 +1,5 @@
-// The gradients of dynamic_filter on NCHW tensors. Included once per instruction set, after planes.h.
+// The gradients of dynamic_filter on NCHW tensors. Included once per instruction set, after
+// planes.h.
 
 namespace timm_dynamic::ISA {
 
@@ -64,7 +65,8 @@ INLINE void correlate_block(Vec<A>* grad_channel, A* grad_spatial, const A* grad
 #pragma GCC unroll 9
   for (int j = 0; j < TAPS; ++j) {
     const Vec<A> t = g * load<A>(maps[j] + p, n);
-    if constexpr (CHANNEL) grad_channel[j] += weighted<COMBINE>(t, load<A>(spatial + j * kLanes<A>));
+    if constexpr (CHANNEL)
+      grad_channel[j] += weighted<COMBINE>(t, load<A>(spatial + j * kLanes<A>));
     if constexpr (SPATIAL) {
       A* const total = grad_spatial + j * kLanes<A>;
       store<A>(total, load<A>(total) + weighted<COMBINE>(t, channel[j]));
@@ -87,10 +89,10 @@ void correlate_group(A* grad_channel, A* grad_spatial, const A* grad, const A* m
   int64_t p = 0;
   for (; p + kLanes<A> <= n; p += kLanes<A>, spatial += step, grad_spatial += step)
     correlate_block<A, COMBINE, CHANNEL, SPATIAL, TAPS>(sums, grad_spatial, grad, maps, spatial, c,
-                                                         p, kLanes<A>);
+                                                        p, kLanes<A>);
   if (p < n)  // the scratch beyond n holds other rows
     correlate_block<A, COMBINE, CHANNEL, SPATIAL, TAPS>(sums, grad_spatial, grad, maps, spatial, c,
-                                                         p, n - p);
+                                                        p, n - p);
   if constexpr (CHANNEL)
     for (int j = 0; j < TAPS; ++j) grad_channel[taps[j].k] = sum_lanes(sums[j]);
 }

@@ -29,12 +29,12 @@ INLINE void sum_vectors(T* out, int64_t out_step, const Accumulator<T>* map, int
   for (int c = 0; c < CHANNELS; ++c) store<A>(out + c * out_step, sums[c], n);
 }
 
-// Columns [0, columns) of a row; `next` filters on is the one below. Filters up to `end` can be read: those behind the row's last are
-// multiplied, too, and the products dropped.
+// Columns [0, columns) of a row; `next` filters on is the one below. Filters up to `end` can be
+// read: those behind the row's last are multiplied, too, and the products dropped.
 template <typename T, int CHANNELS>
 INLINE void sum_row(T* out, int64_t out_step, const Accumulator<T>* map, int64_t map_step,
-                    const T* filter, int64_t next, const T* end,
-                    const std::vector<DirectTap>& taps, int64_t columns) {
+                    const T* filter, int64_t next, const T* end, const std::vector<DirectTap>& taps,
+                    int64_t columns) {
   constexpr int64_t kStep = kLanes<Accumulator<T>>;
   for (int64_t x = 0; x < columns; x += kStep) {
     const bool whole = end - (filter + x + taps.back().filter) >= kStep;

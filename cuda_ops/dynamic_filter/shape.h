@@ -18,20 +18,16 @@ namespace timm_dynamic {
 struct DdfShape {
   int64_t B, C, H, W, Ho, Wo;  // features [B, C, H, W], output [B, C, Ho, Wo]
   int64_t K, dilation, stride;
-  bool multiply;  // combine the two filters by product, else by sum
+  bool multiply;       // combine the two filters by product, else by sum
   bool alone = false;  // there is no channel filter
   int64_t groups = 1, inner = 1, upsample = 1;
 
   HOST_DEVICE int64_t taps() const { return K * K; }
   HOST_DEVICE int64_t members() const { return C / groups; }
   // Whether taps can be so far away that a window is much larger than the map.
-  HOST_DEVICE bool is_sparse() const {
-    return (K - 1) * dilation > 2 * (H + W) || stride > H + W;
-  }
+  HOST_DEVICE bool is_sparse() const { return (K - 1) * dilation > 2 * (H + W) || stride > H + W; }
   // The first channel of a group; its other ones follow `inner` apart.
-  HOST_DEVICE int64_t channel(int64_t g) const {
-    return g / inner * inner * members() + g % inner;
-  }
+  HOST_DEVICE int64_t channel(int64_t g) const { return g / inner * inner * members() + g % inner; }
   HOST_DEVICE int64_t dy(int64_t k) const { return (k / K - K / 2) * dilation; }
   HOST_DEVICE int64_t dx(int64_t k) const { return (k % K - K / 2) * dilation; }
 };

@@ -3,14 +3,17 @@
 
 #include "common/vectors.h"
 #include "dynamic_filter/bands.h"
+// Each of these uses those in front of it.
+// clang-format off
+#include "dynamic_filter/pixels.h"
+#include "dynamic_filter/pixels_backward.h"
 #include "dynamic_filter/direct.h"
 #include "dynamic_filter/lanes.h"
 #include "dynamic_filter/lanes_backward.h"
-#include "dynamic_filter/pixels.h"
-#include "dynamic_filter/pixels_backward.h"
 #include "dynamic_filter/planes.h"
-#include "dynamic_filter/planes_backward.h"
 #include "dynamic_filter/rows.h"
+#include "dynamic_filter/planes_backward.h"
+// clang-format on
 
 namespace timm_dynamic::ISA {
 

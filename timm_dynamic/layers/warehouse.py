@@ -13,6 +13,9 @@ from torch import Tensor, nn
 class Warehouse(nn.Module):
     """Matrices, of which the taps of all kernels of several layers are mixed: `cells`, `[N, O, I]`.
 
+    A network has it under several names. `torch.func.functional_call` on the network puts cells back wrongly for that
+    reason, and leaves it with those that it was called with: call it on a copy.
+
     Several layers have it as their part, so that PyTorch's `fully_shard` wants it before them, by itself.
 
     Args:

@@ -118,7 +118,7 @@ def save_ponder_cost(
     left.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
     if joints is not None:
         _draw_skeleton(left, joints)
-        right.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+        right.imshow(image.mean(2).numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     # From 0 to all blocks, whatever this image has: pictures of several images can be compared.
     drawn = right.imshow(
         cost.numpy(),

@@ -4,6 +4,7 @@ import argparse
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,8 +64,7 @@ def measure(
     model.eval()
     persons, criterion = loader.dataset, HeatmapLoss()
     centers, scales = (
-        torch.tensor([getattr(person, key) for person in persons.people], dtype=torch.float64)
-        for key in ("center", "scale")
+        torch.from_numpy(np.array([getattr(person, key) for person in persons.people])) for key in ("center", "scale")
     )
     counts, loss, seen = torch.zeros(len(THRESHOLDS) + 1, len(persons.truth.missing[0])), 0.0, 0
     # Several processes get equally many persons, the surplus repeated from the start: those are not counted twice.

@@ -145,6 +145,8 @@ class DynConvHourglass(MaskedModel):
         ValueError: If an argument, or the size of the images, has an unusable value.
     """
 
+    pipeline_tag = "keypoint-detection"  # the Hub's name of what it is for
+
     def __init__(
         self,
         num_features: int = 96,

@@ -11,6 +11,7 @@ from sparse_blocks import optimized
 from timm.models import model_entrypoint
 
 import timm_dynamic
+from timm_dynamic.card import model_card
 from timm_dynamic.convert import convert, load_checkpoint
 from timm_dynamic.layers import SparseBranch
 from timm_dynamic.models.dynconv_hourglass import checkpoint_filter_fn
@@ -257,6 +258,10 @@ class TestContract:
         cfg, state = model.default_cfg, model.state_dict()
         assert cfg["num_classes"] == model.num_classes == 16 and f"{cfg['first_conv']}.weight" in state
         assert all(f"{part}.weight" in state for part in cfg["classifier"]) and len(cfg["classifier"]) == 7
+
+    def test_card(self):
+        card = model_card(tiny(num_stacks=1), "someone/pose", tag="base_mpii")
+        assert "pipeline_tag: keypoint-detection" in card and "softmax" not in card
 
     @torch.no_grad()
     def test_heads(self):

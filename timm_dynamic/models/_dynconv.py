@@ -25,7 +25,7 @@ class MaskedModel(nn.Module):
         counted_biases: Names of the convolutions whose biases count as multiply-accumulates, as the authors count.
     """
 
-    counted_biases: tuple[str, ...] = ()
+    counted_biases = ()  # without an annotation, which TorchScript would read
 
     __jit_unused_properties__ = ["execution", "max_active"]
 
@@ -142,7 +142,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state
 
 
-def dynconv_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+def dynconv_cfg(first_conv: str, classifier: str | tuple[str, ...], **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
     about = {
         "interpolation": "bilinear",

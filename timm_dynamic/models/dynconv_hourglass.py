@@ -145,6 +145,8 @@ class DynConvHourglass(MaskedModel):
         ValueError: If an argument, or the size of the images, has an unusable value.
     """
 
+    pipeline_tag = "keypoint-detection"  # the Hub's name of what it is for
+
     def __init__(
         self,
         num_features: int = 96,
@@ -246,9 +248,7 @@ class DynConvHourglass(MaskedModel):
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         height, width = x.shape[-2:]
         if height % _MULTIPLE or width % _MULTIPLE:
-            raise ValueError(
-                f"height and width must be multiples of {_MULTIPLE}, got {height} x {width}: resize or pad"
-            )
+            raise ValueError(f"images must have sides that are multiples of {_MULTIPLE}, got {height} x {width}")
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.pool(self.layer1(x))))
         heatmaps: list[Tensor] = []
@@ -325,18 +325,22 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: DynConvHourglass) ->
     return _dynconv.checkpoint_filter_fn(state, model)
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _joint_layers(num_stacks: int) -> tuple[str, ...]:
+    """Names of all that depends on the number of joints."""
+    merged = (f"stacks.{i}.merge_scores" for i in range(num_stacks - 1))
+    return (*(f"stacks.{i}.score" for i in range(num_stacks)), *merged)
+
+
+def _cfg(tag: str) -> dict[str, Any]:
     return dynconv_cfg(
         "conv1",
-        "stacks.3.score",
-        **{
-            "num_classes": 16,
-            "input_size": (3, 256, 256),
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "paper_ids": ("arXiv:1912.03203", "arXiv:1603.06937"),
-            **kwargs,
-        },
+        _joint_layers(4),
+        hf_hub_id=f"timm-dynamic/{tag}",  # where the authors' weights will be
+        num_classes=16,
+        input_size=(3, 256, 256),
+        pool_size=None,
+        crop_pct=1.0,
+        paper_ids=("arXiv:1912.03203", "arXiv:1603.06937"),
     )
 
 
@@ -345,11 +349,7 @@ _TAGS = {
     "dynconv_hourglass_f48": ("base_mpii",),
 }
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.{tag}": _cfg(hf_hub_id=f"timm-dynamic/{name}.{tag}")  # where the authors' weights will be
-        for name, tags in _TAGS.items()
-        for tag in tags
-    }
+    {f"{name}.{tag}": _cfg(f"{name}.{tag}") for name, tags in _TAGS.items() for tag in tags}
 )
 
 
@@ -365,9 +365,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DynConvHo
     if joints is not None and kwargs.setdefault("num_classes", joints) != joints:
         raise ValueError(f"num_joints is {joints} and num_classes, which is the same here, {kwargs['num_classes']}")
     model = build_model(_with_classes, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
-    # All that depends on the number of joints.
-    parts = (name for name, _ in model.named_modules() if name.endswith((".score", ".merge_scores")))
-    model.pretrained_cfg["classifier"] = tuple(parts)
+    model.pretrained_cfg["classifier"] = _joint_layers(len(model.stacks))
     return model
 
 

@@ -272,7 +272,7 @@ def spoil(kind):
         ),
         ("--model-kwargs num_joints=5", "", "dynconv_hourglass has 5 joints, MPII 16: leave out num_joints"),
         ("--in-chans 1", "", "the images have three channels: leave out --in-chans"),
-        ("--img-size 100", "", "height and width must be multiples of 64, got 100 x 100"),
+        ("--img-size 100", "", "images must have sides that are multiples of 64, got 100 x 100"),
         ("--eval-metric top1", "", "argument --eval-metric: invalid choice: 'top1'"),
     ],
 )

@@ -158,7 +158,7 @@ def test_learns(capsys):
     ]
     for key in ("train_loss", "eval_loss"):
         assert rows[1][key] < 0.8 * rows[0][key]
-    assert math.sqrt(rows[1]["train_network_budget"]) < 0.05  # over the epoch's batches
+    assert math.sqrt(rows[1]["train_network_budget"]) < 0.06  # root mean square over single batches, with noise
     shares, active = reference("out/run/last.pth.tar")
     assert rows[1]["eval_pckh"] == pytest.approx(shares[0.5]) and rows[1]["eval_pckh@0.1"] == pytest.approx(shares[0.1])
     assert abs(active - BUDGET) < 0.2  # without the noise of training, which the budget is for

@@ -70,7 +70,7 @@ def test_options(name):
 def test_initialisation():
     for layer in layers(timm.create_model("ped_resnet18")).values():
         fan_out = layer.out_channels * 9
-        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert layer.kernel.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
 def test_small_stem():

@@ -50,7 +50,9 @@ class DynamicFPN(nn.Module):
         return OrderedDict(zip(names, results, strict=True))
 
 
-def detector(upsampler: str, num_classes: int = 91, backbone: str = "resnet50", layer: str = "", **kwargs) -> FasterRCNN:
+def detector(
+    upsampler: str, num_classes: int = 91, backbone: str = "resnet50", layer: str = "", **kwargs
+) -> FasterRCNN:
     """A Faster R-CNN. With `weights="DEFAULT"` its backbone, but not its pyramid, has learned ImageNet.
 
     Args:

@@ -1,8 +1,8 @@
 """A Lightning module for any timm or timm-dynamic model: schedules, auxiliary losses, an average of the weights.
 
-    pip install lightning
-    timm-dynamic digits DIGITS
-    python examples/lightning_module.py DIGITS test_ped_resnet --epochs 5
+pip install lightning
+timm-dynamic digits DIGITS
+python examples/lightning_module.py DIGITS test_ped_resnet --epochs 5
 """
 
 import argparse
@@ -58,7 +58,8 @@ class Classifier(lightning.LightningModule):
 def main(data: str, model: str, epochs: int = 5, **options) -> lightning.Trainer:
     lightning.seed_everything(0)
     config = timm.data.resolve_model_data_config(timm.create_model(model))
-    train_set, val_set = (ImageFolder(f"{data}/{part}", timm.data.create_transform(**config)) for part in ("train", "val"))
+    transform = timm.data.create_transform(**config)
+    train_set, val_set = (ImageFolder(f"{data}/{part}", transform) for part in ("train", "val"))
     average = EMAWeightAveraging(decay=0.9, use_buffers=False)  # a schedule's counter is none to average
     trainer = lightning.Trainer(max_epochs=epochs, callbacks=average, **options)
     classifier = Classifier(model, len(train_set.classes))

@@ -3,8 +3,9 @@
     pip install segmentation_models_pytorch
     python examples/segmentation.py
 
-Its encoders `tu-NAME` are timm's models, this package's included. Any other encoder, with its weights of ImageNet, becomes
-dynamic by `dynamize`. The program takes a step of training of each, on the two photographs that scikit-learn has.
+Its encoders `tu-NAME` are timm's models, this package's included. Any other encoder, with its weights of ImageNet,
+becomes dynamic by `dynamize`. The program takes a step of training of each, on the two photographs that scikit-learn
+has.
 """
 
 import segmentation_models_pytorch as smp

@@ -80,6 +80,8 @@ def main(layer: str = LAYER, batch: int = 2, folder: Path | None = None, size: i
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layer", metavar="LAYER", nargs="?", default=LAYER, help="one of timm_dynamic.families.layers()")
+    parser.add_argument(
+        "layer", metavar="LAYER", nargs="?", default=LAYER, help="one of timm_dynamic.families.layers()"
+    )
     parser.add_argument("--batch", type=int, default=2)
     main(**vars(parser.parse_args()))

@@ -94,7 +94,7 @@ def stand_in_weight(shape: Callable[[nn.Module], Sequence[int]]) -> property:
     def scale_outputs(layer: nn.Module, value: Tensor) -> None:
         if not isinstance(value, StandInWeight) or value.layer is not layer or value.scale is None:
             raise ValueError(_REFUSAL)
-        scale, bias = value.scale.to(value), layer.bias
+        scale, bias = value.scale.to(value.dtype), layer.bias
         layer.take_over(scale, torch.zeros_like(scale) if bias is None else bias.detach() * (1 - scale))
 
     return property(get, scale_outputs, _refuse)

@@ -65,7 +65,7 @@ def make_dynamic(block: nn.Module, names: tuple[str, ...], options: dict[str, An
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoints: within a wrapper, with `module.` somewhere in the keys, a layer's kernel is `weight`."""
+    """The authors' checkpoints: in a wrapper, `module.` somewhere in the keys, and a layer's kernel named `weight`."""
     own = model.state_dict()
     if all(key in own for key in state_dict):
         return state_dict

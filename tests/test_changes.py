@@ -145,6 +145,7 @@ class TestNumbers:
         model, x = make_network(family), images(4)
         average, copied = ModelEmaV3(model, decay=0.5), copy.deepcopy(model)
         infer(average.module), infer(copied)
+        assert [*dict(copied.to("cpu").named_buffers())] == [*dict(model.named_buffers())]  # which averages rely on
         optimizer = torch.optim.SGD(model.parameters(), 1e-4)
         for _ in range(2):
             model.train()(x).square().mean().backward()

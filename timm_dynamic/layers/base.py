@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
@@ -121,8 +122,12 @@ class DynamicLayer(nn.Module):
 class DropInConv2d(DynamicLayer):
     """Base of the layers that stand in for an `nn.Conv2d`: its constructor arguments, checked, and its attributes.
 
-    A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own.
+    A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own. It has
+    a parameter or `stand_in_bias` named `bias`, and none named `weight`.
     """
+
+    weight = stand_in_weight(conv_weight_shape)
+    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,

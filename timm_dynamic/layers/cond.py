@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
 from timm_dynamic.layers.kernel_mixture import around_mean
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_bias, stand_in_weight
+from timm_dynamic.layers.stand_in import stand_in_bias
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 
@@ -110,7 +110,6 @@ class CondConv2d(DropInConv2d):
     """
 
     family = "cond"
-    weight = stand_in_weight(conv_weight_shape)
     parts = ((nn.Linear, "routing_fn"), (RoutedConv2d, "experts"))
     reference_names = {"routing": "routing_fn", "cond_conv": "experts"}  # those of ParameterNet's layer
     __jit_unused_properties__ = ["weight", "bias"]

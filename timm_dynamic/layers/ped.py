@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
 from timm_dynamic.layers.base import DropInConv2d, check_positive, copy_weight, in_dtype_of
 from timm_dynamic.layers.progress import State
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
@@ -74,9 +73,7 @@ class PEDConv2d(State, DropInConv2d):
     """
 
     family = "ped"
-    weight = stand_in_weight(conv_weight_shape)
     reference_names = {"weight": "kernel"}
-    __jit_unused_properties__ = ["weight"]
     implementations = GATED
     parts = ((Heads, "attn"), *((nn.Linear, f"attn.{name}") for name in ("fc_share", "fc_inp", "fc_oup", "fc_k")))
     auxiliary_terms = ("reconstruction",)  # buffers, for `timm_dynamic.auxiliary_loss`

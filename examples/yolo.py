@@ -21,11 +21,11 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 import timm_dynamic
 
-LAYER = "dcd"
-
 
 class DynamicTrainer(DetectionTrainer):
     """A trainer of YOLOs whose backbones have dynamic 3x3 convolutions, the stem apart."""
+
+    layer = "dcd"  # one of timm_dynamic.families.layers()
 
     def get_model(self, cfg=None, weights=None, verbose=True) -> nn.Module:
         model = super().get_model(cfg, weights, verbose)
@@ -34,7 +34,10 @@ class DynamicTrainer(DetectionTrainer):
             number = int(name.split(".")[1])  # model.NUMBER.conv, ...
             return 0 < number < len(model.yaml["backbone"]) and conv.kernel_size == (3, 3)
 
-        return timm_dynamic.dynamize(model, LAYER, where=in_backbone)
+        timm_dynamic.dynamize(model, self.layer, where=in_backbone)
+        if weights is not None:
+            model.load(weights)  # again, in case that they are of a network that is dynamic already
+        return model
 
 
 def follow_schedule(trainer: DetectionTrainer) -> None:
@@ -60,9 +63,8 @@ def draw_data(folder: Path, count: int = 4, size: int = 64) -> Path:
     return data
 
 
-def main(layer: str = LAYER, batch: int = 2, folder: Path | None = None, size: int = 64) -> YOLO:
-    global LAYER
-    LAYER = layer
+def main(layer: str = "dcd", batch: int = 2, folder: Path | None = None, size: int = 64) -> YOLO:
+    DynamicTrainer.layer = layer
     folder = Path(folder or tempfile.mkdtemp())
     yolo = YOLO("yolo11n.yaml")  # or yolo11n.pt, whose weights the dynamic network begins with
     yolo.add_callback("on_train_epoch_start", follow_schedule)
@@ -81,7 +83,7 @@ def main(layer: str = LAYER, batch: int = 2, folder: Path | None = None, size: i
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "layer", metavar="LAYER", nargs="?", default=LAYER, help="one of timm_dynamic.families.layers()"
+        "layer", metavar="LAYER", nargs="?", default="dcd", help="one of timm_dynamic.families.layers()"
     )
     parser.add_argument("--batch", type=int, default=2)
     main(**vars(parser.parse_args()))

@@ -48,6 +48,7 @@ REFUSALS = {
     "product": lambda layer: 2 * layer.weight,
     "product with inputs": lambda layer: layer.weight * torch.ones(1, layer.weight.shape[1], 1, 1),
     "product with itself": lambda layer: layer.weight * layer.weight,
+    "sum of a product": lambda layer: layer.weight * torch.ones(8, 1, 1, 1) + 1,
     "product of a product": lambda layer: layer.weight * torch.ones(8, 1, 1, 1) * torch.ones(8, 1, 1, 1),
     "numbers of a product": lambda layer: (layer.weight * torch.ones(8, 1, 1, 1)).numpy(),
     "copy": lambda layer: nn.Parameter(layer.weight),

@@ -127,6 +127,10 @@ class Golden:
         targets = part["targets"]
         if isinstance(targets, dict):
             return (output * random_input(output.shape, targets["seed"])).mean()
+        if output.ndim == 4:  # a class for each pixel
+            n, i, j = torch.meshgrid(*(torch.arange(size) for size in output[:, 0].shape), indexing="ij")
+            targets = (i // 8 * 3 + j // 8 * 5 + 7 * n) % 22
+            return F.cross_entropy(output, targets.masked_fill(targets == 21, 255), ignore_index=255)
         if isinstance(output, tuple):
             pairs = zip(output, (targets, part["teacher_classes"]), strict=True)
             return sum(F.cross_entropy(one, torch.tensor(classes)) for one, classes in pairs) / 2
@@ -179,10 +183,13 @@ def set_schedule(model: nn.Module, setting: str, part: dict) -> None:
 
 def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
     """Compare with what is stored, the first logits of each sample or all, in units of their standard deviation."""
-    for sample, numbers in zip(output.double(), expected.get("logits") or expected["output"], strict=True):
+    stored, positions = expected.get("logits") or expected.get("output"), expected.get("subsample")
+    if stored is None:
+        stored, positions = positions["values"], positions["rows"]
+    for sample, numbers in zip(output.double(), stored, strict=True):
         numbers = torch.tensor(numbers, dtype=torch.float64)
-        if "subsample" in expected:  # of the positions
-            start, step = expected["subsample"]
+        if positions:
+            start, step = positions
             sample = sample[:, start::step, start::step]
         close = {"rtol": 0, "atol": tolerance * expected["std"]}
         torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

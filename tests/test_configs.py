@@ -200,7 +200,9 @@ def test_segmentation_recipe(name, width, dataset, divisor):
 def test_mobilenetv3_recipe(width):
     """Published for one network, and taken over for timm's: nothing but the model differs."""
     theirs, ours = (
-        yaml.safe_load(next(path for path in CONFIGS if path.stem == f"{origin}dy_mobilenetv3_small{width}").read_text())
+        yaml.safe_load(
+            next(path for path in CONFIGS if path.stem == f"{origin}dy_mobilenetv3_small{width}").read_text()
+        )
         for origin in ("skoltech_", "")
     )
     assert {**ours, "model": theirs["model"]} == theirs and theirs["model"] == f"skoltech_{ours['model']}"

@@ -9,20 +9,20 @@ from timm.models import model_entrypoint
 
 from timm_dynamic.families import FAMILIES
 
-# Segmentation has no pooled features and no classifier of one label an image: tests/models/test_dy_deeplabv3plus.py.
+# Segmentation has no pooled features and no classifier of one label an image: tests/models/test_*deeplab*.py.
 MODELS = [name for family in FAMILIES.values() for name in family.models if "deeplab" not in name]
-# They differ from another one by the number of kernels alone, and are large: what runs on the meta device.
-MORE_KERNELS = [name for name in MODELS if re.search(r"_\dx$", name)]
+# They differ from another one by the number of kernels or by the width alone: what runs on the meta device.
+AS_ANOTHER = [name for name in MODELS if re.search(r"_\dx$|^skoltech.*_small(_050)?$", name)]
 
 
 class TestModels(ModelContract):
-    @pytest.fixture(params=[name for name in MODELS if name not in MORE_KERNELS])
+    @pytest.fixture(params=[name for name in MODELS if name not in AS_ANOTHER])
     def name(self, request):
         return request.param
 
 
-@pytest.mark.parametrize("name", MORE_KERNELS)
-class TestModelsWithMoreKernels:
+@pytest.mark.parametrize("name", AS_ANOTHER)
+class TestModelsAsAnother:
     test_registration = ModelContract.test_registration
     test_default_cfg_describes_the_model = ModelContract.test_default_cfg_describes_the_model
 

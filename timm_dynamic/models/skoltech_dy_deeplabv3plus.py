@@ -20,9 +20,7 @@ from timm_dynamic.models.dy_deeplabv3plus import DyDeepLabV3Plus, create_deeplab
 
 __all__ = ["SkoltechDyDeepLabV3Plus"]
 
-register(
-    Family(name="dy", golden={"dy_deeplabv3plus_w050": ("skoltech_dy_deeplabv3plus_050", {"drop_rate": 0.0})})
-)
+register(Family(name="dy", golden={"dy_deeplabv3plus_w050": ("skoltech_dy_deeplabv3plus_050", {"drop_rate": 0.0})}))
 
 _STRIDES = (1, 2, 2, 2, 1, 2, 1)  # of MobileNetV2's stages
 

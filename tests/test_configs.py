@@ -199,12 +199,9 @@ def test_segmentation_recipe(name, width, dataset, divisor):
 @pytest.mark.parametrize("width", ["", "_050", "_025"])
 def test_mobilenetv3_recipe(width):
     """Published for one network, and taken over for timm's: nothing but the model differs."""
-    theirs, ours = (
-        yaml.safe_load(
-            next(path for path in CONFIGS if path.stem == f"{origin}dy_mobilenetv3_small{width}").read_text()
-        )
-        for origin in ("skoltech_", "")
-    )
+    paths = {path.stem: path for path in CONFIGS}
+    name = f"dy_mobilenetv3_small{width}"
+    theirs, ours = (yaml.safe_load(paths[stem].read_text()) for stem in (f"skoltech_{name}", name))
     assert {**ours, "model": theirs["model"]} == theirs and theirs["model"] == f"skoltech_{ours['model']}"
     jitter = theirs["color_jitter"]
     transform = create_transform(224, is_training=True, color_jitter=jitter)

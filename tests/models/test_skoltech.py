@@ -18,27 +18,13 @@ SMALL_050 = [
     *((5, 64, 24, 1, 1), (5, 72, 24, 1, 1), (5, 144, 48, 1, 2), (5, 288, 48, 1, 1), (5, 288, 48, 1, 1), 288),
 ]
 SMALL_100 = [
-    *(
-        (3, 16, 16, 1, 2),
-        (3, 72, 24, 0, 2),
-        (3, 88, 24, 0, 1),
-        (5, 96, 40, 1, 2),
-        (5, 240, 40, 1, 1),
-        (5, 240, 40, 1, 1),
-    ),
-    *((5, 120, 48, 1, 1), (5, 144, 48, 1, 1), (5, 288, 96, 1, 2), (5, 576, 96, 1, 1), (5, 576, 96, 1, 1), 576),
+    *((3, 16, 16, 1, 2), (3, 72, 24, 0, 2), (3, 88, 24, 0, 1), (5, 96, 40, 1, 2), *2 * ((5, 240, 40, 1, 1),)),
+    *((5, 120, 48, 1, 1), (5, 144, 48, 1, 1), (5, 288, 96, 1, 2), *2 * ((5, 576, 96, 1, 1),), 576),
 ]
 LARGE_100 = [
-    *(
-        (3, 16, 16, 0, 1),
-        (3, 64, 24, 0, 2),
-        (3, 72, 24, 0, 1),
-        (5, 72, 40, 1, 2),
-        (5, 120, 40, 1, 1),
-        (5, 120, 40, 1, 1),
-    ),
-    *((3, 240, 80, 0, 2), (3, 200, 80, 0, 1), (3, 184, 80, 0, 1), (3, 184, 80, 0, 1), (3, 480, 112, 1, 1)),
-    *((3, 672, 112, 1, 1), (5, 672, 160, 1, 2), (5, 960, 160, 1, 1), (5, 960, 160, 1, 1), 960),
+    *((3, 16, 16, 0, 1), (3, 64, 24, 0, 2), (3, 72, 24, 0, 1), (5, 72, 40, 1, 2), *2 * ((5, 120, 40, 1, 1),)),
+    *((3, 240, 80, 0, 2), (3, 200, 80, 0, 1), *2 * ((3, 184, 80, 0, 1),), (3, 480, 112, 1, 1), (3, 672, 112, 1, 1)),
+    *((5, 672, 160, 1, 2), *2 * ((5, 960, 160, 1, 1),), 960),
 ]
 
 
@@ -49,11 +35,6 @@ def _seed():
 
 def size(name, **kwargs):
     return sum(p.numel() for p in timm.create_model(name, device="meta", **kwargs).parameters())
-
-
-def macs(name, side, **kwargs):
-    model = timm.create_model(name, device="meta", **kwargs).eval()
-    return timm_dynamic.count_macs(model, torch.empty(1, 3, side, side, device="meta")).static
 
 
 @pytest.mark.parametrize(
@@ -83,7 +64,11 @@ def test_size(name, classes, parameters):
     ],
 )
 def test_macs(name, side, kwargs, millions):
-    assert macs(name, side, **kwargs) / 1e6 == pytest.approx(millions, rel=4e-3)
+    """Of the convolutions, a dynamic one as a static one; squeeze-and-excitation is linear in theirs."""
+    model = timm.create_model(name, device="meta", dynamic=False, **kwargs).eval()
+    static = timm_dynamic.count_macs(model, torch.empty(1, 3, side, side, device="meta")).static
+    linear = sum(p.numel() for key, p in model.named_parameters() if ".se." in key)
+    assert (static - linear) / 1e6 == pytest.approx(millions, abs=0.05 if millions < 100 else 5)
 
 
 class TestMobileNetV3:
@@ -197,9 +182,8 @@ class TestDeepLabV3Plus:
         backbone = timm.create_model(DEEPLAB, output_stride=stride, device="meta").backbone
         first, *blocks = [block for stage in backbone.blocks for block in stage]
         assert (first.conv_dw.padding, first.conv_dw.dilation) == ((1, 1), (1, 1))
-        assert [(block.conv_pw.padding[0], block.conv_dw.dilation[0]) for block in blocks] == [
-            (d, d) for d in dilations
-        ]
+        assert [block.conv_dw.dilation for block in blocks] == [(d, d) for d in dilations]
+        assert [block.conv_pw.padding for block in blocks] == [(d, d) for d in dilations]
         assert {block.conv_dw.padding for block in blocks} == {(0, 0)}
 
     @torch.no_grad()

@@ -213,7 +213,6 @@ class DyDeepLabV3Plus(nn.Module):
         if isinstance(self.classifier, DynamicConv2d):
             join(self.classifier, self.decoder.conv2.conv.progress)
 
-    @torch.jit.unused
     def initialise(self, part: nn.Module) -> None:
         """Convolutions normal by the fan-in, each kernel of a dynamic one as if it were alone.
 

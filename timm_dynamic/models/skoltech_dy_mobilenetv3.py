@@ -33,7 +33,7 @@ register(
     )
 )
 
-# Stages of (kernel, expanded channels, channels, squeeze-and-excitation, ReLU, stride of the stage's first block).
+# Stages of blocks: kernel, expanded channels, channels, squeeze-and-excitation, ReLU (else hard swish), stride.
 _LARGE = (
     ((3, 16, 16, False, True, 1),),
     ((3, 64, 24, False, True, 2), (3, 72, 24, False, True, 1)),

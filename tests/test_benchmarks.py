@@ -118,6 +118,21 @@ def test_models_in_the_page(script, report, tmp_path):
     assert (tmp_path / "paths_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_sparse_runs(script, monkeypatch, tmp_path):
+    """A small model without a twin of timm's, and the page of what it gives."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "sparse_cpu_tiny.json"
+    flags = ["--quick", "--models", "dynconv_resnet8", "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["sparse.py", *flags, "--output", str(path)])
+    script("sparse").main()
+    report = json.loads(path.read_text())
+    assert [(row["batch_size"], row["share"]) for row in report["rows"]] == [(1, 0.3), (1, 1.0), (8, 0.3), (8, 1.0)]
+    few, all_ = (row["macs"] for row in report["rows"][:2])
+    assert few["executed"] < 0.6 * few["static"] and all_["executed"] == all_["static"]
+    text = script("page_sparse").sparse_text(report, path.name, "a machine", tmp_path)
+    assert "32 px, medians of 30 rounds" in text and "`dynconv_resnet8`, batch 8: folded dense" in text
+
+
 def test_what_was_measured_on_a_gpu(script, monkeypatch, tmp_path):
     page = script("page")
     monkeypatch.setattr(page, "SHIPPED", tmp_path)

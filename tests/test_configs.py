@@ -14,6 +14,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torchvision.transforms import ColorJitter
 
 from timm_dynamic.cli.arguments.train import make_parser
+from timm_dynamic.cli.arguments.train_pose import make_parser as make_pose_parser
 from timm_dynamic.cli.arguments.train_segmentation import make_parser as make_segmentation_parser
 from timm_dynamic.cli.common import create_model
 from timm_dynamic.cli.train_segmentation import build_optimizer
@@ -47,7 +48,8 @@ DCD_RATES = {
 
 
 def parse(path):
-    parser = make_segmentation_parser() if "deeplab" in path.stem else make_parser()
+    others = {"deeplab": make_segmentation_parser, "hourglass": make_pose_parser}
+    parser = next((make for name, make in others.items() if name in path.stem), make_parser)()
     return parser.parse_args(["data", "--config", str(path)])
 
 
@@ -71,7 +73,7 @@ def test_config_is_taken_over(path):
     assert {key: args[key] for key in values} == values
     assert all(isinstance(args[key], type(value)) for key, value in values.items())
     assert timm.is_model(args["model"])
-    assert re.fullmatch(rf"{args['model']}(\.digits|\.cifar10|_w\d+(_kernels)?)?", path.stem)
+    assert re.fullmatch(rf"{args['model']}(\.digits|\.cifar10|\.(budget\w+|base)_mpii|_w\d+(_kernels)?)?", path.stem)
 
 
 def config_of(tag):
@@ -156,6 +158,22 @@ def test_dynconv_recipe(name, epochs, batch, decay):
     assert len(by_epoch) == epochs
     assert {epoch: by_epoch[epoch][0] for epoch in DYNCONV_RATES[name]} == pytest.approx(DYNCONV_RATES[name])
     assert (args.batch_size, args.smoothing, args.mixup, args.color_jitter) == (batch, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", timm.list_models("*_mpii", include_tags=True))
+def test_pose_recipe(name):
+    """Schedule, budget and augmentation are those of the authors' script."""
+    args = parse(next(path for path in CONFIGS if path.stem == name))
+    optimizer = create_optimizer_v2(torch.nn.Linear(2, 2), **optimizer_kwargs(args), **args.opt_kwargs)
+    assert type(optimizer) is torch.optim.Adam
+    assert all((group["betas"], group["weight_decay"]) == ((0.9, 0.999), 0) for group in optimizer.param_groups)
+    by_epoch = [rate for (rate,) in rates(optimizer, args, updates=1)]
+    assert by_epoch == pytest.approx([2.5e-4] * 59 + [2.5e-5] * 30 + [2.5e-6] * 11)
+    tag = name.partition(".")[2].removesuffix("_mpii")
+    budgets = {"budget12p5": 0.125, "budget25": 0.25, "budget50": 0.5, "base": -1}
+    assert (args.model_kwargs, args.img_size, args.batch_size) == ({"budget": budgets[tag]}, 256, 6)
+    assert (args.scale_factor, args.rotation_factor, args.rotation_prob, args.hflip) == (0.25, 30, 0.6, 0.5)
+    assert timm.create_model(args.model, **args.model_kwargs).num_features == (48 if "f48" in args.model else 96)
 
 
 def test_dynconv_starts_from_static_weights(tmp_path):

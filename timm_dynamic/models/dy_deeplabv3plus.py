@@ -146,6 +146,8 @@ class DyDeepLabV3Plus(nn.Module):
         ValueError: If an argument has an unusable value, or in training for a batch of one image.
     """
 
+    pipeline_tag = "image-segmentation"  # the Hub's name of what it is for
+
     def __init__(
         self,
         num_classes: int = 21,

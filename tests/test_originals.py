@@ -24,7 +24,9 @@ def workplace(tmp_path, monkeypatch):
     for folder in ("IMAGENET", "DATA", "CIFAR", "VOC", "DIGITS"):
         for split in ("train", "val"):
             (tmp_path / folder / split).mkdir(parents=True)
-    (tmp_path / "FILE").touch()
+    (tmp_path / "MPII" / "annot").mkdir(parents=True)
+    for name in ("FILE", *(f"MPII/annot/{part}" for part in ("train.json", "valid.json", "gt_valid.mat"))):
+        (tmp_path / name).touch()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
 

@@ -245,10 +245,15 @@ class DynConvHourglass(MaskedModel):
                 return heatmaps
         return heatmaps[-1]
 
-    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    @torch.jit.unused
+    def _check_size(self, x: Tensor) -> None:
         height, width = x.shape[-2:]
         if height % _MULTIPLE or width % _MULTIPLE:
             raise ValueError(f"images must have sides that are multiples of {_MULTIPLE}, got {height} x {width}")
+
+    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not torch.jit.is_scripting():
+            self._check_size(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.pool(self.layer1(x))))
         heatmaps: list[Tensor] = []

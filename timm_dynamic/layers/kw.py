@@ -19,6 +19,7 @@ from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.layers.warehouse import Warehouse, stages
 from timm_dynamic.ops import sample_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.sample_conv.table import ASSEMBLED
 
 _SMALLEST = 1e-3  # is added to what scores are divided by
 # The score of a cell with which a layer starts that takes the place of a convolution: the others' first steps, with
@@ -61,6 +62,8 @@ class KWConv2d(AffineOutputs):
     """
 
     family = "kw"
+    implementations = ASSEMBLED
+    parts = ((Warehouse, "warehouse"),)
     routing_limit = None  # it sums to 1, nearly
     shared = ("warehouse",)
     weight = stand_in_weight(conv_weight_shape)

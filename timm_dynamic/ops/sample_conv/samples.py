@@ -36,7 +36,9 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
         out = convolve_groups(x, weight, stride, padding, dilation, groups)
     elif B > 0:
-        out = torch.cat([F.conv2d(x[b : b + 1], weight[b], None, stride, padding, dilation, groups) for b in range(B)])
+        # Not indexed: the gradient of an index is as large as what it is of.
+        pairs = zip(x.split(1), weight.unbind(), strict=True)
+        out = torch.cat([F.conv2d(one, kernels, None, stride, padding, dilation, groups) for one, kernels in pairs])
     else:
         out = F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
     return out.contiguous(memory_format=memory_format(x))

@@ -100,7 +100,14 @@ def _cannot_assemble(layer, x: Tensor) -> str | None:
 
 
 def _assemble(layer, x: Tensor) -> Tensor:
-    coefficients = layer.factors_of(average(x))[:, :, :-1].contiguous()
+    attention = layer.attention
+    if attention.can_squeeze() and x.is_contiguous():
+        output, squeeze = attention.fc2, attention.squeeze()
+        (scores,) = torch.ops.timm_dynamic.pooled_heads(x, *squeeze, [output.weight], [output.bias], "none", 1.0)
+        coefficients = layer.coefficients(scores.unflatten(1, (attention.mixtures, -1)))
+    else:
+        coefficients = layer.factors_of(average(x))
+    coefficients = coefficients[:, :, :-1].contiguous()
     made_of = (layer.warehouse.cells, layer.grid, layer.gain, layer.kernel_size)
     options = (layer.stride, layer.zero_padding, layer.dilation, layer.groups)
     y = convolve_mixtures(layer.pad(x), coefficients, *made_of, *options)

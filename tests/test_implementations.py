@@ -119,8 +119,6 @@ RUNS = {
     ("test_dy_resnet", "train"): {"formula": 13},
     ("test_od_resnet", "eval"): {"one call": 8},
     ("test_od_resnet", "train"): {"formula": 8},
-    ("test_kw_resnet", "eval"): {"some samples at a time": 11},
-    ("test_kw_resnet", "train"): {"formula": 11},
     ("test_ddf_resnet", "eval"): {"products": 4},
     ("test_ddf_resnet", "train"): {"formula": 4},
 }

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_dynamic.layers.pooled_norm import folded, normalize_pooled
+from timm_dynamic.layers.pooled_norm import normalize_pooled
 
 
 class CellAttention(nn.Module):
@@ -55,14 +55,3 @@ class CellAttention(nn.Module):
         others, start = self.fc3(basis), self.local.start
         scores = torch.cat([others[..., :start], local, others[..., start:], none], 2)
         return scores + self.basis_bias.unflatten(0, (self.mixtures, -1))
-
-    def can_squeeze(self) -> bool:
-        """Whether it is two linear layers, with a norm between them that can be a part of the first."""
-        norm = self.norm1
-        if self.fc3 is not None or isinstance(norm, nn.LayerNorm):
-            return False
-        return isinstance(norm, nn.Identity) or (norm.running_var is not None and not norm.training)
-
-    def squeeze(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of `fc1` with the norm behind it in evaluation."""
-        return folded(self.fc1, self.norm1)

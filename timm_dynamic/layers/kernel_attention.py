@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import in_dtype_of
-from timm_dynamic.layers.pooled_norm import folded, normalize_pooled
+from timm_dynamic.layers.pooled_norm import normalize_pooled
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import no_autocast
 
@@ -76,4 +76,10 @@ class OmniAttention(nn.Module):
 
     def squeeze(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of `fc` with the norm behind it in evaluation."""
-        return folded(self.fc, self.bn)
+        norm, weight, bias = self.bn, self.fc.weight, self.fc.bias
+        if isinstance(norm, nn.Identity):
+            return weight, bias
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * scale
+        return weight * scale[:, None], shift if norm.bias is None else shift + norm.bias

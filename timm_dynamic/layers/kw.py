@@ -63,6 +63,7 @@ class KWConv2d(AffineOutputs):
 
     family = "kw"
     implementations = ASSEMBLED
+    parts = ((Warehouse, "warehouse"),)
     routing_limit = None  # it sums to 1, nearly
     shared = ("warehouse",)
     weight = stand_in_weight(conv_weight_shape)
@@ -113,7 +114,6 @@ class KWConv2d(AffineOutputs):
         hidden = max(int(self.in_channels * self.reduction), 16)
         dd = {"device": warehouse.cells.device, "dtype": warehouse.cells.dtype}
         self.attention = CellAttention(self.in_channels, hidden, mixtures, cells, local, basis, self.layer_norm, **dd)
-        self.parts = _parts(self)
         with torch.no_grad():
             first = warehouse.cells[local]
             first.normal_(std=math.sqrt(2 / max(first[:, :, 0].numel(), 1)))
@@ -169,12 +169,8 @@ class KWConv2d(AffineOutputs):
             scores = self.attention(pooled.to(self.warehouse.cells.dtype))
         else:
             scores = in_dtype_of(pooled, self.attention)
-        coefficients = self.coefficients(scores)
+        coefficients = scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
         return self.towards_first(coefficients) if self.training and self.progress.known else coefficients
-
-    def coefficients(self, scores: Tensor) -> Tensor:
-        """Equation 2."""
-        return scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
 
     @torch.jit.unused
     def towards_first(self, coefficients: Tensor) -> Tensor:
@@ -198,18 +194,3 @@ class KWConv2d(AffineOutputs):
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: how much of every cell, and of none, there is in the mixtures, `[B, N + 1]`."""
         return self.factors_of(average(x)).abs().mean(1)
-
-    @torch.jit.unused
-    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
-        super()._absorb(scale, shift)
-        net = self.attention
-        if isinstance(net.norm1, nn.BatchNorm1d) and net.can_squeeze():
-            weight, bias = net.squeeze()
-            net.fc1.weight, net.fc1.bias, net.norm1 = nn.Parameter(weight), nn.Parameter(bias), nn.Identity().eval()
-            self.parts = _parts(self)
-
-
-def _parts(layer: KWConv2d) -> tuple[tuple[type[nn.Module], str], ...]:
-    """For `implementations`: what they read."""
-    children = ((type(part), f"attention.{name}") for name, part in layer.attention.named_children())
-    return ((Warehouse, "warehouse"), (CellAttention, "attention"), *children)

@@ -3,8 +3,6 @@
 Kernels are there for some samples at a time, in memory that is used again and again.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from timm_dynamic.ops.sample_conv.samples import convolve
 from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
 
 _CHUNK = 2**22  # elements of the kernels that are there at a time, or those of two samples
-_MIXED = 2**18  # elements that are mixed at a time, and then put in order while they are in the cache
 
 
 def convolve_mixtures(
@@ -38,25 +35,23 @@ def convolve_mixtures(
         kernel_size, stride, padding, dilation, groups: As for `conv2d`.
     """
     (taps, outputs, inputs), (_, O, I) = grid, cells.shape
-    last = _inputs_come_last(x, grid, cells)
-    shape = (outputs, O, taps, inputs, I) if last else (outputs, O, inputs, I, taps)
+    size, matrix, last = outputs * O * taps * inputs * I, cells.flatten(1), _inputs_come_last(x, grid, cells)
     order = (0, 2, 4, 1, 3, 5) if last else (0, 2, 4, 3, 5, 1)
-    n = min(len(x), max(2, _CHUNK // math.prod(shape)))
-    memory, results = x.new_empty(n, *shape), []
+    shape = (outputs * O, *kernel_size, inputs * I) if last else (outputs * O, inputs * I, *kernel_size)
+    n = min(len(x), max(2, _CHUNK // size))
+    mixed, kernels = x.new_empty(n, size), x.new_empty(n, size)
+    results = []
     for some, rows in zip(x.split(n), coefficients.split(n), strict=True):
-        kernels, rows = memory[: len(some)], rows.flatten(0, 1)
-        step = max(1, _MIXED // (len(rows) * I))
-        for first in range(0, O, step):
-            part = slice(first, first + step)
-            mixed = torch.mm(rows, cells[:, part].flatten(1)).view(len(some), *grid, -1, I).permute(order)
-            if gain is None:
-                kernels[:, :, part] = mixed
-            else:
-                torch.mul(mixed, gain.view(outputs, O, 1, 1, 1)[:, part], out=kernels[:, :, part])
-        if last:
-            weight = kernels.view(len(some), outputs * O, *kernel_size, inputs * I).permute(0, 1, 4, 2, 3)
+        n = len(some)
+        blocks = torch.mm(rows.flatten(0, 1), matrix, out=mixed[:n].view(-1, O * I)).view(n, *grid, O, I)
+        blocks = blocks.permute(order)
+        ordered = kernels[:n].view(blocks.shape)
+        if gain is None:
+            ordered.copy_(blocks)
         else:
-            weight = kernels.view(len(some), outputs * O, inputs * I, *kernel_size)
+            torch.mul(blocks, gain.view(outputs, O, 1, 1, 1), out=ordered)
+        weight = ordered.view(n, *shape)
+        weight = weight.permute(0, 1, 4, 2, 3) if last else weight
         results.append(convolve(some, weight, stride, padding, dilation, groups))
     return results[0] if len(results) == 1 else torch.cat(results)
 

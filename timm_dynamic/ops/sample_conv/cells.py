@@ -9,7 +9,9 @@ from torch import Tensor
 from timm_dynamic.ops.sample_conv.samples import convolve
 from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
 
-_CHUNK = 2**22  # elements of the kernels that are there at a time, or those of two samples
+# Elements of the kernels that are there at a time, or those of two samples. Four times as many: 1.24 of the time
+# (kw1x_resnet18 at batch 16, one thread of a CPU, November 2026).
+_CHUNK = 2**22
 
 
 def convolve_mixtures(

@@ -17,7 +17,7 @@ from timm_dynamic.ops.precision import autocast_dtype, no_autocast
 from timm_dynamic.ops.registration import register
 from timm_dynamic.ops.sample_conv import training
 from timm_dynamic.ops.sample_conv.columns import empty_rows
-from timm_dynamic.ops.sample_conv.samples import convolve, mix
+from timm_dynamic.ops.sample_conv.samples import convolve, convolve_groups, mix
 from timm_dynamic.ops.sample_conv.shapes import Pair, columns_of, gate_groups, output_size
 
 
@@ -108,6 +108,13 @@ def sample_conv2d(
     Raises:
         ValueError: If the shapes do not fit together or the input is smaller than the kernel.
     """
+    if torch.jit.is_scripting():  # TorchScript knows no autocast, and not what chooses
+        return convolve_groups(x, weight.to(x.dtype), stride, padding, dilation, groups)
+    else:
+        return _sample_conv2d(x, weight, stride, padding, dilation, groups)
+
+
+def _sample_conv2d(x, weight, stride, padding, dilation, groups) -> Tensor:
     x = x.to(autocast_dtype(x))
     weight = weight.to(x.dtype)
     _check_input(x, weight, stride, padding, dilation, groups)

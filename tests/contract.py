@@ -47,8 +47,8 @@ class RecordContract:
         assert f"{cfg['first_conv']}.weight" in state
         classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
         assert all(state[f"{classifier}.weight"].shape[0] == cfg["num_classes"] for classifier in classifiers)
-        features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
-        assert features.shape == (1, model.num_features, *cfg["pool_size"])
+        reduction = model.feature_info[-1]["reduction"]
+        assert cfg["pool_size"] == tuple(-(-n // reduction) for n in cfg["input_size"][1:])
 
 
 class ModelContract:

@@ -41,8 +41,11 @@ def test_parameters(case, model):
         assert timm.is_model(case.model) and case.model in family_of(case.model).models
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "layout"),
+    [(torch.float64, 1e-7, torch.contiguous_format), (torch.float32, 1e-4, torch.channels_last)],
+    ids=str,
+)
 @torch.no_grad()
 def test_evaluation(case, model, dtype, tolerance, layout):
     """One by one, too; with masks, executed in every way."""

@@ -82,20 +82,6 @@ class TestGraphs:
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
 
     @torch.no_grad()
-    def test_onnx_with_a_dynamic_batch(self, network, tmp_path):
-        pytest.importorskip("onnxscript")
-        runtime = pytest.importorskip("onnxruntime")
-        model, x = network
-        model.eval()
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-        program.save(tmp_path / "model.onnx")
-        session = runtime.InferenceSession(tmp_path / "model.onnx")
-        for inputs in (x[:1], torch.cat([x, x])):
-            (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), model(inputs), rtol=1e-4, atol=1e-4)
-
-    @torch.no_grad()
     def test_script_and_trace(self, network):
         model, x = network
         model.eval()

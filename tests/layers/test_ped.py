@@ -303,21 +303,6 @@ def test_torchscript():
     torch.testing.assert_close(scripted(X), layer(X))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["many outputs", "grouped"])
-def test_onnx_with_a_dynamic_batch(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    layer, x = like(CONVS[name](), rank=2).float().eval(), X.float()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    program.save(tmp_path / "layer.onnx")
-    session = runtime.InferenceSession(tmp_path / "layer.onnx")
-    for inputs in (x[:1], torch.cat([x, x])):
-        (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        torch.testing.assert_close(torch.from_numpy(output), layer(inputs), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("neutral", [False, True])
 @pytest.mark.parametrize("name", ["plain", "depthwise", "1x1", "many outputs", "reflect", "circular, grouped"])
 @torch.no_grad()

@@ -218,24 +218,14 @@ class TestTheWholeNetwork:
         assert loss.isfinite()
         assert all(p.grad.isfinite().all() for p in trained.parameters())
 
-    @pytest.mark.parametrize("trained", [TINY], indirect=True)
-    def test_compile_fullgraph(self, trained):
-        model, x = trained.double(), image().double()
+    def test_compile_fullgraph(self):
+        model, x = timm.create_model(TINY, layers=(1, 1, 0, 0), channels=(16, 24, 24, 24)).double(), image().double()
         torch._dynamo.reset()
+        expected = copy.deepcopy(model)(x)
         output = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        torch.testing.assert_close(output, model(x))
+        torch.testing.assert_close(output, expected)
         output.sum().backward()
         assert all(p.grad is not None for p in model.parameters())
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("trained", [TINY], indirect=True)
-    def test_export_with_a_dynamic_batch(self, trained):
-        model = trained.double()
-        shapes = {"x": {0: torch.export.Dim("batch")}}
-        program = torch.export.export(model, (image().double(),), dynamic_shapes=shapes)
-        for batch in (1, 3):
-            x = image(batch).double()
-            torch.testing.assert_close(program.module()(x), model(x))
 
     @torch.no_grad()
     def test_script(self, trained):

@@ -206,16 +206,9 @@ class TestTheTinyModel:
         output = model(self.x.to(dtype))
         assert output.dtype == dtype and output.isfinite().all()
 
-    @torch.no_grad()
-    def test_export_with_a_dynamic_batch(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
-        shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
-        program = torch.export.export(model, (self.x,), dynamic_shapes=shapes)
-        x = torch.randn(3, 3, 64, 64)
-        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
-
     def test_compile_fullgraph(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
+        stages = {"layers": (1, 1, 0, 0), "channels": (16, 24, 24, 24)}
+        model = timm.create_model(TINY, zero_init_last=False, **stages).eval()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         output = compiled(self.x)
         torch.testing.assert_close(output, model(self.x), rtol=1e-3, atol=1e-4)

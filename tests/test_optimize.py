@@ -11,32 +11,21 @@ from torch import nn
 from torch.nn.utils import prune
 
 import timm_dynamic
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.optimize import PackedConv2d, layout
 
-MODELS = (
-    "resnet18",
-    "mobilenetv2_100",
-    "efficientnet_b0",
-    "convnext_atto",
-    "regnety_002",
-    "densenet121",
-    "mobilenetv3_small_100",
-    "resnetv2_50",
-    "tf_efficientnet_b0",
-    "test_resnet",
-    "test_byobnet",
-    "test_efficientnet",
-    "test_nfnet",
-    "test_vit",
-    "test_dcd_resnet",
-    "test_ped_resnet",
-    "test_dy_resnet",
-    "test_ddf_resnet",
-    "test_cotnet",
-    "test_kw_resnet",
-    "test_fd_resnet",
-    "dynconv_resnet8",
-)
+# All kinds of blocks, and arguments that make some of them small.
+MODELS = {
+    "mobilenetv2_035": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "regnety_002": {},
+    "densenet121": {"block_config": (2, 2, 2, 2), "growth_rate": 8},
+    "mobilenetv3_small_050": {},
+    "resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96)},
+    "tf_mobilenetv3_small_minimal_100": {},
+    **dict.fromkeys(("test_resnet", "test_byobnet", "test_efficientnet", "test_nfnet", "test_vit"), {}),
+    **{family.tiny: {} for family in FAMILIES.values()},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +56,12 @@ def randomize(model):
 
 def trained(name):
     """A network whose norms are of its images; products of them, as in dynamic layers, would overflow otherwise."""
-    model = timm.create_model(name, num_classes=7)
+    model = timm.create_model(name, num_classes=7, **MODELS[name])
     if getattr(type(model), "__module__", "").startswith("timm.models."):
         return randomize(model)
     with torch.no_grad():
         for _ in range(20):
-            model(torch.randn(8, 3, 64, 64))
+            model(torch.randn(8, 3, 32, 32))
     return model.eval()
 
 
@@ -95,8 +84,8 @@ def kinds(model):
 
 
 class TestModels:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_same_numbers(self, name, dtype):
         """Also for another batch and another size."""
         model = trained(name).to(dtype)

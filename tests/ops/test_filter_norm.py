@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from pairs import in_turns
 
 from timm_dynamic import use
 from timm_dynamic.ops import backend_info, filter_norm
@@ -38,9 +39,7 @@ def formula(x, taps, scale):
 
 
 @BACKENDS
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), in_turns(SHAPES, TOLERANCE, LAYOUTS), ids=str)
 def test_formula(backend, shape, dtype, layout):
     x = LAYOUTS[layout](torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype))
     with backend():

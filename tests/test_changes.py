@@ -196,18 +196,16 @@ class TestNumbers:
 
     @EVERY_NETWORK
     def test_a_flop_counter_by_itself(self, family):
-        for training in (False, True):
-            counts = []
-            for way in ("formula", None):
-                model = make_network(family).train(training)
-                with timm_dynamic.use(way), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
-                    y = model(images())
-                    if training:
-                        y.sum().backward()
-                counts.append(counter.get_total_flops())
-            static = timm_dynamic.count_macs(make_network(family), images()).static * 2 * len(images())
-            assert counts[1] > static * 0.9 * (2 if training else 1)
-            assert 0.5 < counts[1] / counts[0] < 2
+        """In training; tests/test_cost.py has inference."""
+        counts = []
+        for way in ("formula", None):
+            model = make_network(family).train()
+            with timm_dynamic.use(way), FlopCounterMode(display=False) as counter:
+                model(images()).sum().backward()
+            counts.append(counter.get_total_flops())
+        static = timm_dynamic.count_macs(make_network(family), images()).static * 2 * len(images())
+        assert counts[1] > static * 0.9 * 2
+        assert 0.5 < counts[1] / counts[0] < 2
 
 
 class TestThreads:
@@ -219,7 +217,7 @@ class TestThreads:
         def work(i):
             try:
                 mine = copy.deepcopy(model)
-                for _ in range(3):
+                for _ in range(2):
                     assert timm_dynamic.count_macs(mine, x) == macs
                     if FAMILIES[family].routing:
                         with torch.no_grad(), timm_dynamic.record(mine) as routing:
@@ -233,7 +231,7 @@ class TestThreads:
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -158,7 +158,7 @@ def test_only_wanted_gradients(name, needed):
 
 
 @pytest.mark.parametrize(
-    ("name", "factors"), zip(("1x1", "depthwise", "small map", "no sample", "dense"), FACTORS, strict=True)
+    ("name", "factors"), [*zip(("1x1", "depthwise", "small map", "no sample", "dense"), FACTORS, strict=True)]
 )
 def test_registration(name, factors):
     inputs, options = case_of(name, factors)

@@ -48,14 +48,17 @@ def test_parameters(case, model):
 )
 @torch.no_grad()
 def test_evaluation(case, model, dtype, tolerance, layout):
-    """One by one, too; with masks, executed in every way."""
+    """In float64 one by one, too; with masks, executed in every way."""
     model, x = model.to(dtype, memory_format=layout).eval(), case.input().to(dtype, memory_format=layout)
     for setting, expected in case.parts("eval").items():
         set_schedule(model, setting, expected)
         for execution in ("sparse", "dense", "auto") if hasattr(model, "execution") else (None,):
             if execution:
                 model.execution = execution
-            for output in (case.output(model, x), torch.cat([case.output(model, one) for one in x.split(1)])):
+            outputs = [case.output(model, x)]
+            if dtype == torch.float64 and execution in ("sparse", None):
+                outputs.append(torch.cat([case.output(model, one) for one in x.split(1)]))
+            for output in outputs:
                 check_logits(output, expected, tolerance)
                 assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
 
@@ -67,7 +70,8 @@ def test_more_of_evaluation(case, model):
     modules = {info["reduction"]: info["module"] for info in getattr(model, "feature_info", ())}
     wanted = {modules[feature["reduction"]]: feature for feature in case.case.get("features", ())}
     handles = [model.get_submodule(name).register_forward_hook(keep(features, name)) for name in wanted]
-    model(x)
+    if wanted:
+        model(x)
     for name, feature in wanted.items():
         assert list(features[name].shape) == feature["shape"]
         close = {"rtol": 0, "atol": 1e-7 * feature["std"]}

@@ -176,6 +176,20 @@ class FamilyContract:
         terms = timm_dynamic.auxiliary_loss(model)
         assert {name.rpartition(".")[2] for name in terms} == set(family.terms)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.filterwarnings("ignore:timm_dynamic. in float16")
+    def test_half_precision(self, family, dtype):
+        """Under autocast and by itself; no image, too."""
+        model, x = timm.create_model(family.tiny), 10 * image(64, 64, batch=4)
+        with torch.autocast("cpu", dtype):
+            loss = model(x).float().logsumexp(1).mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        model, x = model.to(dtype).eval(), x.to(dtype)
+        output = model(x)
+        assert output.dtype == dtype and output.isfinite().all()
+        assert model(x[:0]).shape == (0, model.num_classes)
+
     @torch.no_grad()
     def test_what_is_recorded(self, family):
         model = timm.create_model(family.tiny).eval()

@@ -193,30 +193,9 @@ def trained(request):
 
 class TestTheWholeNetwork:
     @torch.no_grad()
-    def test_batch_and_memory_format_do_not_matter(self, trained):
-        model, x = trained.double(), image(3).double()
-        expected = model(x)
-        torch.testing.assert_close(torch.cat([model(sample) for sample in x.split(1)]), expected)
-        assert model(x[:0]).shape == (0, 10)
-        model = model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-
-    @torch.no_grad()
     def test_odd_sizes(self, trained):
         for size in ((97, 65), (225, 33), (1, 1)):
             assert trained(torch.randn(2, 3, *size)).isfinite().all()
-
-    def test_deepcopy(self, trained):
-        x = image()
-        assert torch.equal(copy.deepcopy(trained)(x), trained(x))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_autocast(self, trained, dtype):
-        with torch.autocast("cpu", dtype):
-            loss = trained.train()(image(4) * 100).float().logsumexp(1).mean()
-        loss.backward()
-        assert loss.isfinite()
-        assert all(p.grad.isfinite().all() for p in trained.parameters())
 
     def test_compile_fullgraph(self):
         model, x = timm.create_model(TINY, layers=(1, 1, 0, 0), channels=(16, 24, 24, 24)).double(), image().double()

@@ -187,34 +187,3 @@ class TestCheckpointFilter:
             model = timm.create_model(name, device="meta")
             foreign = {"features.99.conv.0.weight": torch.ones(1), "features.2.conv.5.weight": torch.ones(1)}
             assert foreign.keys() <= file.checkpoint_filter_fn(foreign, model).keys()
-
-
-class TestTheTinyModel:
-    """Properties of the networks that one model shows as well as ten."""
-
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def test_batch_does_not_matter(self):
-        model = timm.create_model(TINY, zero_init_last=False).double().eval()
-        x = self.x.double()
-        torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), model(x))
-        assert model(x[:0]).shape == (0, 10)
-
-    @torch.no_grad()
-    def test_channels_last(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
-        expected = model(self.x)
-        model = model.to(memory_format=torch.channels_last)
-        output = model(self.x.to(memory_format=torch.channels_last))
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_autocast_and_half_precision(self, dtype):
-        model = timm.create_model(TINY)
-        with torch.autocast("cpu", dtype):
-            loss = model(self.x).square().mean()
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-        output = model.to(dtype).eval()(self.x.to(dtype))
-        assert output.dtype == dtype and output.isfinite().all()

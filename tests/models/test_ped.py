@@ -130,25 +130,3 @@ class TestTheTinyModel:
         model = timm.create_model(TINY, features_only=True, out_indices=(1, 2))
         sum(f.square().mean() for f in model(self.x)).backward()
         assert all(p.grad is not None for p in model.parameters())
-
-    @torch.no_grad()
-    def test_batch_and_layout_do_not_matter(self):
-        model = self.make().double().eval()
-        x = self.x.double()
-        expected = model(x)
-        torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), expected)
-        assert model(x[:0]).shape == (0, 10)
-        model = model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    @pytest.mark.filterwarnings("ignore:timm_dynamic. in float16")
-    def test_half_precision(self, dtype):
-        model = self.make()
-        with torch.autocast("cpu", dtype):
-            loss = model(100 * self.x).square().mean()
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-        with torch.no_grad():
-            output = self.make(dtype=dtype).eval()(self.x.to(dtype))
-        assert output.dtype == dtype and output.isfinite().all()

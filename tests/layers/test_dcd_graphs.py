@@ -1,7 +1,6 @@
 """A DCD network in other precisions, and as a graph: compiled, exported, scripted."""
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -90,13 +89,3 @@ class TestGraphs:
             graphs = torch.jit.script(model), torch.jit.trace(model, x[:2])
         for graph in graphs:
             torch.testing.assert_close(graph(x), model(x), rtol=1e-3, atol=1e-4)
-
-    def test_copies(self, network):
-        model, x = network
-        model.eval()
-        expected = model(x)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-            assert torch.equal(other(x), expected)

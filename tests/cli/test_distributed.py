@@ -71,18 +71,8 @@ def assert_as_one_process(rows: list[dict], last: dict, one_rows: list[dict], on
     assert one_rows[0]["train_loss"] > one_rows[1]["train_loss"]
 
 
-def test_two_processes_and_one(monkeypatch, processes):
-    """An auxiliary loss included."""
-    flags = [*FLAGS, "--model", "test_ped_resnet", "--model-kwargs", "norm_layer=layernorm2d", "noise_std=0"]
-    logs = processes.ranks(["train", *flags, "-b", "4", "--experiment", "processes"])
-    assert [status for status, _ in logs] == [0, 0], logs
-    rows, last = results("processes")
-    assert rows[0]["train_reconstruction"] > 0
-    assert_as_one_process(rows, last, *run_one_process(monkeypatch, flags))
-
-
-def test_slurm_script(monkeypatch):
-    """The example, with a Slurm of two nodes that are this machine; it trains as one process does."""
+def test_two_nodes_and_two_processes_and_one(monkeypatch, processes):
+    """The example for Slurm, whose two nodes are this machine: to the bit as two processes, and as one."""
     scripts = {
         "scontrol": 'test "$*" = "show hostnames node[1-2]"; printf "localhost\nnode2\n"',
         "srun": "while [[ $1 == --* ]]; do shift; done\n"
@@ -91,7 +81,7 @@ def test_slurm_script(monkeypatch):
     for name, text in scripts.items():
         Path(name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
         Path(name).chmod(0o755)
-    flags = [*FLAGS, "--model", "test_ddf_resnet", "--model-kwargs", "norm_layer=layernorm2d"]
+    flags = [*FLAGS, "--model", "test_ped_resnet", "--model-kwargs", "norm_layer=layernorm2d", "noise_std=0"]
     for job in itertools.count():
         try:
             # Where launchers meet, the port of the script: kept here, so that nobody else takes it meanwhile.
@@ -119,4 +109,9 @@ def test_slurm_script(monkeypatch):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     del store
-    assert_as_one_process(*results("slurm"), *run_one_process(monkeypatch, flags))
+    logs = processes.ranks(["train", *flags, "-b", "4", "--experiment", "processes"])
+    assert [status for status, _ in logs] == [0, 0], logs
+    (rows, last), (same_rows, same) = results("slurm"), results("processes")
+    assert rows == same_rows and rows[0]["train_reconstruction"] > 0
+    assert_same(last, same, rtol=0, atol=0)
+    assert_as_one_process(rows, last, *run_one_process(monkeypatch, flags))

@@ -66,8 +66,7 @@ def test_gradcheck(backend):
         torch.autograd.gradgradcheck(lambda x: filter_norm(x, 4, 0.7), x)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float32), ("channels_last", torch.bfloat16)])
 def test_opcheck(layout, dtype):
     x = LAYOUTS[layout](torch.randn(2, 18, 3, 5).to(dtype)).requires_grad_()
     tolerance = {"atol": 5e-2, "rtol": 5e-2} if dtype == torch.bfloat16 else {}

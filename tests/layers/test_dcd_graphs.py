@@ -59,7 +59,9 @@ class TestPrecision:
 
 
 class TestGraphs:
-    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize(
+        ("network", "training"), [((8, 8), True), ((2, 2), False)], indirect=["network"], ids=["train", "eval"]
+    )
     def test_compile_fullgraph(self, network, training):
         model, x = network
         model.train(training)

@@ -41,26 +41,28 @@ def test_parameters(case, model):
         assert timm.is_model(case.model) and case.model in family_of(case.model).models
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "layout"),
-    [(torch.float64, 1e-7, torch.contiguous_format), (torch.float32, 1e-4, torch.channels_last)],
-    ids=str,
+PRECISIONS = (
+    (torch.float32, 1e-4, torch.channels_last),  # in which kernels run
+    (torch.float64, 1e-7, torch.contiguous_format),
 )
+
+
 @torch.no_grad()
-def test_evaluation(case, model, dtype, tolerance, layout):
-    """In float64 one by one, too; with masks, executed in every way."""
-    model, x = model.to(dtype, memory_format=layout).eval(), case.input().to(dtype, memory_format=layout)
-    for setting, expected in case.parts("eval").items():
-        set_schedule(model, setting, expected)
-        for execution in ("sparse", "dense", "auto") if hasattr(model, "execution") else (None,):
-            if execution:
-                model.execution = execution
-            outputs = [case.output(model, x)]
-            if dtype == torch.float64 and execution in ("sparse", None):
-                outputs.append(torch.cat([case.output(model, one) for one in x.split(1)]))
-            for output in outputs:
-                check_logits(output, expected, tolerance)
-                assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
+def test_evaluation(case, model):
+    """One by one, too; with masks, executed in every way. Large networks have float64 in training alone."""
+    for dtype, tolerance, layout in PRECISIONS[: 1 if case.case["num_params"] > 5e6 else 2]:
+        model, x = model.to(dtype, memory_format=layout).eval(), case.input().to(dtype, memory_format=layout)
+        for setting, expected in case.parts("eval").items():
+            set_schedule(model, setting, expected)
+            for execution in ("sparse", "dense", "auto") if hasattr(model, "execution") else (None,):
+                if execution:
+                    model.execution = execution
+                outputs = [case.output(model, x)]
+                if execution in ("sparse", None):
+                    outputs.append(torch.cat([case.output(model, one) for one in x.split(1)]))
+                for output in outputs:
+                    check_logits(output, expected, tolerance)
+                    assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
 
 
 @torch.no_grad()

@@ -58,12 +58,12 @@ def dynamic_layers(model: nn.Module) -> dict[str, DropInConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DropInConv2d)}
 
 
-# Each layer in a third of the networks, each network with a third of the layers; all of them in a ResNet.
+# Each layer in a third of the networks, each network with a third of the layers; all in one without biases, one with.
 PAIRS = [
     (layer, network)
     for i, layer in enumerate(LAYERS)
     for j, network in enumerate(NETWORKS)
-    if network == "resnet" or (i + j) % 3 == 0
+    if network in ("resnet", "vgg") or (i + j) % 3 == 0
 ]
 
 

@@ -42,7 +42,7 @@ FIGURE = np.array(
     [(-6, 40), (-6, 24), (-5, 8), (5, 8), (6, 24), (6, 40), (0, 6), (0, -14)]
     + [(0, -20), (0, -36), (-20, 8), (-16, -4), (-9, -14), (9, -14), (16, -4), (20, 8)]
 )
-NUMBERS = {"train": 24, "valid": 5}
+NUMBERS = {"train": 48, "valid": 5}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def validate(capsys, flags=""):
 
 
 def reference(checkpoint, flip=False):
-    """PCKh at 0.5 and 0.1, and the share of masked positions, person by person, in numpy."""
+    """PCKh at 0.5 and 0.1, and the executed share of what masks decide, person by person, in numpy."""
     model = timm.create_model("dynconv_hourglass", **KWARGS)
     load_checkpoint(model, checkpoint)
     model.eval()
@@ -135,21 +135,30 @@ def reference(checkpoint, flip=False):
                 if joint not in (6, 7) and not truth["jnt_missing"][joint, i]:
                     close = {threshold: number + (distance <= threshold) for threshold, number in close.items()}
     counted = int((1 - truth["jnt_missing"][[*range(6), *range(8, 16)]]).sum())
-    blocks = active.blocks.values()
-    share = sum(block.active for block in blocks) / sum(block.positions for block in blocks)
+    first, rest = 6 * 12**2, 54 * 12 + 6 * 12**2  # of a block at a position: on the dilated mask, and on the mask
+    costs = [
+        [first * dilated + rest * on, first * dilated_all + rest * all_]
+        for on, all_, dilated, dilated_all in active.blocks.values()
+    ]
+    executed, full = map(sum, zip(*costs, strict=True))
+    share = executed / full
     return {key: 100 * number / counted for key, number in close.items()}, share
 
 
 def test_learns(capsys):
-    """Two epochs lower the loss and keep to the budget; PCKh is that of the weights."""
-    rows = train(capsys, "--scale-factor 0.1 --rotation-factor 10 --hflip 0")
+    """Two epochs lower the loss and keep to the budget; PCKh is that of the weights.
+
+    The budget's published weight of 0.01 is for 100 epochs of MPII; 48 updates need more.
+    """
+    flags = "-b 2 --lr 5e-3 --scale-factor 0.1 --rotation-factor 10 --hflip 0"
+    rows = train(capsys, f"{flags} --model-kwargs num_features=12 num_stacks=1 budget={BUDGET} budget_weight=10")
     assert list(rows[0]) == [
         *("epoch", "train_loss", "train_network_budget", "train_block_budget"),
         *("eval_loss", "eval_pckh", "eval_pckh@0.1", "eval_executed", "eval_routing_spread", "lr"),
     ]
     for key in ("train_loss", "eval_loss"):
         assert rows[1][key] < 0.8 * rows[0][key]
-    assert math.sqrt(rows[1]["train_network_budget"] / 0.01) < 0.05  # its weight; in the mean over the epoch's batches
+    assert math.sqrt(rows[1]["train_network_budget"] / 10) < 0.05  # over the epoch's batches
     shares, active = reference("out/run/last.pth.tar")
     assert rows[1]["eval_pckh"] == pytest.approx(shares[0.5]) and rows[1]["eval_pckh@0.1"] == pytest.approx(shares[0.1])
     assert abs(active - BUDGET) < 0.05

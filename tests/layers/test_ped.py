@@ -58,7 +58,7 @@ def by_the_formulas(layer, x, noise=None):
     gates = torch.einsum("bor,bir,bkr->boik", a_out, a_in, a_k)
     outputs = []
     for b in range(len(x)):
-        own = layer.weight * gates[b].view(layer.weight.shape)
+        own = layer.kernel * gates[b].view(layer.kernel.shape)
         outputs.append(F.conv2d(x[b], own, layer.bias, layer.stride, layer.padding, layer.dilation, groups))
     first, last = attn.decoder[0], attn.decoder[2]
     decoded = F.linear(F.relu(F.linear(torch.cat(values, 1), first.weight, first.bias)), last.weight, last.bias)
@@ -113,7 +113,7 @@ class TestDropIn:
         conv = CONVS[name]().double().eval()
         layer = PEDConv2d.from_conv(conv, rank=rank, neutral_gates=neutral)
         assert not layer.training
-        assert torch.equal(layer.weight, conv.weight if neutral else conv.weight * (8 / rank))
+        assert torch.equal(layer.kernel, conv.weight if neutral else conv.weight * (8 / rank))
         for x in (X, X[:1], X[:0], X[..., :6]):
             torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-12)
         names = (
@@ -137,10 +137,10 @@ class TestDropIn:
         x, target = torch.rand(8, 16, 7, 7).double(), torch.randn(8, 24, 7, 7).double()
         assert_same_step(layer, conv, x, target, optimizer)
 
-    def test_state_dict_is_the_authors(self):
+    def test_state_dict_is_the_authors_but_for_the_kernel(self):
         layer = PEDConv2d(32, 6, 3, groups=2, rank=2, bias=False, reduction=8)
         assert {key: tuple(value.shape) for key, value in layer.state_dict().items()} == {
-            "weight": (6, 16, 3, 3),
+            "kernel": (6, 16, 3, 3),
             "attn.fc_share.weight": (4, 32),
             "attn.fc_share.bias": (4,),
             "attn.fc_inp.weight": (32, 4),
@@ -155,8 +155,8 @@ class TestDropIn:
             "attn.decoder.2.bias": (32,),
         }
         other = PEDConv2d(32, 6, 3, groups=2, rank=2, bias=False, reduction=8)
-        load_reference(other, layer.state_dict())
-        assert torch.equal(other.weight, layer.weight)
+        load_reference(other, {"weight" if key == "kernel" else key: p for key, p in layer.state_dict().items()})
+        assert torch.equal(other.kernel, layer.kernel)
 
     def test_narrow(self):
         assert PEDConv2d(3, 5, 3).attn.fc_share.out_features == 1
@@ -276,7 +276,7 @@ class TestReconstructionLoss:
 def test_large_and_small_activations_in_half_precision(dtype, size):
     for scale, under_autocast in itertools.product((6e4, 1.0, 1e-7), (True, False)):
         layer = PEDConv2d(16, 32, 3, padding=1, dtype=torch.float32 if under_autocast else dtype)
-        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.normal_(layer.kernel, std=0.01)
         x = (torch.rand(2, 16, size, size) * scale).to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype, enabled=under_autocast):
             output = layer(x)

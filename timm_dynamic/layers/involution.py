@@ -12,7 +12,6 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import dynamic_filter
 
 
@@ -46,8 +45,6 @@ class Involution2d(DropInConv2d):
     """
 
     family = "involution"
-    weight = stand_in_weight(conv_weight_shape)
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
 from timm_dynamic.layers.cell_attention import CellAttention
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.layers.warehouse import Warehouse, stages
 from timm_dynamic.ops import sample_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
@@ -66,8 +65,6 @@ class KWConv2d(AffineOutputs):
     parts = ((Warehouse, "warehouse"),)
     routing_limit = None  # it sums to 1, nearly
     shared = ("warehouse",)
-    weight = stand_in_weight(conv_weight_shape)
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,

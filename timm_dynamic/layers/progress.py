@@ -24,11 +24,14 @@ class State(nn.Module):
     """A module whose non-persistent buffers keep their values after `to_empty` too, and are on no meta device."""
 
     def _apply(self, fn, recurse: bool = True):
-        states = {name: self._buffers.pop(name) for name in self._non_persistent_buffers_set}
+        order = list(self._buffers)
+        states = {name: self._buffers.pop(name) for name in order if name in self._non_persistent_buffers_set}
         super()._apply(fn, recurse)
         for name, buffer in states.items():
             moved = fn(buffer)
             self._buffers[name] = buffer if moved.is_meta else buffer.to(moved)
+        for name in order:  # averages go through the buffers of a model and of its copy side by side
+            self._buffers[name] = self._buffers.pop(name)
         return self
 
     def register_state(self, name: str, value: Tensor, device=None) -> None:

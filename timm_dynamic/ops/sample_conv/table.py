@@ -41,7 +41,7 @@ def _cannot_gate(layer, x: Tensor) -> str | None:
         return f"the gates are of rank {layer.rank}"
     heads = layer.attn
     linears = (heads.fc_share, heads.fc_inp, heads.fc_oup, heads.fc_k)
-    return _kernel_problem(layer, x, layer.weight) or _cannot(layer, x, linears)
+    return _kernel_problem(layer, x, layer.kernel) or _cannot(layer, x, linears)
 
 
 def _gate(layer, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _gate(layer, x: Tensor) -> Tensor:
         *("sigmoid2" if layer.neutral_gates else "sigmoid", 1.0),
     )
     bias = None if layer.bias is None else layer.bias[None]
-    return _convolve(layer, x, None, layer.weight[None], a_in, a_tap, a_out, bias)
+    return _convolve(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, bias)
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:

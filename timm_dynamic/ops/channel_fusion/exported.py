@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_dynamic.ops.sample_conv.exported import scan
+from timm_dynamic.ops.scan import scan
 
 
 def convolve(layer, x: Tensor) -> Tensor:

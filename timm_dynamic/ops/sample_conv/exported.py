@@ -6,28 +6,14 @@ depthwise layers of MobileNetV2 that takes 0.3 to 0.6 of the time of convolving 
 of ResNet-18 0.5 to 0.9 of that of a product with what the taps read (a CPU, one thread, November 2026).
 """
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.sample_conv.samples import mix
 from timm_dynamic.ops.sample_conv.shapes import Pair, output_size
+from timm_dynamic.ops.scan import scan
 
 Limits = tuple[float, float]
-
-
-def scan(function: Callable[..., Tensor], samples: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
-    """`function` of every sample's tensors and of the others, by their names; the results are one tensor."""
-    names = [*samples, *others]
-
-    def step(nothing: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return nothing.clone(), function(**dict(zip(names, tensors, strict=True)))
-
-    first = next(iter(samples.values()))
-    given = list(samples.values()), list(others.values())
-    return torch.ops.higher_order.scan(step, [first.new_zeros(1)], *given)[1]
 
 
 def mixed_conv2d(

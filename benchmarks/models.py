@@ -1,7 +1,7 @@
 """Times the models against their static twins, 224 px.
 
     python benchmarks/models.py [--paths | --best] [--device cpu|cuda] [--threads N] [--models NAME ...] \
-        [--processes N] [--minutes N] [--longest N] [--output FILE]
+        [--processes N] [--iterations N] [--minutes N] [--longest N] [--output FILE]
 
 Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory; in evaluation
 also those of the inference copies that `timm_dynamic.optimize` makes of model and twin, in the same rounds. On a CPU
@@ -154,6 +154,9 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--paths", action="store_true", help="also the reference path, and all under torch.compile")
     kinds.add_argument("--best", action="store_true", help="both in their fastest executions, on a CPU")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="with --best: at batch 1; a quarter of them at others"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", help="default: those that the families name")
@@ -182,7 +185,8 @@ def main() -> None:
             print(f"{len(todo) - i} of {rounds * len(wanted)} are left: the same command goes on with them")
             break
         model, options = key.split(" ", 1)
-        options += f" --threads {args.threads}" + f" --device {args.device}" * (not args.best)
+        options += f" --threads {args.threads} "
+        options += f"--iterations {args.iterations}" if args.best else f"--device {args.device}"
         found = run(kind, model, options, 60 * args.longest)
         if isinstance(found, str):
             tqdm.write(f"{key}: {found}")

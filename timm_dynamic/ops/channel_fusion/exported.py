@@ -21,13 +21,13 @@ def convolve(layer, x: Tensor) -> Tensor:
     one_matrix = layer.kernel_size == (1, 1) and layer.groups == 1 and _pays(layer, x)
 
     def sample(x: Tensor, scale: Tensor, matrix: Tensor, bias: Tensor, weight: Tensor, q: Tensor) -> Tensor:
-        x, weight = x[None], weight * scale[:, None, None, None]
+        weight, matrix, bias = weight * scale[0, :, None, None, None], matrix[0], bias[0]
         if one_matrix:
             y = F.conv2d(x, weight + torch.mm(matrix, q)[:, :, None, None], bias, *options)
         else:
             z = F.conv2d(x, q[:, :, None, None], None, layer.stride)
             y = F.conv2d(x, weight, bias, *options) + F.conv2d(z, matrix[:, :, None, None])
-        return (y if limits is None else y.clamp(*limits))[0]
+        return y if limits is None else y.clamp(*limits)
 
     scale, matrix, bias = _factors(layer, x)
     others = {"weight": layer.conv.weight, "q": layer.q.weight.flatten(1)}

@@ -24,7 +24,7 @@ def dynamic_filter(
     tensors = {"x": x, "filters": filters}
     if channel_filter is not None:
         tensors["channel_filter"] = channel_filter
-    one = {name: t[0] for name, t in tensors.items() if isinstance(t.shape[0], int) and t.shape[0] == 1 and t is not x}
+    one = {name: t for name, t in tensors.items() if isinstance(t.shape[0], int) and t.shape[0] == 1 and t is not x}
     samples = {name: t for name, t in tensors.items() if name not in one}
     is_wide = isinstance(x.shape[3], int) and x.shape[3] >= _WIDE
     is_simple = channel_filter is not None and (filters.shape[1], stride, upsample) == (1, 1, 1)
@@ -32,10 +32,10 @@ def dynamic_filter(
 
     def filter_sample(x: Tensor, filters: Tensor, channel_filter: Tensor | None = None) -> Tensor:
         if shifts:
-            return _shifted(x, filters[0], channel_filter, kernel_size, kernel_combine, dilation)
-        channels = None if channel_filter is None else channel_filter[None]
+            y = _shifted(x[0], filters[0, 0], channel_filter[0], kernel_size, kernel_combine, dilation)
+            return y[None]
         options = (kernel_size, kernel_combine, parts, dilation, stride, upsample)
-        return definition(x[None], filters[None], channels, *options)[0]
+        return definition(x, filters, channel_filter, *options)
 
     return scan(filter_sample, samples, one)
 

@@ -53,13 +53,15 @@ def mixed_conv2d(
         scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        weight = weight if attention is None else weight[0]
         weight = weight if gates is None else weight * gates
+        bias = bias if bias is None else bias.flatten()
         if scale is not None and scales_weight:
-            weight, scale = weight * scale[:, None, None, None], None
+            weight, scale = weight * scale[0, :, None, None, None], None
         if scale is None:
-            y = F.conv2d(x[None], weight, bias, *options)[0]
+            y = F.conv2d(x, weight, bias, *options)
         else:
-            y = F.conv2d(x[None], weight, None, *options)[0] * scale[:, None, None]
+            y = F.conv2d(x, weight, None, *options) * scale[:, :, None, None]
             y = y if bias is None else y + bias[:, None, None]
         return y if limits is None else y.clamp(*limits)
 
@@ -70,7 +72,7 @@ def sample_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilati
     """As `timm_dynamic.ops.sample_conv2d`."""
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x[None], weight, None, stride, padding, dilation, groups)[0]
+        return F.conv2d(x, weight[0], None, stride, padding, dilation, groups)
 
     return scan(convolve, {"x": x, "weight": weight}, {})
 

@@ -14,7 +14,7 @@ torch.compile, beside the twin under the same; on a CPU at batch 1, 32 and 128 i
 takes minutes a step).
 
 With `--best` a model and its twin each run in the fastest way that there is for them on a CPU, within PyTorch and in
-onnxruntime (`benchmarks/best.py`): about 35 minutes for the five models at one process a case.
+onnxruntime (`benchmarks/best.py`).
 
 The file is written after every process; a run that was stopped, or that `--minutes` ended, goes on where it was when
 the same command is given again.

@@ -6,8 +6,8 @@ from torch import Tensor
 from timm_dynamic.ops.dynamic_filter.definition import definition
 from timm_dynamic.ops.scan import scan
 
-# At a width of 56 whole shifts take 0.6 of the time of shifted rows, at 28 and less about as long (onnxruntime 1.32, the
-# layers of ddf_mul_resnet50 alone, batch 1, one thread).
+# At a width of 56 whole shifts take 0.6 of the time of shifted rows, at 28 and less about as long (onnxruntime 1.32,
+# the layers of ddf_mul_resnet50 alone, batch 1, one thread).
 _WIDE = 40
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from page_best import best_text
 from page_cifar import cifar_text
 from page_models import models_text
 from page_rejected import rejected_text
@@ -143,6 +144,8 @@ def gpu_text() -> str:
 
 def main() -> None:
     page = HEAD
+    if report := load_if_there("best_cpu.json"):
+        page += best_text(report, "best_cpu.json", machine(report))
     for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
         if report := load_if_there(name):
             page += operator_table(report, name)

@@ -26,9 +26,9 @@ def rows_of(model, ratio, batch=1):
 def models(script, monkeypatch, tmp_path):
     """`models(*flags)` runs models.py on two cases, whose processes give `models.answers`; its report."""
     module = script("models")
-    monkeypatch.setattr(module, "cases", lambda device, paths: ["--mode eval", "--mode train"])
+    monkeypatch.setattr(module, "cases", lambda device, kind: ["--mode eval", "--mode train"])
     monkeypatch.setattr(
-        module, "run", lambda model, options, _: run.asked.append((model, options)) or run.answers.pop(0)
+        module, "run", lambda kind, model, options, _: run.asked.append((model, options)) or run.answers.pop(0)
     )
 
     def run(*flags):
@@ -83,8 +83,8 @@ def test_cases_are_options_of_the_benchmark(script):
     from timm_dynamic.cli.arguments.benchmark import make_parser
 
     for device in ("cpu", "cuda"):
-        for paths in (False, True):
-            for case in script("models").cases(device, paths):
+        for kind in ("models", "paths"):
+            for case in script("models").cases(device, kind):
                 make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])
 
 
@@ -134,6 +134,20 @@ def test_sparse_runs(script, monkeypatch, tmp_path):
     assert few["executed"] < 0.6 * few["static"] and all_["executed"] == all_["static"]
     text = script("page_sparse").sparse_text(report, path.name, "a machine", tmp_path)
     assert "32 px, medians of 30 rounds" in text and "`dynconv_resnet8`, batch 8: folded dense" in text
+
+
+def test_best_beside_best(script):
+    row = {"model": "dcd", "baseline": "twin", "mode": "eval", "img_size": 224, "baseline_execution": "as it is"}
+    row |= {"baseline_ms": 2.0, "macs_ratio": 1.02, "runtime": "onnxruntime", "batch_size": 1}
+    samples = [
+        [row | {"time_ratio": ratio, "median_ms": 2 * ratio, "execution": way}]
+        for ratio, way in ((1.5, "optimized"), (4.0, "as it is"), (1.25, "as it is"))
+    ]
+    rows = script("models").combine_best(samples)
+    text = script("page_best").best_text({"rows": rows}, "best_cpu.json", "a machine")
+    assert "In onnxruntime" in text and "Within PyTorch" not in text and "the median of 3 processes" in text
+    expected = "| 1.02 | eval, batch 1 | 1.50 | 1.25, 1.50, 4.00 | optimized | 3.0 | as it is | 2.0 |\n"
+    assert text.endswith(f"| `dcd` / `twin` {expected}")
 
 
 def test_cifar_in_the_page(script, tmp_path):

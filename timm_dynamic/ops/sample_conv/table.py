@@ -8,6 +8,7 @@ from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
 from timm_dynamic.ops.sample_conv.columns import in_weight_order
 from timm_dynamic.ops.sample_conv.shapes import gate_groups
@@ -135,9 +136,42 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
     return y if layer.limits is None else y.clamp_(*limits)
 
 
+def _cannot_export(layer, x: Tensor) -> str | None:
+    return "the layer is in training mode" if layer.training else None
+
+
+def _cannot_export_gates(layer, x: Tensor) -> str | None:
+    return f"the gates are of rank {layer.rank}" if layer.rank != 1 else _cannot_export(layer, x)
+
+
+def _export_gates(layer, x: Tensor) -> Tensor:
+    a_in, a_out, a_tap = (gates[0] for gates in layer.factors(average(x)))
+    return _export(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, layer.bias)
+
+
+def _export_mixture(layer, x: Tensor) -> Tensor:
+    attention = layer.coefficients(layer.attention(x, layer.temperature()))
+    bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
+    return _export(layer, x, attention, layer.kernels_weights, None, None, None, bias)
+
+
+def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
+    options = (layer.stride, layer.zero_padding, layer.dilation, layer.groups)
+    return exported.mixed_conv2d(
+        layer.pad(x), attention, kernels, a_in, a_tap, a_out, *options, bias=bias, limits=layer.limits
+    )
+
+
 # A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1 (ped_resnet50,
 # dy_mobilenetv2: benchmarks/models.py, on a CPU); layers of 64 samples are no slower.
-GATED = (Implementation("one call", _gate, cannot=_cannot_gate),)
-MIXED = (Implementation("one call", _mix, cannot=_cannot_mix),)
+_ONNX = {"name": "sample by sample", "devices": ("cpu", "cuda"), "exported": True}
+GATED = (
+    Implementation("one call", _gate, cannot=_cannot_gate),
+    Implementation(run=_export_gates, cannot=_cannot_export_gates, **_ONNX),
+)
+MIXED = (
+    Implementation("one call", _mix, cannot=_cannot_mix),
+    Implementation(run=_export_mixture, cannot=_cannot_export, **_ONNX),
+)
 OMNI = (Implementation("one call", _attend, cannot=_cannot_attend),)
 ASSEMBLED = (Implementation("some samples at a time", _assemble, cannot=_cannot_assemble, pays=_pays_to_assemble),)

@@ -3,8 +3,8 @@
     python benchmarks/images.py [--models NAME ...] [--batch-sizes N ...] [--threads N] [--seconds N] [--output FILE]
 
 Every network runs as timm makes it, as the copy that `timm_dynamic.optimize` makes of it, in either memory format, and
-as that copy under `torch.compile` (inductor), all in evaluation mode on images of its own size. All ways of all networks
-take turns, in an order drawn anew for every round; the fastest way of a network counts.
+as that copy under `torch.compile` (inductor), all in evaluation mode on images of its own size. All ways of all
+networks take turns, in an order drawn anew for every round; the fastest way of a network counts.
 """
 
 import argparse

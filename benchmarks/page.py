@@ -22,9 +22,10 @@ OPERATOR = """
 
 `{command}`, `results/{file}`, {machine}. Calls of `dynamic_filter` with K x K filters; ratios are to torch's own
 depthwise `conv2d` of that size in the same layout (for CARAFE: of the enlarged map, with enlarging it). "Compiled" is
-the definition, a sum of shifted maps, under `torch.compile`; "unfold" are products with im2col's patches.
+the definition, a sum of shifted maps, under `torch.compile`; "unfold" are products with im2col's patches: ratios of
+both modes.
 
-| operator | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios | unfold, ratios |
+| operator | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled | unfold |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 MEMORY = """

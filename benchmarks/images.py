@@ -1,6 +1,7 @@
 """Images per second of optimized networks, each as it runs best.
 
-    python benchmarks/images.py [--models NAME ...] [--batch-sizes N ...] [--threads N] [--seconds N] [--output FILE]
+    python benchmarks/images.py [--models NAME ...] [--batch-sizes N ...] [--threads N] [--seconds N] [--no-compile] \
+        [--output FILE]
 
 Every network runs as timm makes it, as the copy that `timm_dynamic.optimize` makes of it, in either memory format, and
 as that copy under `torch.compile` (inductor), all in evaluation mode on images of its own size. All ways of all
@@ -27,16 +28,17 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 FEWEST, MOST = 5, 200  # rounds
 
 
-def ways(model: nn.Module, x: torch.Tensor) -> dict[str, nn.Module]:
+def ways(model: nn.Module, x: torch.Tensor, compiles: bool) -> dict[str, nn.Module]:
     """How the model runs."""
     found = {"as it is": model}
     for name, form in FORMATS.items():
         found[f"optimized, {name}"] = optimize(model, x, memory_format=form)
-        found[f"optimized, {name}, compiled"] = optimize(model, x, memory_format=form, compile={"dynamic": False})
+        if compiles:
+            found[f"optimized, {name}, compiled"] = optimize(model, x, memory_format=form, compile={"dynamic": False})
     return found
 
 
-def rows_of(names: list[str], batch_size: int, seconds: float) -> list[dict]:
+def rows_of(names: list[str], batch_size: int, seconds: float, compiles: bool) -> list[dict]:
     """A row for each network, with the times of all ways that it runs."""
     candidates, sizes, failed = {}, {}, {name: {} for name in names}
     for name in names:
@@ -44,7 +46,7 @@ def rows_of(names: list[str], batch_size: int, seconds: float) -> list[dict]:
         sizes[name] = model.pretrained_cfg["input_size"]
         x = torch.randn(batch_size, *sizes[name])
         torch.compiler.reset()
-        for way, runs in ways(model, x).items():
+        for way, runs in ways(model, x, compiles).items():
             try:
                 runs(x)
             except Exception as error:  # of a compiler
@@ -77,13 +79,14 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=240, help="for the timed rounds of a batch size (default: 240)"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "images_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     report = {**environment(torch.device("cpu")), "kernels": backend_info()["cpu"], "rows": []}
     for batch_size in tqdm(args.batch_sizes, disable=None):
-        rows = rows_of(args.models, batch_size, args.seconds)
+        rows = rows_of(args.models, batch_size, args.seconds, not args.no_compile)
         report["rows"] += rows
         print(*map(show, rows), sep="\n")
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def test_images_counts_the_fastest_way(script, monkeypatch, tmp_path):
     times = {"as it is": 4.0, "optimized, NCHW": 2.0, "optimized, channels_last": 8.0}
     ways = {way: lambda x: None for way in times}
     ways["optimized, NCHW, compiled"] = None  # does not run
-    monkeypatch.setattr(images, "ways", lambda model, x: ways)
+    monkeypatch.setattr(images, "ways", lambda model, x, compiles: ways)
     monkeypatch.setattr(images, "measure", lambda runs, *_: {key: [times[key[1]]] for key in runs})
     flags = ("--models", "test_resnet", "--batch-sizes", "1", "16", "--threads", str(torch.get_num_threads()))
     monkeypatch.setattr("sys.argv", ["images.py", *flags, "--output", str(path)])

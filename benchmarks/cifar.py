@@ -131,7 +131,9 @@ def report(data: Path, runs: Path, model: str, threads: int, iterations: int, ou
             row[f"batch_{batch_size}"] = {"execution": best, "ms_per_image": medians[best]}
         rows.append(row)
         print(json.dumps({k: row[k] for k in ("network", "top1", "params", "macs", "batch_1", "batch_64")}), flush=True)
-    found = {**environment(torch.device("cpu")), "threads": threads, "data": "CIFAR-10, JPEG", "rows": rows}
+    epochs = yaml.safe_load(CONFIG.read_text())["epochs"]
+    facts = {"threads": threads, "data": "CIFAR-10, JPEG", "epochs": epochs}
+    found = {**environment(torch.device("cpu")), **facts, "rows": rows}
     temporary = output.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(temporary, output)

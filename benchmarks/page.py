@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from page_cifar import cifar_text
 from page_images import images_text
 from page_models import models_text
 from page_rejected import rejected_text
@@ -160,6 +161,8 @@ def main() -> None:
     for path in sorted(HERE.glob("results/sparse_*.json")):
         report = load(path.name)
         page += sparse_text(report, path.name, machine(report), path.parent)
+    if report := load_if_there("cifar_cpu.json"):
+        page += cifar_text(report, "cifar_cpu.json", machine(report), HERE / "results")
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
     page += rejected_text(load("op_ddf_cpu.json"))
     page += gpu_text()

@@ -160,6 +160,26 @@ def test_all_ways_to_run_an_operator_give_the_same(script, operator):
         torch.testing.assert_close(found[name], found["reference"], rtol=1e-4, atol=1e-4)
 
 
+def test_cifar_in_the_page(script, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def row(network, top1, cost):
+        times = {f"batch_{size}": {"ms_per_image": cost} for size in (1, 64)}
+        return {
+            "network": network, "top1_mean": top1, "top1_std": None, "seeds": [0], "params": 1e4, "macs": 1e6 * cost,
+            "minutes": [9.5], **times,
+        }  # fmt: skip
+
+    rows = [row("static", 80.0, 2), row("static_050", 70.0, 1), row("dcd", 76.0, 1.5), row("od", 74.0, 1.5)]
+    report = {"rows": [*rows, row("ddf", 71.0, 0.5)], "epochs": 8}
+    page = script("page_cifar")
+    text = page.cifar_text(report, "cifar_cpu.json", "a machine", tmp_path)
+    places = "above the curve: dcd (+1.0); below the curve: od (-1.0); beyond the ends of the curve: ddf."
+    assert text.count(places) == 2
+    assert "| dcd | 76.00 | 0 | 10 k | 1.50 M | 1.500 | 1.500 | 10 |\n" in text
+    assert (tmp_path / "cifar_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_was_measured_on_a_gpu(script, monkeypatch, tmp_path):
     page = script("page")
     monkeypatch.setattr(page, "SHIPPED", tmp_path)

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,20 @@ def _some(keys: list[str]) -> str:
 def _name(key: Any) -> str:
     # A key can be anything: a long text of many lines, or tuples within tuples of which a text would fill the memory.
     return repr(key)[1:-1][:100] if isinstance(key, str) else f"<{type(key).__name__}>"
+
+
+def classes_in(path: str | os.PathLike, classifier: str | Sequence[str] | None, use_ema: bool = False) -> int | None:
+    """How many classes a checkpoint's classifier tells apart, or None if it has none of that name.
+
+    Args:
+        path: As for `load_checkpoint`.
+        classifier: Its name, or its names, as in timm's `pretrained_cfg`.
+        use_ema: As for `load_checkpoint`.
+    """
+    state = extract_state_dict(read_checkpoint(path), use_ema)
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    weights = (state.get(f"{name}.weight") for name in names)
+    return next((len(weight) for weight in weights if weight is not None and weight.ndim), None)
 
 
 def _num_classes_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module) -> str:

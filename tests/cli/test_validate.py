@@ -105,8 +105,7 @@ def test_fewer_than_five_classes(tmp_path, capsys, small_digits):
     for label in range(3):
         shutil.copytree(small_digits / "val" / str(label), tmp_path / "val" / str(label))
     make_checkpoint(tmp_path / "a.pth", num_classes=3)
-    flags = [*FLAGS, "--num-classes", "3", "--checkpoint", tmp_path / "a.pth"]
-    status, results, _ = run(capsys, tmp_path, *flags)
+    status, results, _ = run(capsys, tmp_path, *FLAGS, "--checkpoint", tmp_path / "a.pth")  # of three classes
     assert status == 0 and results["top5"] == 100 and results["top1"] < 100
 
 

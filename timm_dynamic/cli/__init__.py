@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         args = importlib.import_module(f"timm_dynamic.cli.arguments.{command}").parse(argv[1:])
         _begin()
         return importlib.import_module(f"timm_dynamic.cli.{command}").main(args) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(f"timm-dynamic {command}", str(error))
     except KeyboardInterrupt:
@@ -53,7 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader such as `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
 
 
 def _begin() -> None:

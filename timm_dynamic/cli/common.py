@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 import timm_dynamic
-from timm_dynamic.convert import check_finite, extract_state_dict, load_checkpoint, one_line, read_checkpoint
+from timm_dynamic.convert import (
+    check_finite,
+    classes_in,
+    extract_state_dict,
+    load_checkpoint,
+    one_line,
+    read_checkpoint,
+)
 from timm_dynamic.replace import layer_class, layer_options
 from timm_dynamic.suggest import did_you_mean
 
@@ -43,7 +50,7 @@ def create_model(
         dynamize: Layer to put into the model; it is then `dynamized`, with the named one as its base.
         where: Which convolutions that replaces (see `timm_dynamic.dynamize`).
         new_head: Leave the classifier as it is if the checkpoint has one of another number of classes.
-        **kwargs: For the model; those that are None are left out.
+        **kwargs: For the model; those that are None are left out. `num_classes` is then the checkpoint's.
     """
     shown = network_name(name, dynamize, kwargs)
     if dynamize:
@@ -55,6 +62,9 @@ def create_model(
     from_folder = static.lower().startswith(_FOLDERS)
     if not from_folder:
         _check_name(static, pretrained)
+        if checkpoint and kwargs.get("num_classes") is None:
+            cfg = timm.get_pretrained_cfg(static)
+            kwargs["num_classes"] = cfg and classes_in(checkpoint, cfg.classifier, use_ema)
     # Other people's files break timm in many ways; without them, anything else is a bug, and not to be hidden.
     expected = Exception if pretrained or from_folder else (RuntimeError, TypeError, OSError)
     try:

@@ -55,7 +55,8 @@ def _gate(layer, x: Tensor) -> Tensor:
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:
-    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x, layer.attention.to_scores[::2])
+    squeeze, _, expand = layer.attention.to_scores
+    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x, (squeeze, expand))
 
 
 def _mix(layer, x: Tensor) -> Tensor:

@@ -150,6 +150,48 @@ def test_best_beside_best(script):
     assert text.endswith(f"| `dcd` / `twin` {expected}")
 
 
+def test_images_counts_the_fastest_way(script, monkeypatch, tmp_path):
+    images, path = script("images"), tmp_path / "images_cpu.json"
+    times = {"as it is": 4.0, "optimized, NCHW": 2.0, "optimized, channels_last": 8.0}
+    ways = {way: lambda x: None for way in times}
+    ways["optimized, NCHW, compiled"] = None  # does not run
+    monkeypatch.setattr(images, "ways", lambda model, x, compiles: ways)
+    monkeypatch.setattr(images, "measure", lambda runs, *_: {key: [times[key[1]]] for key in runs})
+    flags = ("--models", "test_resnet", "--batch-sizes", "1", "16", "--threads", str(torch.get_num_threads()))
+    monkeypatch.setattr("sys.argv", ["images.py", *flags, "--output", str(path)])
+    images.main()
+    report = json.loads(path.read_text())
+    assert [(row["best"], row["images_per_s"]) for row in report["rows"]] == [
+        ("optimized, NCHW", 500),
+        ("optimized, NCHW", 8000),
+    ]
+    assert list(report["rows"][0]["failed"]) == ["optimized, NCHW, compiled"]
+    text = script("page_images").images_text(report, path.name, "a machine")
+    assert "`results/images_cpu.json`, a machine" in text
+    assert text.endswith("| `test_resnet` | 16 | 8000 | optimized, NCHW | 4000 | 8000 | 2000 |\n")
+
+
+SMALL = {
+    "DDF": {},
+    "SKA": {"filters": 2, "grouping": "interleaved"},
+    "involution": {"filters": 2, "kernel_size": 5, "stride": 2},
+    "CARAFE": {"filters": 1, "kernel_size": 5, "upsample": 2},
+}
+
+
+@pytest.mark.parametrize("operator", SMALL)
+def test_all_ways_to_run_an_operator_give_the_same(script, operator):
+    bench = script("op_ddf")
+    case = bench.Case((2, 4, 6, 5), **SMALL[operator], everything=True)
+    assert case.operator == operator
+    inputs = bench.Inputs.make(case, "channels_last", torch.device("cpu"))
+    with torch.no_grad():
+        found = {name: run() for name, (run, _) in bench.candidates(case, inputs).items() if "compiled" not in name}
+    assert found["depthwise"].shape == found["kernel"].shape == inputs.grad.shape
+    for name in ("kernel", "unfold"):
+        torch.testing.assert_close(found[name], found["reference"], rtol=1e-4, atol=1e-4)
+
+
 def test_cifar_in_the_page(script, tmp_path):
     pytest.importorskip("matplotlib")
 

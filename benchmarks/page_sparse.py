@@ -9,15 +9,16 @@ from matplotlib.figure import Figure
 HEAD = """
 ## Spatially sparse execution on {where}, {dtype}
 
-`python benchmarks/sparse.py{options}`, `results/{file}`, {machine}; 224 px, medians of 30 rounds
+`python benchmarks/sparse.py{options}`, `results/{file}`, {machine}; {size} px, medians of 30 rounds
 at batch 1, else of 10. The mask units run and are in the times, but their masks are replaced by ones with a given share
 of active positions, the same in every block: a blob (the positions nearest to the centre) or scattered (drawn at
 random). Where positions are scattered, the first convolution of a block must run at more of their neighbours.
 
 "Folded dense" is the same network, mask units included, with every position computed, batch norms folded, in
-channels_last; the static twin is timm's model without masks, folded likewise. All three ran in turn. Speed-ups above 1
-mean that sparse execution is the faster one; MACs are those executed, as a share of the same network's with full masks,
-mask units and unmasked layers included. Memory is the peak over the shares, beyond weights and input.
+channels_last; the static twin is timm's model without masks, or our own with `budget=-1`, folded likewise. All three
+ran in turn. Speed-ups above 1 mean that sparse execution is the faster one; MACs are those executed, as a share of the
+same network's with full masks, mask units and unmasked layers included. Memory is the peak over the shares, beyond
+weights and input.
 
 ![Time against the share of active positions]({picture})
 
@@ -54,6 +55,7 @@ def sparse_text(report: dict, name: str, machine: str, results: Path) -> str:
         options="".join(option for option, given in options.items() if given),
         file=name,
         machine=machine,
+        size=report["rows"][0].get("img_size", 224),
         picture=f"results/{picture}",
         losses="\n".join(losses(report["rows"], dense) for dense in DENSE).rstrip(),
     )

@@ -4,12 +4,11 @@
         [--quick] [--output FILE.json]
 
 The mask units run, but their masks are replaced: one blob, or scattered positions. Beside the sparse executor run, in
-turn: the same network dense, with its batch norms folded, in channels_last ("folded dense"), and the static twin,
-likewise. Saves one row per model, batch size, pattern and share.
+turn: the same network with every position computed ("folded dense"), and the static twin, or the network without masks
+where there is none. All three are `timm_dynamic.optimize`d. Saves one row per model, batch size, pattern and share.
 """
 
 import argparse
-import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,12 +18,11 @@ from pathlib import Path
 
 import timm
 import torch
-from timm_dynamic.layers.folding import folded_copy
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_dynamic
-from timm_dynamic.families import static_twin
+from timm_dynamic.families import family_of
 from timm_dynamic.layers import SparseBranch
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
@@ -68,21 +66,32 @@ def masks(model: nn.Module, share: float, pattern: str) -> Iterator[None]:
             del unit.forward
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy without batch norms, in channels_last."""
-    return folded_copy(copy.deepcopy(model), by_rows=False).to(memory_format=torch.channels_last)
+def networks(name: str, x: Tensor) -> dict[str, nn.Module]:
+    """A model sparse and dense, and the network without masks that it is compared with, in their forms for inference.
+
+    Args:
+        name: Of the model.
+        x: Its input.
+    """
+    family, forms = family_of(name), {}
+    for candidate, execution in (("sparse", "sparse"), ("folded dense", "dense")):
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval().to(x)
+        model.execution = execution
+        layout = torch.channels_last if execution == "sparse" else "auto"
+        forms[candidate] = timm_dynamic.optimize(model, x, memory_format=layout)
+    twin = family.twins.get(name)
+    static = timm.create_model(twin) if twin else timm.create_model(name, **family.static)
+    return {**forms, "static twin": timm_dynamic.optimize(static.eval().to(x), x)}
 
 
 def measure_model(name: str, batch_size: int, to: dict, quick: bool, bar: tqdm) -> Iterator[dict]:
     """Rows of the report; `to` is the device and the dtype."""
-    device = to["device"]
-    torch.manual_seed(0)
-    model = timm.create_model(name).eval().to(**to)
-    dense, twin = folded(model), folded(timm.create_model(static_twin(name)).eval().to(**to))
-    if hasattr(dense, "execution"):
-        model.execution, dense.execution = "sparse", "dense"
-    x = torch.randn(batch_size, 3, 224, 224, **to).contiguous(memory_format=torch.channels_last)
-    candidates = {"sparse": lambda: model(x), "folded dense": lambda: dense(x), "static twin": lambda: twin(x)}
+    device, size = to["device"], timm.get_pretrained_cfg(name).input_size
+    x = torch.randn(batch_size, *size, **to).contiguous(memory_format=torch.channels_last)
+    forms = networks(name, x)
+    model, dense = forms["sparse"], forms["folded dense"]
+    candidates = {candidate: partial(form, x) for candidate, form in forms.items()}
     for pattern in ("blob",) if quick else ("blob", "scattered"):
         for share in (0.3, 1.0) if quick else SHARES:
             with masks(model, share, pattern), masks(dense, share, pattern):
@@ -95,6 +104,7 @@ def measure_model(name: str, batch_size: int, to: dict, quick: bool, bar: tqdm) 
             yield {
                 "model": name,
                 "batch_size": batch_size,
+                "img_size": size[-1],
                 "pattern": pattern,
                 "share": share,
                 "macs": macs._asdict(),

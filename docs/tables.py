@@ -138,7 +138,7 @@ def speed_table() -> str:
 
 def sparse_table() -> str:
     """Time at 30 % active positions, as benchmarks/sparse.py measured it."""
-    reports, rows = [_results(name) for name in ("sparse_cpu.json", "sparse_cpu_mobilenetv2.json")], {}
+    reports, rows = [_results(path.name) for path in sorted(RESULTS.glob("sparse_cpu*.json"))], {}
     for row in (row for report in reports for row in report["rows"] if row["share"] == 0.3):
         cells = rows.setdefault((f"`{row['model']}`", str(row["batch_size"])), {})
         speedups = [f"{row[f'speedup_over_{dense}']:.2f}" for dense in ("folded_dense", "static_twin")]
@@ -178,7 +178,7 @@ def layers_table(families: Iterable[Family]) -> str:
     rows = []
     for layer in _dynamic_layers(families):
         for row in layer.implementations:
-            kind = "training" if row.gradients else "inference"
+            kind = "ONNX graphs" if row.exported else "training" if row.gradients else "inference"
             where = f"{kind}, {' and '.join(row.devices)}, {', '.join(str(d)[6:] for d in row.dtypes)}"
             rows.append((f"`{layer.__name__}`", row.name, where, _sentence(row.cannot), _sentence(row.pays)))
         rows.append((f"`{layer.__name__}`", "formula", "everything else", "", ""))

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -89,14 +90,15 @@ class Golden:
     def parts(self, mode: str) -> dict[str, dict]:
         """The expected numbers of `eval` or `train`, by the setting that they are of; "" if there is one only."""
         numbers = self.case[mode]
-        return {"": numbers} if {"logits", "output", "loss"} & numbers.keys() else numbers
+        return {"": numbers} if {"logits", "output", "stacks", "loss"} & numbers.keys() else numbers
 
     def save(self, path: Path) -> None:
         """Write the weights as the authors' script does."""
         wrapper = self.case["checkpoint_wrapper"]
-        prefix = "module." if "keys carry a 'module.' prefix" in wrapper else ""
+        prefix = "module." if re.search("keys (carry a|prefixed) 'module.'", wrapper) else ""
         state = {prefix + key: value for key, value in self.state().items()}
-        torch.save({"model" if "'model'" in wrapper else "state_dict": state, "optimizer": {}, "epoch": 1}, path)
+        key = "model" if "'model'" in wrapper and "'state_dict'" not in wrapper else "state_dict"
+        torch.save({"model": "a name", key: state, "optimizer": {}, "epoch": 1}, path)
 
     def network(self, folder: Path, **kwargs) -> nn.Module:
         """Our network, with the weights from such a file; without noise in training.
@@ -118,15 +120,25 @@ class Golden:
         path.unlink()
         return model
 
-    def output(self, model: nn.Module, x: Tensor) -> Tensor:
-        """What the authors' network returns: some of them end in the logarithm of the softmax."""
+    def output(self, model: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
+        """What the authors' network returns: some of them end in the logarithm of the softmax, or have heat maps."""
+        if "stacks" in self.case.get("eval", ()):
+            return model.forward_stacks(x)
         return model(x).log_softmax(1) if "log-probabilities" in str(self.case["constructor"]) else model(x)
 
-    def task_loss(self, output: Tensor | tuple[Tensor, Tensor], part: dict) -> Tensor:
+    def task_loss(self, output: Tensor | list[Tensor] | tuple[Tensor, Tensor], part: dict) -> Tensor:
         """That of a network, with two classifiers if one of them learns from a teacher, or of a layer."""
         targets = part["targets"]
+        if isinstance(output, list):  # of all but one joint of one image
+            wanted, weight = 0.25 * random_input(targets["shape"], targets["seed"]).abs(), torch.ones(2, 16, 1, 1)
+            weight[0, 3] = 0
+            return sum((0.5 * (weight * (one - wanted)) ** 2).mean() for one in output)
         if isinstance(targets, dict):
             return (output * random_input(output.shape, targets["seed"])).mean()
+        if isinstance(output, Tensor) and output.ndim == 4:  # a class for each pixel
+            n, i, j = torch.meshgrid(*(torch.arange(size) for size in output[:, 0].shape), indexing="ij")
+            targets = (i // 8 * 3 + j // 8 * 5 + 7 * n) % 22
+            return F.cross_entropy(output, targets.masked_fill(targets == 21, 255), ignore_index=255)
         if isinstance(output, tuple):
             pairs = zip(output, (targets, part["teacher_classes"]), strict=True)
             return sum(F.cross_entropy(one, torch.tensor(classes)) for one, classes in pairs) / 2
@@ -177,12 +189,20 @@ def set_schedule(model: nn.Module, setting: str, part: dict) -> None:
         timm_dynamic.set_progress(model, part["dynconv"]["epoch"], part["dynconv"]["num_epochs"])
 
 
-def check_logits(output: Tensor, expected: dict, tolerance: float) -> None:
+def check_logits(output: Tensor | list[Tensor], expected: dict | list[dict], tolerance: float) -> None:
     """Compare with what is stored, the first logits of each sample or all, in units of their standard deviation."""
-    for sample, numbers in zip(output.double(), expected.get("logits") or expected["output"], strict=True):
+    if isinstance(output, list):  # of stacks
+        for one, numbers in zip(output, expected["stacks"] if isinstance(expected, dict) else expected, strict=True):
+            check_logits(one, numbers, tolerance)
+        return
+    assert output.double().std().item() == pytest.approx(expected["std"], rel=10 * tolerance)
+    stored, positions = expected.get("logits") or expected.get("output"), expected.get("subsample")
+    if stored is None:
+        stored, positions = positions["values"], positions["rows"]
+    for sample, numbers in zip(output.double(), stored, strict=True):
         numbers = torch.tensor(numbers, dtype=torch.float64)
-        if "subsample" in expected:  # of the positions
-            start, step = expected["subsample"]
+        if positions:
+            start, step = positions
             sample = sample[:, start::step, start::step]
         close = {"rtol": 0, "atol": tolerance * expected["std"]}
         torch.testing.assert_close(sample[: len(numbers)].cpu(), numbers, **close)

@@ -1,8 +1,7 @@
 import copy
 import importlib.util
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,22 +15,14 @@ from timm_dynamic.families import FAMILIES
 ROOT = Path(__file__).parents[1]
 
 
-def test_train_loop(small_digits):
+def test_train_loop(small_digits, monkeypatch, capsys):
     """A line for every epoch; the loss falls, of a model with auxiliary losses."""
-    command = [
-        sys.executable,
-        str(ROOT / "examples/train_loop.py"),
-        str(small_digits),
-        "test_ped_resnet",
-        "--epochs",
-        "8",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    script = ROOT / "examples/train_loop.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(small_digits), "test_ped_resnet", "--epochs", "8"])
+    runpy.run_path(str(script))
     pattern = r"epoch (\d): loss ([\d.]+), auxiliary ([\d.e-]+), top-1 [\d.]+"
     epochs, losses, auxiliary = zip(
-        *(re.fullmatch(pattern, line).groups() for line in done.stdout.splitlines()), strict=True
+        *(re.fullmatch(pattern, line).groups() for line in capsys.readouterr().out.splitlines()), strict=True
     )
     assert "".join(epochs) == "01234567"
     assert float(losses[-1]) < float(losses[0])

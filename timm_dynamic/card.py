@@ -12,6 +12,7 @@ from timm_dynamic.families import FAMILIES
 from timm_dynamic.hub import is_ours
 from timm_dynamic.version import __version__
 
+_CLASSIFICATION = "image-classification"
 _DATASETS = {"in1k": "imagenet-1k", "cifar10": "cifar10"}  # the Hub's names, by the end of a tag
 
 
@@ -45,11 +46,12 @@ def model_card(
     package = "timm-dynamic" if ours else "timm"
     license = license or (cfg.get("license") if tag else None)
     dataset = dataset or _DATASETS.get((tag or "").rpartition("_")[2])
+    task = getattr(model, "pipeline_tag", _CLASSIFICATION)
     front = {
         "license": license or "unknown",
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", *(["timm-dynamic", "dynamic-convolution"] if ours else [])],
+        "pipeline_tag": task,
+        "tags": [task, "timm", *(["timm-dynamic", "dynamic-convolution"] if ours else [])],
         **({"datasets": [dataset]} if dataset else {}),
     }
     description = (timm.model_entrypoint(cfg["architecture"]).__doc__ or name).strip().splitlines()[0]
@@ -63,7 +65,7 @@ def model_card(
         "## Accuracy",
         _accuracy(name, repo_id, dataset, results),
         "## Use",
-        _usage(repo_id, ours),
+        _usage(repo_id, ours, task),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -126,7 +128,9 @@ def _accuracy(name: str, repo_id: str, dataset: str | None, results: dict[str, A
     return "\n".join(lines) or "Neither reported nor measured."
 
 
-def _usage(repo_id: str, ours: bool) -> str:
+def _usage(repo_id: str, ours: bool, task: str) -> str:
+    output = "model(transform(image).unsqueeze(0))"
+    output = f"probabilities = {output}.softmax(1)" if task == _CLASSIFICATION else f"output = {output}"
     imports = ["import timm", *(["import timm_dynamic  # registers the model"] if ours else [])]
     return "\n".join(
         [
@@ -136,7 +140,7 @@ def _usage(repo_id: str, ours: bool) -> str:
             f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()',
             "config = timm.data.resolve_model_data_config(model)",
             "transform = timm.data.create_transform(**config, is_training=False)",
-            "probabilities = model(transform(image).unsqueeze(0)).softmax(1)  # of a PIL image",
+            f"{output}  # of a PIL image",
             "```",
         ]
     )

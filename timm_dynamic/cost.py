@@ -29,9 +29,9 @@ class Macs(NamedTuple):
 def count_macs(model: nn.Module, x: Tensor) -> Macs:
     """Count the multiply-accumulates of an evaluation forward, per image.
 
-    Biases, normalisation, activations and pooling are not counted, but for the bias of a mask unit's convolution, as
-    its authors count. The count looks at what runs, so functional calls count as layers do, and it does not depend on
-    whether compiled kernels are installed.
+    Biases, normalisation, activations and pooling are not counted, but for the bias of a mask unit's convolution and
+    what a network names in `counted_biases`, as the authors of DynConv count. The count looks at what runs, so
+    functional calls count as layers do, and it does not depend on whether compiled kernels are installed.
 
     Args:
         model: Any model; it is left as it was found.
@@ -43,14 +43,31 @@ def count_macs(model: nn.Module, x: Tensor) -> Macs:
     """
     if x.shape[0] == 0:
         raise ValueError(f"count_macs needs at least one image, got shape {list(x.shape)}")
-    with count_active(model) as active:
+    with count_active(model) as active, _counted_biases(model) as outputs:
         flops = _flops(model, x)
     total = sum(flops["Global"].values())
     convolution = sum(count for operator, count in flops["Global"].items() if _is_convolution(operator))
     convolution += sum(count for operator, count in flops[_WITHIN].items() if not _is_convolution(operator))
-    biases = sum(block.positions for block in active.blocks.values())
+    biases = sum(outputs) + sum(block.positions for block in active.blocks.values())
     static, linear = (convolution // 2 + biases) // x.shape[0], (total - convolution) // 2 // x.shape[0]
     return Macs(static=static, executed=static - round(active.skipped_macs), linear=linear)
+
+
+@contextmanager
+def _counted_biases(model: nn.Module) -> Iterator[list[int]]:
+    """How many numbers each convolution gives, in a `with` block, whose bias counts."""
+    model, outputs = getattr(model, "_orig_mod", model), []
+    names = getattr(model, "counted_biases", ())
+    handles = [
+        conv.register_forward_hook(lambda conv, args, y: outputs.append(y.numel()))
+        for name, conv in model.named_modules()
+        if name in names
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def masked_blocks(model: nn.Module) -> dict[str, SparseBranch]:

@@ -303,21 +303,6 @@ def test_torchscript():
     torch.testing.assert_close(scripted(X), layer(X))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["many outputs", "grouped"])
-def test_onnx_with_a_dynamic_batch(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    layer, x = like(CONVS[name](), rank=2).float().eval(), X.float()
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    program.save(tmp_path / "layer.onnx")
-    session = runtime.InferenceSession(tmp_path / "layer.onnx")
-    for inputs in (x[:1], torch.cat([x, x])):
-        (output,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        torch.testing.assert_close(torch.from_numpy(output), layer(inputs), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("neutral", [False, True])
 @pytest.mark.parametrize("name", ["plain", "depthwise", "1x1", "many outputs", "reflect", "circular, grouped"])
 @torch.no_grad()
@@ -336,37 +321,3 @@ class TestInference:
         scale, shift = torch.randn(2, layer.out_channels, dtype=X.dtype)
         expected = layer(X) * scale[:, None, None] + shift[:, None, None]
         torch.testing.assert_close(layer.absorb(scale, shift)(X), expected)
-
-
-@torch.no_grad()
-def test_parts_are_called():
-    layer, x = like(nn.Conv2d(8, 12, 3)).float().eval(), X.float()
-    called = []
-    for name in ("attn", "attn.fc_share", "attn.fc_inp", "attn.fc_oup", "attn.fc_k"):
-        handle = layer.get_submodule(name).register_forward_hook(lambda *args: called.append(args[0]))
-        layer(x)
-        handle.remove()
-        assert called.pop() is layer.get_submodule(name) and not called
-    torch.testing.assert_close(
-        torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})(x), layer(x), rtol=0.1, atol=0.1
-    )
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_transforms(training):
-    layer = like(nn.Conv2d(8, 12, 3), noise_std=0, rank=2).train(training)
-    parameters = dict(layer.named_parameters())
-
-    def loss(parameters, x):
-        return torch.func.functional_call(layer, parameters, x).square().sum()
-
-    expected = torch.autograd.grad(loss(parameters, X), parameters.values(), allow_unused=True)
-    for key, grad in zip(parameters, expected, strict=True):
-        if grad is not None:
-            torch.testing.assert_close(torch.func.grad(loss)(parameters, X)[key], grad)
-    each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, X[:, None])
-    torch.testing.assert_close(each["kernel"].sum(0), expected[0])
-    tangent = torch.func.jvp(lambda x: loss(parameters, x), (X,), (torch.ones_like(X),))[1]
-    layer.aux_scale = 0
-    x = X.clone().requires_grad_()
-    torch.testing.assert_close(tangent, torch.autograd.grad(loss(parameters, x), x)[0].sum())

@@ -20,7 +20,7 @@ def observe(model):
     return counts
 
 
-@pytest.fixture(scope="module", params=["dynconv_resnet32", "dynconv_resnet101"])
+@pytest.fixture(scope="module", params=["dynconv_resnet32", "dynconv_resnet101", "dynconv_hourglass_s0125"])
 def case(request, golden):
     return golden(request.param)
 

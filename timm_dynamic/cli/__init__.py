@@ -14,7 +14,9 @@ from timm_dynamic.version import __version__
 COMMANDS = {
     "train": "train a model (flags as in timm's train.py)",
     "train_segmentation": "train a network for semantic segmentation on Pascal VOC or SBD",
+    "train_pose": "train a network to find the joints of a person, on MPII Human Pose",
     "validate": "measure a model's accuracy on a dataset (flags as in timm's validate.py)",
+    "validate_pose": "measure the PCKh of a pose network on MPII Human Pose",
     "benchmark": "time models side by side, as ratios to a baseline",
     "list": "list the models, with parameters, MACs, static twin and weights, and the layers for --dynamize",
     "convert": "turn an original author's checkpoint into safetensors that our model loads",

@@ -37,9 +37,14 @@ class Images(Dataset):
             validation a black one with the label -1, to be left out.
         is_training: Which of the two.
 
+    Attributes:
+        blue_first: Whether the channels come as blue, green, red.
+
     Raises:
         UnreadableImage: On access, naming the file, or those that are one too many.
     """
+
+    blue_first = False
 
     def __init__(self, reader: Reader, mode: str, max_bad: int = 0, is_training: bool = False):
         self.reader, self.mode, self.transform = reader, mode, None
@@ -77,6 +82,7 @@ class Images(Dataset):
         try:
             file, target = self.reader[index]
             image = Image.open(file).convert(self.mode)
+            image = Image.merge(self.mode, image.split()[::-1]) if self.blue_first else image
         except Exception as error:  # Pillow raises all kinds, by format
             name, reason = self.reader.filename(index, absolute=True), " ".join(str(error).split())
             raise UnreadableImage(f"cannot read image {name}: {reason}") from error

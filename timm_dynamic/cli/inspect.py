@@ -11,6 +11,7 @@ from timm.models import safe_model_name
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_dynamic.cli import pose_data, pose_maps
 from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.common import create_model, dynamize_options, name_of, resolve_device
 from timm_dynamic.cli.data import (
@@ -60,15 +61,20 @@ def main(args: argparse.Namespace) -> None:
     routing_layers(model)  # an error for a model without them, before its weights are downloaded
     if args.pretrained or not args.checkpoint:
         model = create_model(args.model, pretrained=True, **options)
-    config = resolve_data(args, model, use_test_size=True)
+    config, is_pose = resolve_data(args, model, use_test_size=True), pose_maps.finds_joints(model)
     checkpoint_parts = Path(args.checkpoint).resolve().parts[-2:] if args.checkpoint else ()
     out = Path(args.out or Path("output/inspect", safe_model_name(name_of(args)), *checkpoint_parts))
-    if path.is_file() and path.suffix != ".tar":
+    if is_pose and (path / "annot").is_dir():
+        dataset = pose_data.open_persons(args, {"validation": "valid"}.get(args.split, args.split), config, truth=False)
+    elif is_pose and args.dataset:
+        raise ValueError("--dataset: a pose network is shown images in a folder, a single one, or MPII's persons")
+    elif path.is_file() and path.suffix != ".tar":
         dataset = Images(_OneImage(path), IMAGE_MODES[config["input_size"][0]])
         args.workers = 0  # starting processes would take longer than the image
         out = out if args.out else out / path.stem
     else:
         dataset = open_dataset(args, args.split, config)
+    dataset.blue_first = is_pose
     out.mkdir(parents=True, exist_ok=True)
 
     model = model.to(device).eval()
@@ -83,7 +89,11 @@ def main(args: argparse.Namespace) -> None:
     if gates(model):
         report_entropy(model, make_loader(dataset, args, config, device), about, out)
     if masked_blocks(model):
-        report_masks(model, make_loader(dataset, args, config, device, batch_size=1), args.images, config, about, out)
+        if isinstance(dataset, pose_data.Persons):
+            loader = pose_data.make_loader(dataset, args, device, batch_size=1)
+        else:
+            loader = make_loader(dataset, args, config, device, batch_size=1)
+        report_masks(model, loader, args.images, config, about, out, is_pose)
 
 
 def gates(model: nn.Module) -> dict[str, nn.Module]:

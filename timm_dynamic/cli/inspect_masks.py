@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_dynamic.cli import pose_maps
 from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.data import Images
 from timm_dynamic.cli.plot import save_masks, save_ponder_cost
+from timm_dynamic.cli.pose_data import Persons
 from timm_dynamic.cost import ActivePositions, count_active, count_macs
 from timm_dynamic.inspect import ponder_cost, record
 
 
-def report_masks(model: nn.Module, loader, count: int, config: dict, about: dict, out: Path) -> None:
+def report_masks(
+    model: nn.Module, loader, count: int, config: dict, about: dict, out: Path, is_pose: bool = False
+) -> None:
     """Draw, for the first images, where the model computes; print and write what that saves.
 
     Writes `masks.json` and, for each image, `<name>.ponder.png` and `<name>.masks.png`.
@@ -28,6 +32,7 @@ def report_masks(model: nn.Module, loader, count: int, config: dict, about: dict
         config: timm's data configuration, for the images' normalisation.
         about: What the report begins with.
         out: Folder to write to.
+        is_pose: Whether the model sees images whose blue comes first, and finds joints, which are to be drawn.
     """
     static, images, blocks = None, [], {}
     names = _names(loader.dataset)
@@ -36,16 +41,19 @@ def report_masks(model: nn.Module, loader, count: int, config: dict, about: dict
     for (x, _), name in zip(batches, names, strict=False):
         static = static or count_macs(model, x).static
         with torch.inference_mode(), record(model) as seen, count_active(model) as active:
-            model(x)
+            output = model(x)
         executed = round(static - active.skipped_macs)
         images.append({"image": name, "executed_macs": executed, "static_macs": static})
         for block, positions in active.blocks.items():
             blocks.setdefault(block, []).append(positions)
         masks = {block: seen[f"{block}.masker"].float() for block in active.blocks}
-        picture = _denormalised(x[0].cpu(), config)
+        picture, joints = _denormalised(x[0].cpu(), config), None
+        if is_pose:
+            places, scores = pose_maps.peaks(output.cpu())
+            picture, joints = picture.flip(2), torch.cat([pose_maps.STRIDE * places, scores[..., None]], 2)[0]
         title = f"{name}: {_giga(executed)} of {_giga(static)} GMACs ({executed / static:.0%})"
         with replacing(out / f"{name}.ponder.png") as temporary:
-            save_ponder_cost(picture, ponder_cost(masks.values())[0], len(masks), title, temporary)
+            save_ponder_cost(picture, ponder_cost(masks.values())[0], len(masks), title, temporary, joints)
         with replacing(out / f"{name}.masks.png") as temporary:
             save_masks(picture, {block: mask[0, 0] for block, mask in masks.items()}, title, temporary)
     report = {
@@ -81,9 +89,12 @@ def format_masks(report: dict) -> str:
 
 def _names(dataset) -> Iterator[str]:
     """A name for the pictures of every image; files of one name may lie in several folders."""
-    if not isinstance(dataset, Images):
+    if isinstance(dataset, Persons):
+        stems = (Path(person.image).stem for person in dataset.people)
+    elif isinstance(dataset, Images):
+        stems = (Path(dataset.reader.filename(i)).stem for i in range(len(dataset)))
+    else:
         return (f"{i:03d}" for i in itertools.count())
-    stems = (Path(dataset.reader.filename(i)).stem for i in range(len(dataset)))
     return stems if len(dataset) == 1 else (f"{i:03d}.{stem}" for i, stem in enumerate(stems))
 
 

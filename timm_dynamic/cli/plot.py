@@ -9,6 +9,7 @@ from torch import Tensor
 
 try:
     from matplotlib import colormaps
+    from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -16,8 +17,12 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError('the plot needs matplotlib: pip install "timm-dynamic[demo]"') from None
 
+from timm_dynamic.cli.pose_maps import JOINTS, PARENTS
+
 _TIME, _MACS, _TEXT = "#1f5fa8", "#b9c2cf", "#333333"
 _BAR = 0.36
+_SIDES = {"right": "#e4572e", "left": "#2e86de"}  # of a person; other joints are yellow
+_MIDDLE = "#f5c518"
 _SKIPPED = torch.tensor([0.267, 0.005, 0.329])  # viridis's colour of 0 blocks
 _VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
@@ -93,7 +98,9 @@ def save_entropy(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def save_ponder_cost(image: Tensor, cost: Tensor, blocks: int, title: str, path: Path) -> None:
+def save_ponder_cost(
+    image: Tensor, cost: Tensor, blocks: int, title: str, path: Path, joints: Tensor | None = None
+) -> None:
     """Draw an image beside the number of blocks that are executed at its positions.
 
     Args:
@@ -102,14 +109,25 @@ def save_ponder_cost(image: Tensor, cost: Tensor, blocks: int, title: str, path:
         blocks: The number of blocks that have a mask.
         title: A line above.
         path: File to write, in the format of its suffix.
+        joints: Of a person, `[16, 3]`: column, row and the height of the heat map there, to be drawn on the image; the
+            map then lies on the image, too.
     """
     height, width = image.shape[:2]
     figure = Figure(figsize=(9.6, 1 + 4.2 * height / width), layout="compressed")
     left, right = figure.subplots(1, 2)
     left.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+    if joints is not None:
+        _draw_skeleton(left, joints)
+        right.imshow(image.mean(2).numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     # From 0 to all blocks, whatever this image has: pictures of several images can be compared.
     drawn = right.imshow(
-        cost.numpy(), cmap="viridis", vmin=0, vmax=blocks, extent=(0, width, height, 0), interpolation="none"
+        cost.numpy(),
+        cmap="viridis",
+        vmin=0,
+        vmax=blocks,
+        extent=(0, width, height, 0),
+        interpolation="none",
+        alpha=None if joints is None else 0.6,
     )
     label = f"blocks executed, of {blocks} (mean {cost.mean():.1f})"
     bar = figure.colorbar(drawn, ax=right, label=label, ticks=MaxNLocator(integer=True), pad=0.02)
@@ -118,6 +136,21 @@ def save_ponder_cost(image: Tensor, cost: Tensor, blocks: int, title: str, path:
         axes.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def _draw_skeleton(axes: Axes, joints: Tensor) -> None:
+    """Bones and joints, the fainter the less certain; none where a heat map is nowhere positive."""
+    for joint, (x, y, score) in enumerate(joints.tolist()):
+        *end, other = joints[PARENTS[joint]].tolist()
+        colour = _SIDES.get(JOINTS[joint].partition(" ")[0], _MIDDLE)
+        if min(score, other) > 0:
+            axes.plot([x, end[0]], [y, end[1]], color=colour, linewidth=2, alpha=_opacity(min(score, other)))
+        if score > 0:
+            axes.plot(x, y, "o", color=colour, markersize=4, markeredgecolor="white", alpha=_opacity(score))
+
+
+def _opacity(score: float) -> float:
+    return min(max(score, 0.2), 1.0)
 
 
 def save_masks(image: Tensor, masks: dict[str, Tensor], title: str, path: Path) -> None:

@@ -35,7 +35,7 @@ from timm_dynamic.cli.data import (
     resolve_data,
 )
 from timm_dynamic.convert import read_checkpoint
-from timm_dynamic.cost import count_active, count_macs
+from timm_dynamic.cost import ActiveCount, count_active, count_macs
 from timm_dynamic.optimize import optimize
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +47,36 @@ _EXAMPLES = 16  # images at most on which the way to run is chosen
 
 def main(args: argparse.Namespace) -> None:
     device = resolve_device(args)
+    model, config = open_model(args)
+    dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
+    loader = make_loader(dataset, args, config, device)
+    if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:
+        print(
+            f"timm-dynamic validate: warning: the data has {classes} classes, the model {model.num_classes}: they "
+            f"count as its first {classes} (--class-map FILE says which they are)",
+            file=sys.stderr,
+        )
+    runs = prepare(args, model, config, device)
+    with count_active(runs) as active:
+        metrics = evaluate(runs, loader, amp_autocast(args, device), args.channels_last)
+    report_bad_images(dataset, args.split, False, device)
+    results = {
+        "model": name_of(args),
+        "top1": round(metrics["top1"], 4),
+        "top1_err": round(100 - metrics["top1"], 4),
+        "top5": round(metrics["top5"], 4),
+        "top5_err": round(100 - metrics["top5"], 4),
+        "param_count": parameters(model),
+        "img_size": config["input_size"][-1],
+        "crop_pct": config["crop_pct"],
+        "interpolation": config["interpolation"],
+        **executed(active, model, config, device),
+    }
+    show(args, results)
+
+
+def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The model that the flags name, with its weights, and the data configuration for it."""
     check_compile(args)
     if args.checkpoint:
         take_over_preprocessing(args)
@@ -60,44 +90,36 @@ def main(args: argparse.Namespace) -> None:
     )
     config = resolve_data(args, model, use_test_size=True)
     _logger.info(f"images {describe(config)}")
-    dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
-    loader = make_loader(dataset, args, config, device)
-    if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:
-        print(
-            f"timm-dynamic validate: warning: the data has {classes} classes, the model {model.num_classes}: they "
-            f"count as its first {classes} (--class-map FILE says which they are)",
-            file=sys.stderr,
-        )
+    return model, config
 
-    parameters = sum(p.numel() for p in model.parameters())
+
+def prepare(args: argparse.Namespace, model: nn.Module, config: dict, device: torch.device) -> nn.Module:
+    """What runs: the model on its device, or its inference copy, compiled if that is wanted."""
     model = model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    runs = model
     if args.optimize:
         images = torch.zeros(min(args.batch_size, _EXAMPLES), *config["input_size"], device=device)
         with amp_autocast(args, device):
             memory_format = torch.channels_last if args.channels_last else "auto"
-            runs = optimize(model.eval(), images, memory_format=memory_format)
-        print(runs.report, file=sys.stderr)
-    if args.torchcompile:
-        runs = torch.compile(runs, backend=args.torchcompile)
-    with count_active(runs) as active:
-        metrics = evaluate(runs, loader, amp_autocast(args, device), args.channels_last)
-    report_bad_images(dataset, args.split, False, device)
-    results = {
-        "model": name_of(args),
-        "top1": round(metrics["top1"], 4),
-        "top1_err": round(100 - metrics["top1"], 4),
-        "top5": round(metrics["top5"], 4),
-        "top5_err": round(100 - metrics["top5"], 4),
-        "param_count": round(parameters / 1e6, 2),
-        "img_size": config["input_size"][-1],
-        "crop_pct": config["crop_pct"],
-        "interpolation": config["interpolation"],
-    }
-    if active.blocks:
-        static = count_macs(model, torch.zeros(1, *config["input_size"], device=device)).static
-        results["gmacs"] = round((static - active.skipped_macs) / 1e9, 6)  # what ran, on average over the images
-        results["gmacs_static"] = round(static / 1e9, 6)
+            model = optimize(model.eval(), images, memory_format=memory_format)
+        print(model.report, file=sys.stderr)
+    return torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+
+
+def parameters(model: nn.Module) -> float:
+    """In millions."""
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+
+
+def executed(active: ActiveCount, model: nn.Module, config: dict, device: torch.device) -> dict[str, float]:
+    """Of a model with masks, the multiply-accumulates of what ran, on average over the images, and of all, in 1e9."""
+    if not active.blocks:
+        return {}
+    static = count_macs(model, torch.zeros(1, *config["input_size"], device=device)).static
+    return {"gmacs": round((static - active.skipped_macs) / 1e9, 6), "gmacs_static": round(static / 1e9, 6)}
+
+
+def show(args: argparse.Namespace, results: dict) -> None:
+    """Print the results, and write them to `--results-file`."""
     if args.results_file:
         write_results(args.results_file, results)
     print(f"--result\n{json.dumps(results, indent=4)}")

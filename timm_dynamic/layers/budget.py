@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
 from timm_dynamic.layers.progress import Progress, State, recomputing
+from timm_dynamic.layers.shared_part import SharedPart
 
 BUDGET_WEIGHT = 10.0
 _ANNEALED = 0.33  # share of the training in which the blocks' bounds open
@@ -35,7 +36,7 @@ def budget_loss(costs: Sequence[Cost], budget: float, progress: float | Tensor) 
         progress: Share of the training that is done, a number or a tensor `[]`.
 
     Returns:
-        The term of the network and that of the blocks, without the weight `BUDGET_WEIGHT`.
+        The term of the network and that of the blocks, without a weight.
     """
     executed, total = (torch.stack(column) for column in zip(*costs, strict=True))
     network, block, _ = _loss(executed, total, budget, progress)
@@ -63,7 +64,7 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()  # Dynamo cannot ask, and traces in one
 
 
-class Budget(State):
+class Budget(SharedPart, State):
     """Attaches the loss to the masks of a network, of whose masked blocks it is a shared submodule.
 
     The last masked block of each stage attaches what the loss has become since the last one of the stage before. So
@@ -76,6 +77,7 @@ class Budget(State):
     Args:
         budget: The share to execute.
         aux_scale: Factor of the gradient.
+        weight: Of the loss.
 
     Attributes:
         network_budget, block_budget: The weighted terms of the last training forward.
@@ -83,9 +85,9 @@ class Budget(State):
 
     auxiliary_terms = ("network_budget", "block_budget")
 
-    def __init__(self, budget: float, aux_scale: float, device=None):
+    def __init__(self, budget: float, aux_scale: float, device=None, weight: float = BUDGET_WEIGHT):
         super().__init__()
-        self.budget, self.aux_scale, self.blocks = budget, aux_scale, 0
+        self.budget, self.aux_scale, self.weight, self.blocks = budget, aux_scale, weight, 0
         self.progress = Progress(False, device=device)
         for name in self.auxiliary_terms:
             self.register_state(name, torch.zeros((), device="cpu"), device)
@@ -102,7 +104,7 @@ class Budget(State):
         """
         if recomputing():
             slope = self._slope_of(number)
-            return mask if slope is None else attach_loss(mask, cost.executed, BUDGET_WEIGHT * slope, self.aux_scale)
+            return mask if slope is None else attach_loss(mask, cost.executed, self.weight * slope, self.aux_scale)
         costs, slopes, last = self._running.pop(_thread(), ({}, None, 0))
         if last >= number:  # of a forward that went no further
             costs, slopes = {}, None
@@ -117,12 +119,12 @@ class Budget(State):
                 }
             if before is not None:
                 new = torch.cat([new[: len(before)] - before, new[len(before) :]])
-            store(self.network_budget, BUDGET_WEIGHT * network)
-            store(self.block_budget, BUDGET_WEIGHT * block)
+            store(self.network_budget, self.weight * network)
+            store(self.block_budget, self.weight * block)
             if mask.dtype == torch.float16 and not torch.compiler.is_compiling():
                 if not isinstance(self.aux_scale, Tensor):
                     warn_about_float16("DynConv's budget loss")
-            mask = attach_loss(mask, executed, BUDGET_WEIGHT * new, self.aux_scale)
+            mask = attach_loss(mask, executed, self.weight * new, self.aux_scale)
         if number < self.blocks:
             self._running[_thread()] = costs, slopes, number
         return mask

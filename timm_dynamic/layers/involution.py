@@ -104,9 +104,12 @@ class Involution2d(DropInConv2d):
         filters = self.conv2(self.conv1(pooled))
         filters = filters.reshape(x.shape[0], self.filters, K * K, filters.shape[2], filters.shape[3])
         y = dynamic_filter(x, filters, K, dilation=self.dilation[0], stride=stride)
-        if self.scale is not None:
-            y = y * self.scale[:, None, None].to(y.dtype)
-        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[:, None, None].to(y.dtype)
+        if self.scale is None:
+            return y + bias
+        return torch.addcmul(bias, y, self.scale[:, None, None].to(y.dtype))  # one pass
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:

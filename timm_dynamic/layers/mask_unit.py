@@ -14,7 +14,6 @@ from timm_dynamic.ops.sparse.table import MASK
 
 _EPS = 1e-8
 _MILESTONES = (0.3, 0.6)  # of the training: where the second and the third temperature begin
-_NOISY_UNTIL = 0.8
 
 
 class _Squeeze(nn.Module):
@@ -50,12 +49,16 @@ class MaskUnit(DynamicLayer):
 
     Raises:
         ValueError: If an argument, or the input of the forward pass, has an unusable value.
+
+    Attributes:
+        noisy_until: The share of the training up to which there is noise.
     """
 
     family = "dynconv"
     implementations = MASK
     parts = ((_Squeeze, "maskconv"), (nn.Conv2d, "maskconv.conv"), (nn.Linear, "maskconv.fc"))
     absorb = None
+    noisy_until = 0.8
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class MaskUnit(DynamicLayer):
         if self.gumbel_noise:
             uniform = torch.rand(2, *logits.shape, dtype=logits.dtype, device=logits.device)
             first, second = -torch.log(-torch.log(uniform + _EPS) + _EPS)
-            logits = logits + (first - second) * (done <= _NOISY_UNTIL + 1e-9)
+            logits = logits + (first - second) * (done <= self.noisy_until + 1e-9)
         temperature = torch.full_like(done, self.temperatures[0])
         for milestone, later in zip(_MILESTONES, self.temperatures[1:], strict=False):
             temperature = torch.where(done < milestone - 1e-9, temperature, later)

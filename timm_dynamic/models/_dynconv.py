@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import SparseBranch, SparseStage
-from timm_dynamic.layers.budget import Budget
+from timm_dynamic.layers.budget import BUDGET_WEIGHT, Budget
 from timm_dynamic.layers.progress import KEY, share_progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS
 from timm_dynamic.models._cfg import imagenet_cfg
@@ -22,16 +22,27 @@ class MaskedModel(nn.Module):
 
     Attributes:
         budget: The share of the branches' computations that training aims at; -1: there are no masks.
+        counted_biases: Names of the convolutions whose biases count as multiply-accumulates, as the authors count.
     """
+
+    counted_biases = ()  # without an annotation, which TorchScript would read
 
     __jit_unused_properties__ = ["execution", "max_active"]
 
-    def setup_masks(self, stages: Iterable[str], budget: float, total_steps: int | None, aux_scale: float) -> None:
+    def setup_masks(
+        self,
+        stages: Iterable[str],
+        budget: float,
+        total_steps: int | None,
+        aux_scale: float,
+        weight: float = BUDGET_WEIGHT,
+    ) -> None:
         """Finish the construction of a model whose masked blocks are in their places.
 
         Args:
-            stages: Names of the sequences of blocks.
+            stages: Names of the sequences of blocks, or of modules with such sequences within.
             budget, total_steps, aux_scale: As for the models.
+            weight: Of the budget loss.
 
         Raises:
             ValueError: If an argument has an unusable value.
@@ -39,16 +50,21 @@ class MaskedModel(nn.Module):
         check_budget(budget)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if not isinstance(aux_scale, (int, float)) or not aux_scale >= 0:
-            raise ValueError(f"aux_scale must be a number and not negative, got {aux_scale!r}")
+        for key, value in (("aux_scale", aux_scale), ("budget_weight", weight)):
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{key} must be a number and not negative, got {value!r}")
         self.budget = budget
         if budget < 0:
             self.register_load_state_dict_pre_hook(_drop_progress)  # weights trained with masks fit
             return
-        loss, number = Budget(budget, aux_scale, next(self.parameters()).device), 0
+        loss, number = Budget(budget, aux_scale, next(self.parameters()).device, weight), 0
         for name in stages:
-            self.set_submodule(name, SparseStage(*self.get_submodule(name)))
-            blocks = [block for block in self.get_submodule(name) if isinstance(block, SparseBranch)]
+            for inner, part in list(self.get_submodule(name).named_modules(prefix=name)):
+                if type(part) is nn.Sequential and (
+                    inner == name or any(isinstance(one, SparseBranch) for one in part)
+                ):
+                    self.set_submodule(inner, SparseStage(*part))
+            blocks = [block for block in self.get_submodule(name).modules() if isinstance(block, SparseBranch)]
             for block in blocks:
                 number += 1
                 block.use_budget(loss, number, block is blocks[-1])
@@ -126,7 +142,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state
 
 
-def dynconv_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:
+def dynconv_cfg(first_conv: str, classifier: str | tuple[str, ...], **kwargs) -> dict[str, Any]:
     """A model's cfg, for `generate_default_cfgs`."""
     about = {
         "interpolation": "bilinear",

@@ -1,7 +1,7 @@
 """Times the models against their static twins, 224 px.
 
-    python benchmarks/models.py [--paths] [--device cpu|cuda] [--threads N] [--models NAME ...] [--processes N] \
-        [--minutes N] [--longest N] [--output FILE]
+    python benchmarks/models.py [--paths | --best] [--device cpu|cuda] [--threads N] [--models NAME ...] \
+        [--processes N] [--iterations N] [--minutes N] [--longest N] [--output FILE]
 
 Runs `timm-dynamic benchmark` for every model and case, and saves the ratios of time and of peak memory; in evaluation
 also those of the inference copies that `timm_dynamic.optimize` makes of model and twin, in the same rounds. On a CPU
@@ -12,6 +12,9 @@ compiled.
 With `--paths` what serves without our kernels is timed too (the reference path), everything once more under
 torch.compile, beside the twin under the same; on a CPU at batch 1, 32 and 128 instead of 1 and 16 (training: 16, more
 takes minutes a step).
+
+With `--best` a model and its twin each run in the fastest way that there is for them on a CPU, within PyTorch and in
+onnxruntime (`benchmarks/best.py`).
 
 The file is written after every process; a run that was stopped, or that `--minutes` ended, goes on where it was when
 the same command is given again.
@@ -25,7 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 
 import torch
 from tqdm import tqdm
@@ -35,11 +38,21 @@ from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment
 
 MODELS = [model for _, family in sorted(FAMILIES.items()) for model in family.timed]
+BEST = ["dcd_resnet50", "dcd_mobilenetv2", "ped_resnet18", "dy_mobilenetv2", "ddf_mul_resnet50"]
 GPU = "--channels-last --amp --amp-dtype bfloat16 --num-warm-iter 3 --num-bench-iter 20"
 
 
-def cases(device: str, paths: bool) -> list[str]:
-    """What follows `--models NAME --baseline static`, the more important first."""
+def cases(device: str, kind: str) -> list[str]:
+    """The arguments of a process for a model, the more important first.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        kind: `"models"`, `"paths"` or `"best"`; the last one for `best.py`, the others for the command.
+    """
+    paths = kind == "paths"
+    if kind == "best":
+        torch_cases = [f"--mode {mode} --batch-size {n}" for mode, n in (("eval", 1), ("eval", 16), ("train", 16))]
+        return ["--runtime onnxruntime --batch-size 1 16", *torch_cases]
     if device == "cuda":
         sizes = [("eval", "1 32 64 128"), ("train", "32 64 128")]
         compiled = [("eval", "128"), ("train", "128"), ("eval", "1"), ("eval", "32"), ("train", "32")]
@@ -62,12 +75,15 @@ def cases(device: str, paths: bool) -> list[str]:
     return [case + " --backends kernel reference" * paths for case in found]
 
 
-def run(model: str, options: str, seconds: float) -> list[dict] | str:
-    """The rows of `timm-dynamic benchmark`, in a process of its own, or why there are none."""
-    argv = ["--models", model, "--baseline", "static", *options.split()]
+def run(kind: str, model: str, options: str, seconds: float) -> list[dict] | str:
+    """The rows of `timm-dynamic benchmark`, or of `best.py`, in a process of its own, or why there are none."""
+    if kind == "best":
+        program = [str(Path(__file__).with_name("best.py")), model]
+    else:
+        program = ["-m", "timm_dynamic.cli", "benchmark", "--models", model, "--baseline", "static"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "timm_dynamic.cli", "benchmark", *argv, "--json", str(path)]
+        command = [sys.executable, *program, *options.split(), "--json", str(path)]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         try:
             process = subprocess.run(command, **pipes, timeout=seconds)
@@ -93,6 +109,15 @@ def combine(samples: list[list[dict]]) -> list[dict]:
     return rows
 
 
+def combine_best(samples: list[list[dict]]) -> list[dict]:
+    """One row for each of several processes' rows: the one with the median ratio, and all ratios."""
+    rows = []
+    for same in zip(*samples, strict=True):
+        ratios = [row["time_ratio"] for row in same]
+        rows.append({**same[ratios.index(median_low(ratios))], "time_ratios": ratios})
+    return rows
+
+
 def started(output: Path, head: dict) -> dict[str, list]:
     """What an unfinished run has measured, by model and case; nothing if there is none.
 
@@ -112,9 +137,9 @@ def _known(head: dict, key: str) -> str:
     return str(head.get(key)).removesuffix("-dirty")  # of a commit: the file itself, which is written, makes it so
 
 
-def save(output: Path, head: dict, samples: dict[str, list], finished: bool) -> list[dict]:
+def save(output: Path, head: dict, samples: dict[str, list], finished: bool, best: bool) -> list[dict]:
     good = {key: [sample for sample in found if not isinstance(sample, str)] for key, found in samples.items()}
-    rows = [row for found in good.values() if found for row in combine(found)]
+    rows = [row for found in good.values() if found for row in (combine_best if best else combine)(found)]
     failed = {key: sample for key, found in samples.items() for sample in found if isinstance(sample, str)}
     report = {**head, "failed": failed, **({} if finished else {"samples": samples}), "rows": rows}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +151,12 @@ def save(output: Path, head: dict, samples: dict[str, list], finished: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paths", action="store_true", help="also the reference path, and all under torch.compile")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--paths", action="store_true", help="also the reference path, and all under torch.compile")
+    kinds.add_argument("--best", action="store_true", help="both in their fastest executions, on a CPU")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="with --best: at batch 1; a quarter of them at others"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", help="default: those that the families name")
@@ -136,12 +166,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: results/models_DEVICE.json or paths_DEVICE.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kind = "paths" if args.paths else "models"
+    if args.best and args.device != "cpu":
+        parser.error(f"--best is for --device cpu, got {args.device}")
+    kind = "paths" if args.paths else "best" if args.best else "models"
     output = args.output or Path(__file__).parent / "results" / f"{kind}_{args.device}.json"
-    models = args.models or MODELS
+    models = args.models or (BEST if args.best else MODELS)
     head = {**environment(torch.device(args.device)), "kernels": backend_info()[args.device]}
-    rounds = args.processes or (3 if args.device == "cpu" else 1)
-    wanted = [f"{model} {case}" for case in cases(args.device, args.paths) for model in models]
+    rounds = args.processes or (3 if args.device == "cpu" and not args.best else 1)
+    wanted = [f"{model} {case}" for case in cases(args.device, kind) for model in models]
     try:
         samples = started(output, head)
     except ValueError as error:
@@ -153,12 +185,19 @@ def main() -> None:
             print(f"{len(todo) - i} of {rounds * len(wanted)} are left: the same command goes on with them")
             break
         model, options = key.split(" ", 1)
-        found = run(model, f"{options} --device {args.device} --threads {args.threads}", 60 * args.longest)
+        options += f" --threads {args.threads} "
+        options += f"--iterations {args.iterations}" if args.best else f"--device {args.device}"
+        found = run(kind, model, options, 60 * args.longest)
         if isinstance(found, str):
             tqdm.write(f"{key}: {found}")
         samples.setdefault(key, []).append(found)
-        rows = save(output, head, samples, finished=i + 1 == len(todo))
+        rows = save(output, head, samples, i + 1 == len(todo), args.best)
     for row in rows:
+        case = f"batch {row['batch_size']} {row['mode']}: time {row['time_ratio']:.2f}, MACs {row['macs_ratio']:.2f}"
+        if args.best:
+            ways = f"{row['runtime']}, {row['execution']} / {row['baseline_execution']}"
+            print(f"{row['model']} / {row['baseline']} ({ways}), {case}")
+            continue
         each = " ".join(f"{ratio:.2f}" for ratio in row["time_ratios"])
         print(
             f"{row['model']} ({row['backend']}, {row['execution']}) / {row['baseline']}, batch {row['batch_size']} "

@@ -1,9 +1,10 @@
-"""Times ddf, and other calls of dynamic_filter, against torch's depthwise convolution and against plain PyTorch.
+"""Times calls of dynamic_filter (DDF, SKA, involution, CARAFE) against depthwise convolutions and plain PyTorch.
 
     python benchmarks/op_ddf.py [--device cpu|cuda] [--threads N] [--quick] [--output FILE.json]
 
 All candidates of a case are run in turn, in an order drawn anew for every round: what ran before decides what is in
-the cache. Saves one row per case, mode (forward, forward+backward) and candidate.
+the cache. Saves one row per case, mode (forward, forward+backward) and candidate. Where the operator makes maps larger
+the depthwise convolution is of the map enlarged by its nearest pixels, and enlarging counts.
 """
 
 import argparse
@@ -31,7 +32,7 @@ class Case(NamedTuple):
     """One shape. `everything` adds the slow candidates, which are timed in every `SLOW_EVERY`th round only.
 
     With `filters`, that many groups of channels, of this grouping, have filters of their own and there is no channel
-    filter: involution's, LSNet's; without, the call is DDF's.
+    filter: involution, LSNet's SKA, or CARAFE, which makes maps larger; without, the call is DDF's.
     """
 
     shape: tuple[int, int, int, int]
@@ -41,6 +42,19 @@ class Case(NamedTuple):
     everything: bool = False
     filters: int = 0
     grouping: str = "blocks"
+    upsample: int = 1
+
+    @property
+    def operator(self) -> str:
+        if self.filters == 0:
+            return "DDF"
+        if self.upsample > 1:
+            return "CARAFE"
+        return "SKA" if self.grouping == "interleaved" else "involution"
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return tuple((size * self.upsample - 1) // self.stride + 1 for size in self.shape[2:])
 
 
 SLOW_EVERY = 5
@@ -52,6 +66,11 @@ def cases(device: str, quick: bool) -> list[Case]:
     headline = [Case((batch, 256, 56, 56), everything=not quick)]
     if quick:
         return headline
+    grouped = [
+        Case((8, 128, 56, 56), everything=True, filters=16, grouping="interleaved"),
+        Case((8, 128, 28, 28), kernel_size=7, everything=True, filters=8),
+        Case((8, 128, 28, 28), kernel_size=5, everything=True, filters=1, upsample=2),
+    ]
     resnet = [(1, 64, 56, 56), (1, 128, 28, 28), (1, 256, 14, 14), (1, 512, 7, 7), (batch, 512, 7, 7)]
     return [
         *headline,
@@ -59,8 +78,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         Case((batch, 256, 56, 56), stride=2),
         Case((batch, 128, 56, 56), kernel_size=5),
         *(Case(shape) for shape in resnet),
-        Case((8, 128, 56, 56), everything=True, filters=16, grouping="interleaved"),  # LSNet's
-        Case((8, 128, 28, 28), kernel_size=7, everything=True, filters=8),  # involution
+        *(grouped if device == "cpu" else []),  # no CUDA kernel knows these
     ]
 
 
@@ -73,8 +91,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def make(cls, case: Case, layout: str, device: torch.device) -> "Inputs":
-        (B, C, H, W), K, stride = case.shape, case.kernel_size, case.stride
-        Ho, Wo = (H - 1) // stride + 1, (W - 1) // stride + 1
+        (B, C, H, W), K, (Ho, Wo) = case.shape, case.kernel_size, case.output_size
         filters = (B, max(case.filters, 1), K * K, Ho, Wo)
         shapes = ((B, C, H, W), filters, (B, C, K * K), (C, 1, K, K), (B, C, Ho, Wo))
         made = [torch.randn(shape, device=device).to(getattr(torch, case.dtype)) for shape in shapes]
@@ -87,25 +104,32 @@ class Inputs(NamedTuple):
 
 def unfolded(case: Case, x: Tensor, filters: Tensor, channel_filter: Tensor | None) -> Tensor:
     """The operator as one multiplies im2col's patches."""
-    (B, C), (G, taps, Ho, Wo), K = x.shape[:2], filters.shape[1:], case.kernel_size
+    (B, C, H, W), (G, taps, Ho, Wo), K = x.shape, filters.shape[1:], case.kernel_size
     members, inner = (C // G, G) if case.grouping == "interleaved" else (C // G, 1)
-    patches = F.unfold(x, K, padding=K // 2, stride=case.stride).view(B, -1, members, inner, taps, Ho * Wo)
+    patches = F.unfold(x, K, padding=K // 2, stride=case.stride)
+    if case.upsample > 1:
+        patches = enlarged(patches.view(B, -1, H, W), case.upsample)
+    patches = patches.view(B, -1, members, inner, taps, Ho * Wo)
     weight = filters.reshape(B, -1, 1, inner, taps, Ho * Wo)
     if channel_filter is not None:
         weight = weight * channel_filter.reshape(B, -1, members, inner, taps, 1)
     return (patches * weight).sum(4).view(B, C, Ho, Wo)
 
 
+def enlarged(x: Tensor, times: int) -> Tensor:
+    return F.interpolate(x, scale_factor=times) if times > 1 else x
+
+
 def candidates(case: Case, inputs: Inputs) -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
     """Name to (forward, what it is differentiated for)."""
     x, filters, c, weight, _ = inputs
-    K, stride = case.kernel_size, case.stride
+    K, stride, times = case.kernel_size, case.stride, case.upsample
     tensors = (x, filters, None if case.filters else c)
     ours, conv = tensors[: 2 if case.filters else 3], (x, weight)
-    options = (K, "mul", filters.shape[1] if case.grouping == "blocks" else 1, 1, stride, 1)
+    options = (K, "mul", filters.shape[1] if case.grouping == "blocks" else 1, 1, stride, times)
     found = {
         "kernel": (lambda: torch.ops.timm_dynamic.dynamic_filter(*tensors, *options), ours),
-        "depthwise": (lambda: F.conv2d(x, weight, None, stride, K // 2, 1, case.shape[1]), conv),
+        "depthwise": (lambda: F.conv2d(enlarged(x, times), weight, None, stride, K // 2, 1, case.shape[1]), conv),
     }
     if case.everything:
         torch.compiler.reset()
@@ -181,7 +205,7 @@ def _status(key: str) -> int:
 
 def run_case(case: Case, layout: str, rounds: int, device: torch.device, progress: tqdm) -> Iterator[dict]:
     inputs = Inputs.make(case, layout, device)
-    about = {**case._asdict(), "layout": layout}
+    about = {"operator": case.operator, **case._asdict(), "layout": layout}
     del about["everything"]
     for mode in ("forward", "forward+backward"):
         runs = steps(case, inputs, mode)
@@ -208,10 +232,10 @@ def run_case(case: Case, layout: str, rounds: int, device: torch.device, progres
 
 def show(row: dict) -> str:
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:9.1f} MiB"
-    shape = f"{list(row['shape'])} K{row['kernel_size']} s{row['stride']}"
+    shape = f"{row['operator']} {list(row['shape'])} K{row['kernel_size']} s{row['stride']}"
     times = f"{row['median_ms']:9.3f} ms ({row['p10_ms']:.3f} .. {row['p90_ms']:.3f})"
     return (
-        f"{shape:28} {row['dtype']:9} {row['layout']:14} {row['mode']:17} {row['candidate']:19} {times:36} "
+        f"{shape:39} {row['dtype']:9} {row['layout']:14} {row['mode']:17} {row['candidate']:19} {times:36} "
         f"{row['ratio_to_depthwise']:6.2f}x {peak}"
     )
 

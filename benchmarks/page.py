@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from page_best import best_text
 from page_cifar import cifar_text
+from page_images import images_text
 from page_models import models_text
 from page_rejected import rejected_text
 from page_sparse import sparse_text
@@ -18,13 +20,15 @@ medians of interleaved rounds in one process. The CPU is a shared, noisy virtual
 15 %, at batch 16 by up to 25 %, from process to process, above all with what page faults its large maps cost.
 """
 OPERATOR = """
-## The ddf operator on {where}
+## Filters of every position on {where}
 
-`{command}`, `results/{file}`, {machine}. K x K filters, beside torch's own depthwise
-`conv2d` of that size in the same layout; "compiled" is the pure-PyTorch reference under `torch.compile`.
+`{command}`, `results/{file}`, {machine}. Calls of `dynamic_filter` with K x K filters; ratios are to torch's own
+depthwise `conv2d` of that size in the same layout (for CARAFE: of the enlarged map, with enlarging it). "Compiled" is
+the definition, a sum of shifted maps, under `torch.compile`; "unfold" are products with im2col's patches: ratios of
+both modes.
 
-| shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled, ratios |
-|---|---|---|---|---|---|---|---|---|---|
+| operator | shape | K | stride | dtype | layout | forward | ratio | fwd + bwd | ratio | compiled | unfold |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 MEMORY = """
 A forward at `{shape}` allocates its output and {extra:.1f} % more.
@@ -65,6 +69,7 @@ is on by default on such a device, with this build of the kernels.
 | implementation | cases | right | time | |
 |---|---|---|---|---|
 """
+MODES = ("forward", "forward+backward")
 MODELS = ("models_cpu.json", "paths_cpu.json", "models_cuda.json", "paths_cuda.json")
 
 
@@ -85,16 +90,19 @@ def operator_table(report: dict, name: str) -> str:
     table = OPERATOR.format(where=where, command=report["command"], file=name, machine=machine(report))
     found: dict[tuple, dict] = {}
     for row in report["rows"]:
-        case = (tuple(row["shape"]), row["kernel_size"], row["stride"], row["dtype"], row["layout"])
+        operator = row.get("operator", "DDF") + (f", {row['filters']} filters" if row.get("filters") else "")
+        case = (operator, tuple(row["shape"]), *(row[key] for key in ("kernel_size", "stride", "dtype", "layout")))
         found.setdefault(case, {})[row["candidate"], row["mode"]] = row
-    for (shape, kernel_size, stride, dtype, layout), rows in found.items():
+    for (operator, shape, *about), rows in found.items():
         forward, both = rows["kernel", "forward"], rows["kernel", "forward+backward"]
-        compiled = [rows.get(("compiled reference", mode)) for mode in ("forward", "forward+backward")]
-        others = ", ".join(f"{row['ratio_to_depthwise']:.2f}" for row in compiled if row)
+        others = (
+            ", ".join(f"{row['ratio_to_depthwise']:.2f}" for mode in MODES if (row := rows.get((name, mode))))
+            for name in ("compiled reference", "unfold")
+        )
         table += (
-            f"| {list(shape)} | {kernel_size} | {stride} | {dtype} | {layout} | {forward['median_ms']:.2f} ms | "
+            f"| {operator} | {list(shape)} | {' | '.join(map(str, about))} | {forward['median_ms']:.2f} ms | "
             f"{forward['ratio_to_depthwise']:.2f} | {both['median_ms']:.2f} ms | {both['ratio_to_depthwise']:.2f} | "
-            f"{others} |\n"
+            f"{' | '.join(others)} |\n"
         )
     kernel = next(row for row in report["rows"] if row["candidate"] == "kernel" and row["peak_bytes"])
     extra = 100 * (kernel["peak_bytes"] / kernel["output_bytes"] - 1)
@@ -143,12 +151,16 @@ def gpu_text() -> str:
 
 def main() -> None:
     page = HEAD
+    if report := load_if_there("best_cpu.json"):
+        page += best_text(report, "best_cpu.json", machine(report))
     for name in ("op_ddf_cpu.json", "op_ddf_cuda.json"):
         if report := load_if_there(name):
             page += operator_table(report, name)
     for name in MODELS:
         if report := load_if_there(name):
             page += models_text(report, name, machine(report), HERE / "results")
+    if report := load_if_there("images_cpu.json"):
+        page += images_text(report, "images_cpu.json", machine(report))
     for path in sorted(HERE.glob("results/sparse_*.json")):
         report = load(path.name)
         page += sparse_text(report, path.name, machine(report), path.parent)

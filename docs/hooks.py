@@ -6,7 +6,14 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("*.md", "benchmarks/README.md", "benchmarks/results/*.png", "timm_dynamic/weights/README.md", "examples/*")
+OUTSIDE = (
+    "*.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*.png",
+    "timm_dynamic/weights/README.md",
+    "examples/*",
+    "notebooks/*.ipynb",
+)
 
 
 def on_files(files, config):

@@ -178,7 +178,7 @@ def layers_table(families: Iterable[Family]) -> str:
     rows = []
     for layer in _dynamic_layers(families):
         for row in layer.implementations:
-            kind = "training" if row.gradients else "inference"
+            kind = "ONNX graphs" if row.exported else "training" if row.gradients else "inference"
             where = f"{kind}, {' and '.join(row.devices)}, {', '.join(str(d)[6:] for d in row.dtypes)}"
             rows.append((f"`{layer.__name__}`", row.name, where, _sentence(row.cannot), _sentence(row.pays)))
         rows.append((f"`{layer.__name__}`", "formula", "everything else", "", ""))

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 from golden import DATA, Golden
+from processes import Processes
 
 import timm_dynamic
 
@@ -23,6 +24,14 @@ def script(monkeypatch):
     for folder in ("docs", "benchmarks"):
         monkeypatch.syspath_prepend(DATA.parents[1] / folder)
     return importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """What runs commands in processes of their own."""
+    processes = Processes()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ A test file derives a class from one of these and gives it the fixture `name`, o
 """
 
 import copy
+import functools
 import importlib.util
 import re
 
@@ -24,12 +25,8 @@ def image(*size, batch=1, channels=3):
     return torch.randn(batch, channels, *size)
 
 
-class ModelContract:
-    """Needs a fixture `name`: of a classifier that is registered in timm."""
-
-    @pytest.fixture(autouse=True)
-    def _seed(self):
-        torch.manual_seed(0)
+class RecordContract:
+    """What costs nothing. Needs a fixture `name`: of a classifier that is registered in timm."""
 
     def test_registration(self, name):
         module = model_entrypoint(name).__module__
@@ -50,11 +47,24 @@ class ModelContract:
         assert f"{cfg['first_conv']}.weight" in state
         classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else cfg["classifier"]
         assert all(state[f"{classifier}.weight"].shape[0] == cfg["num_classes"] for classifier in classifiers)
-        features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
-        assert features.shape == (1, model.num_features, *cfg["pool_size"])
+        reduction = model.feature_info[-1]["reduction"]
+        assert cfg["pool_size"] == tuple(-(-n // reduction) for n in cfg["input_size"][1:])
 
-    def test_a_training_step_reaches_every_parameter(self, name):
-        model = timm.create_model(name, num_classes=7, drop_path_rate=0.05, drop_rate=0.1).train()
+
+class ModelContract:
+    """What computes. Needs a fixture `name` of such a classifier, too."""
+
+    @pytest.fixture(autouse=True)
+    def _seed(self):
+        torch.manual_seed(0)
+
+    @pytest.fixture
+    def create(self, name):
+        """`timm.create_model` of it."""
+        return functools.partial(timm.create_model, name)
+
+    def test_a_training_step_reaches_every_parameter(self, create):
+        model = create(num_classes=7, drop_path_rate=0.05, drop_rate=0.1).train()
         output = model(image(64, 64, batch=2))
         assert output.shape == (2, 7)
         output.square().mean().backward()
@@ -62,8 +72,8 @@ class ModelContract:
         assert not bad
 
     @torch.no_grad()
-    def test_odd_sizes_features_and_intermediates(self, name):
-        model = timm.create_model(name).eval()
+    def test_odd_sizes_features_and_intermediates(self, create):
+        model = create().eval()
         x = image(97, 65)
         output, intermediates = model.forward_intermediates(x)
         info = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info))))
@@ -81,7 +91,7 @@ class ModelContract:
         state = model.state_dict()
         for feature_cls in ("list", "getter"):
             options = {"features_only": True, "feature_cls": feature_cls, "out_indices": (1, 3)}
-            extractor = timm.create_model(name, device="meta", **options).eval()
+            extractor = create(device="meta", **options).eval()
             inner = extractor.model if feature_cls == "getter" else extractor
             names = {
                 key: re.sub("^(blocks|stages|stem)_", r"\1.", key) for key in inner.state_dict()
@@ -92,8 +102,8 @@ class ModelContract:
                 torch.testing.assert_close(feature, expected)
 
     @torch.no_grad()
-    def test_head(self, name):
-        model, x = timm.create_model(name).eval(), image(64, 64)
+    def test_head(self, create):
+        model, x = create().eval(), image(64, 64)
         features, output = model.forward_features(x), model(x)
         torch.testing.assert_close(model.forward_head(features), output)
         pooled = model.forward_head(features, pre_logits=True)
@@ -105,15 +115,15 @@ class ModelContract:
         if not isinstance(model, (timm.models.MobileNetV3, timm.models.ConvNeXt)):  # more than a pool in their heads
             model.reset_classifier(0, "")
             torch.testing.assert_close(model(x), features)
-        assert timm.create_model(name, num_classes=0).eval()(x).shape == pooled.shape
+        assert create(num_classes=0).eval()(x).shape == pooled.shape
 
     @torch.no_grad()
-    def test_one_input_channel(self, name):
-        model = timm.create_model(name, in_chans=1).eval()
+    def test_one_input_channel(self, create):
+        model = create(in_chans=1).eval()
         assert model(image(64, 64, channels=1)).isfinite().all()
 
-    def test_gradient_checkpointing(self, name):
-        model, x = timm.create_model(name).eval(), image(64, 64)
+    def test_gradient_checkpointing(self, create):
+        model, x = create().eval(), image(64, 64)
         expected = model(x)
         expected.sum().backward()
         reached = [p.grad is not None for p in model.parameters()]  # not PED's decoder, which serves in training only
@@ -125,8 +135,8 @@ class ModelContract:
         assert [p.grad is not None for p in model.parameters()] == reached
 
     @torch.no_grad()
-    def test_fx_feature_extraction(self, name):
-        model, x = timm.create_model(name).eval(), image(64, 64)
+    def test_fx_feature_extraction(self, create):
+        model, x = create().eval(), image(64, 64)
         extractor = create_feature_extractor(model, {model.feature_info[2]["module"]: "feature"})
         torch.testing.assert_close(extractor(x)["feature"], model.forward_intermediates(x)[1][2])
 
@@ -150,10 +160,13 @@ class FamilyContract:
         )
 
     def test_static_twins(self, family):
-        """timm's own, with the same features."""
+        """timm's own; one in each of its files is seen to have the same features."""
+        in_files = {}
         for name, twin in family.twins.items():
             assert timm_dynamic.families.static_twin(f"{name}.some_tag") == twin
-            assert model_entrypoint(twin).__module__.startswith("timm.models.")
+            in_files[model_entrypoint(twin).__module__] = name, twin
+        assert all(file.startswith("timm.models.") for file in in_files)
+        for name, twin in in_files.values():
             ours, static = (timm.create_model(model, device="meta") for model in (name, twin))
             assert ours.feature_info == static.feature_info
         with pytest.raises(ValueError, match="test_resnet has no static twin"):
@@ -165,6 +178,21 @@ class FamilyContract:
         assert torch.equal(model(x), model(x))
         terms = timm_dynamic.auxiliary_loss(model)
         assert {name.rpartition(".")[2] for name in terms} == set(family.terms)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.filterwarnings("ignore:timm_dynamic. in float16")
+    def test_half_precision(self, family, dtype):
+        """Under autocast and by itself; no image, too."""
+        model, x = timm.create_model(family.tiny), 10 * image(64, 64, batch=4)
+        with torch.autocast("cpu", dtype):
+            loss = model(x).float().logsumexp(1).mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        model, x = model.to(dtype).eval(), x.to(dtype)
+        output = model(x)
+        assert output.dtype == dtype and output.isfinite().all()
+        if family.name != "fd":  # MKL's Fourier transform refuses no samples
+            assert model(x[:0]).shape == (0, model.num_classes)
 
     @torch.no_grad()
     def test_what_is_recorded(self, family):

@@ -11,7 +11,8 @@ def assert_same_step(layer: nn.Module, conv: nn.Conv2d, x: torch.Tensor, target:
     layer, conv = copy.deepcopy(layer).train(), copy.deepcopy(conv).train()
     steps = []
     for module in (layer, conv):
-        weight = module.kernels_weights[0] if hasattr(module, "kernels_weights") else module.weight  # the mean kernel
+        weight = next((p for name, p in module.named_parameters() if name in ("weight", "kernel", "kernels_weights")))
+        weight = weight[0] if weight.ndim == 5 else weight  # the mean kernel
         state = [t.detach().clone() for t in (module(x), weight, module.bias)]
         (module(x) - target).square().mean().backward()
         optimizer(module.parameters()).step()

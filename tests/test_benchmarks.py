@@ -26,9 +26,9 @@ def rows_of(model, ratio, batch=1):
 def models(script, monkeypatch, tmp_path):
     """`models(*flags)` runs models.py on two cases, whose processes give `models.answers`; its report."""
     module = script("models")
-    monkeypatch.setattr(module, "cases", lambda device, paths: ["--mode eval", "--mode train"])
+    monkeypatch.setattr(module, "cases", lambda device, kind: ["--mode eval", "--mode train"])
     monkeypatch.setattr(
-        module, "run", lambda model, options, _: run.asked.append((model, options)) or run.answers.pop(0)
+        module, "run", lambda kind, model, options, _: run.asked.append((model, options)) or run.answers.pop(0)
     )
 
     def run(*flags):
@@ -83,8 +83,8 @@ def test_cases_are_options_of_the_benchmark(script):
     from timm_dynamic.cli.arguments.benchmark import make_parser
 
     for device in ("cpu", "cuda"):
-        for paths in (False, True):
-            for case in script("models").cases(device, paths):
+        for kind in ("models", "paths"):
+            for case in script("models").cases(device, kind):
                 make_parser().parse_args(["--models", "dcd_resnet18", *case.split(), "--device", device])
 
 
@@ -134,6 +134,62 @@ def test_sparse_runs(script, monkeypatch, tmp_path):
     assert few["executed"] < 0.6 * few["static"] and all_["executed"] == all_["static"]
     text = script("page_sparse").sparse_text(report, path.name, "a machine", tmp_path)
     assert "32 px, medians of 30 rounds" in text and "`dynconv_resnet8`, batch 8: folded dense" in text
+
+
+def test_best_beside_best(script):
+    row = {"model": "dcd", "baseline": "twin", "mode": "eval", "img_size": 224, "baseline_execution": "as it is"}
+    row |= {"baseline_ms": 2.0, "macs_ratio": 1.02, "runtime": "onnxruntime", "batch_size": 1}
+    samples = [
+        [row | {"time_ratio": ratio, "median_ms": 2 * ratio, "execution": way}]
+        for ratio, way in ((1.5, "optimized"), (4.0, "as it is"), (1.25, "as it is"))
+    ]
+    rows = script("models").combine_best(samples)
+    text = script("page_best").best_text({"rows": rows}, "best_cpu.json", "a machine")
+    assert "In onnxruntime" in text and "Within PyTorch" not in text and "the median of 3 processes" in text
+    expected = "| 1.02 | eval, batch 1 | 1.50 | 1.25, 1.50, 4.00 | optimized | 3.0 | as it is | 2.0 |\n"
+    assert text.endswith(f"| `dcd` / `twin` {expected}")
+
+
+def test_images_counts_the_fastest_way(script, monkeypatch, tmp_path):
+    images, path = script("images"), tmp_path / "images_cpu.json"
+    times = {"as it is": 4.0, "optimized, NCHW": 2.0, "optimized, channels_last": 8.0}
+    ways = {way: lambda x: None for way in times}
+    ways["optimized, NCHW, compiled"] = None  # does not run
+    monkeypatch.setattr(images, "ways", lambda model, x, compiles: ways)
+    monkeypatch.setattr(images, "measure", lambda runs, *_: {key: [times[key[1]]] for key in runs})
+    flags = ("--models", "test_resnet", "--batch-sizes", "1", "16", "--threads", str(torch.get_num_threads()))
+    monkeypatch.setattr("sys.argv", ["images.py", *flags, "--output", str(path)])
+    images.main()
+    report = json.loads(path.read_text())
+    assert [(row["best"], row["images_per_s"]) for row in report["rows"]] == [
+        ("optimized, NCHW", 500),
+        ("optimized, NCHW", 8000),
+    ]
+    assert list(report["rows"][0]["failed"]) == ["optimized, NCHW, compiled"]
+    text = script("page_images").images_text(report, path.name, "a machine")
+    assert "`results/images_cpu.json`, a machine" in text
+    assert text.endswith("| `test_resnet` | 16 | 8000 | optimized, NCHW | 4000 | 8000 | 2000 |\n")
+
+
+SMALL = {
+    "DDF": {},
+    "SKA": {"filters": 2, "grouping": "interleaved"},
+    "involution": {"filters": 2, "kernel_size": 5, "stride": 2},
+    "CARAFE": {"filters": 1, "kernel_size": 5, "upsample": 2},
+}
+
+
+@pytest.mark.parametrize("operator", SMALL)
+def test_all_ways_to_run_an_operator_give_the_same(script, operator):
+    bench = script("op_ddf")
+    case = bench.Case((2, 4, 6, 5), **SMALL[operator], everything=True)
+    assert case.operator == operator
+    inputs = bench.Inputs.make(case, "channels_last", torch.device("cpu"))
+    with torch.no_grad():
+        found = {name: run() for name, (run, _) in bench.candidates(case, inputs).items() if "compiled" not in name}
+    assert found["depthwise"].shape == found["kernel"].shape == inputs.grad.shape
+    for name in ("kernel", "unfold"):
+        torch.testing.assert_close(found[name], found["reference"], rtol=1e-4, atol=1e-4)
 
 
 def test_cifar_in_the_page(script, tmp_path):

@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 import yaml
+from timm.data import create_transform
 from timm.data.mixup import mixup_target
 from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torchvision.transforms import ColorJitter
 
 from timm_dynamic.cli.arguments.train import make_parser
 from timm_dynamic.cli.arguments.train_pose import make_parser as make_pose_parser
@@ -185,22 +187,42 @@ def test_dynconv_starts_from_static_weights(tmp_path):
     assert all(masked[key].std() > 0 for key in new if key.endswith("weight"))
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("", "voc"), ("_050", "voc+sbd")])
-def test_segmentation_recipe(name, dataset):
-    """Rates of backbone and head, schedule and weight decay are those of the authors' script."""
-    args = parse(next(path for path in CONFIGS if path.stem == f"dy_deeplabv3plus_mobilenetv2{name}"))
+@pytest.mark.parametrize("name", ["dy_deeplabv3plus_mobilenetv2", "skoltech_dy_deeplabv3plus"])
+@pytest.mark.parametrize(("width", "dataset", "divisor"), [("", "voc", 1), ("_050", "voc+sbd", 16)])
+def test_segmentation_recipe(name, width, dataset, divisor):
+    """Rates of backbone and head, schedule and weight decay are those of the authors' script.
+
+    It divided one loss by 16. A step of SGD with momentum is the same with that, and with the rates divided and the
+    decay multiplied by it.
+    """
+    args = parse(next(path for path in CONFIGS if path.stem == f"{name}{width}"))
     assert (args.dataset, args.img_size, args.scale, args.batch_size) == (dataset, 513, [0.5, 2.0], 16)
+    assert args.model_kwargs == {"pretrained_backbone": True}
     model = torch.nn.ModuleDict({"backbone": torch.nn.BatchNorm2d(4), "head": torch.nn.Conv2d(3, 4, 1)})
     optimizer = build_optimizer(args, model)
     assert isinstance(optimizer, torch.optim.SGD)
     backbone, head = optimizer.param_groups
     for group, part in ((backbone, "backbone"), (head, "head")):
         assert set(group["params"]) == set(model[part].parameters())
-        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+        assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4 * divisor, False)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
-    assert epochs == 100 and (backbone["lr"], head["lr"]) == pytest.approx((0.007, 0.07))
+    assert epochs == 100 and (backbone["lr"], head["lr"]) == pytest.approx((0.007 / divisor, 0.07 / divisor))
     for epoch in (50, 100):
         scheduler.step(epoch)
         share = (1 + math.cos(math.pi * epoch / 100)) / 2
-        rates = [1e-6 + (lr - 1e-6) * share for lr in (0.007, 0.07)]
+        rates = [(1e-6 + (lr - 1e-6) * share) / divisor for lr in (0.007, 0.07)]
         assert (backbone["lr"], head["lr"]) == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("width", ["", "_050", "_025"])
+def test_mobilenetv3_recipe(width):
+    """Published for one network, and taken over for timm's: nothing but the model differs."""
+    paths = {path.stem: path for path in CONFIGS}
+    name = f"dy_mobilenetv3_small{width}"
+    theirs, ours = (yaml.safe_load(paths[stem].read_text()) for stem in (f"skoltech_{name}", name))
+    assert {**ours, "model": theirs["model"]} == theirs and theirs["model"] == f"skoltech_{ours['model']}"
+    jitter = theirs["color_jitter"]
+    transform = create_transform(224, is_training=True, color_jitter=jitter)
+    (found,) = (one for one in transform.transforms if isinstance(one, ColorJitter))
+    assert (found.brightness, found.saturation, found.hue) == ((0.7, 1.3), (0.8, 1.2), (-0.1, 0.1))
+    assert theirs["drop"] == 0.2

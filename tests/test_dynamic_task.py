@@ -2,10 +2,6 @@
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +13,6 @@ from timm_dynamic.families import FAMILIES
 from timm_dynamic.layers.auxiliary import warn_about_float16
 from timm_dynamic.training import DynamicTask, add_terms, auxiliary_loss
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = {"zero_init_last": False}  # a branch that ends in zeros would hide what is before
 WITH_TERMS = {name: family for name, family in FAMILIES.items() if family.terms}
 BATCHES = torch.randn(4, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -246,13 +241,11 @@ def test_the_terms_fall_in_a_plain_loop(kind):
 
 
 TWO_PROCESSES = """
-import sys
 import timm, torch
 from torch import nn
 import timm_dynamic
 from timm_dynamic.training import DynamicTask
 
-torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
 found = {}
@@ -275,7 +268,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, processes):
     """Their mean gradients are those of one process that sees the four batches."""
     cases, expected = {}, {}
     for kind, family in WITH_TERMS.items():
@@ -289,11 +282,8 @@ def test_two_processes(tmp_path):
         plain(model, BATCHES)
     torch.save(cases, tmp_path / "cases.pt")
     torch.save(BATCHES, tmp_path / "batches.pt")
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    logs = processes.ranks(folder=tmp_path, code=TWO_PROCESSES)
+    assert [status for status, _ in logs] == [0, 0], logs
     found = torch.load(tmp_path / "found.pt")
     assert found.keys() == expected.keys()
     for case, model in expected.items():

@@ -52,7 +52,7 @@ class TestWhatTheLayersUsed:
         terms = []
         for term in gates.unflatten(1, (-1, rank)).unbind(2):
             a_in, a_out, a_tap = term.split((4, 6, 9), 1)
-            terms.append(mixed_conv2d(x, None, layer.weight[None], groups=2, a_in=a_in, a_tap=a_tap, a_out=a_out))
+            terms.append(mixed_conv2d(x, None, layer.kernel[None], groups=2, a_in=a_in, a_tap=a_tap, a_out=a_out))
         torch.testing.assert_close(sum(terms), output)
 
     @pytest.mark.parametrize("size", [1, 16])

@@ -16,6 +16,7 @@ from module_cases import (
     run,
     settle,
 )
+from pairs import in_turns
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -115,8 +116,9 @@ class TestHooks:
 
 
 class TestPruning:
-    @pytest.mark.parametrize("method", [prune.random_unstructured, prune.l1_unstructured])
-    @EVERY_NETWORK
+    @pytest.mark.parametrize(
+        ("family", "method"), in_turns(NETWORKS, (prune.random_unstructured, prune.l1_unstructured))
+    )
     def test_two_steps(self, family, method):
         model, x = make_network(family), images(4)
         for part in leaves(model).values():
@@ -152,18 +154,19 @@ class Scaled(nn.Module):
         return 1.2 * w
 
 
+def scaled(part):
+    parametrize.register_parametrization(part, "weight", Scaled())
+
+
+PARAMETRIZE = [parametrizations.weight_norm, parametrizations.spectral_norm, scaled, torch.nn.utils.spectral_norm]
+
+
 class TestParametrizations:
     @pytest.mark.parametrize(
-        "make",
-        [
-            parametrizations.weight_norm,
-            parametrizations.spectral_norm,
-            lambda part: parametrize.register_parametrization(part, "weight", Scaled()),
-            torch.nn.utils.spectral_norm,
-        ],
-        ids=["weight_norm", "spectral_norm", "custom", "old spectral_norm"],
+        ("make", "family"),
+        [(make, family) for i, make in enumerate(PARAMETRIZE) for family in NETWORKS[i % 2 :: 2]],
+        ids=lambda value: getattr(value, "__name__", value),
     )
-    @EVERY_NETWORK
     def test_on_every_part(self, family, make):
         model, x = make_network(family), images(4)
         for part in leaves(model).values():

@@ -22,7 +22,7 @@ class TestNorms:
 
     @pytest.mark.parametrize(
         "kwargs",
-        [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.5, "eps": 0.1}],
+        [{"affine": False}, {"momentum": None}, {"momentum": 0.5, "eps": 0.1}],
         ids=str,
     )
     @EVERY_NETWORK

@@ -1,6 +1,7 @@
 """`optimize`: the same numbers as the model's, whatever it is, and what it does and leaves."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -11,32 +12,21 @@ from torch import nn
 from torch.nn.utils import prune
 
 import timm_dynamic
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.optimize import PackedConv2d, layout
 
-MODELS = (
-    "resnet18",
-    "mobilenetv2_100",
-    "efficientnet_b0",
-    "convnext_atto",
-    "regnety_002",
-    "densenet121",
-    "mobilenetv3_small_100",
-    "resnetv2_50",
-    "tf_efficientnet_b0",
-    "test_resnet",
-    "test_byobnet",
-    "test_efficientnet",
-    "test_nfnet",
-    "test_vit",
-    "test_dcd_resnet",
-    "test_ped_resnet",
-    "test_dy_resnet",
-    "test_ddf_resnet",
-    "test_cotnet",
-    "test_kw_resnet",
-    "test_fd_resnet",
-    "dynconv_resnet8",
-)
+# All kinds of blocks, and arguments that make some of them small.
+MODELS = {
+    "mobilenetv2_035": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "regnety_002": {},
+    "densenet121": {"block_config": (2, 2, 2, 2), "growth_rate": 8},
+    "mobilenetv3_small_050": {},
+    "resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96)},
+    "tf_mobilenetv3_small_minimal_100": {},
+    **dict.fromkeys(("test_resnet", "test_byobnet", "test_efficientnet", "test_nfnet", "test_vit"), {}),
+    **{FAMILIES[name].tiny: {} for name in ("dcd", "ped", "dy", "ddf", "cotnet", "kw", "fd", "dynconv")},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +55,10 @@ def randomize(model):
     return model.eval()
 
 
+@functools.cache
 def trained(name):
     """A network whose norms are of its images; products of them, as in dynamic layers, would overflow otherwise."""
-    model = timm.create_model(name, num_classes=7)
+    model = timm.create_model(name, num_classes=7, **MODELS[name])
     if getattr(type(model), "__module__", "").startswith("timm.models."):
         return randomize(model)
     with torch.no_grad():
@@ -99,7 +90,7 @@ class TestModels:
     @pytest.mark.parametrize("name", MODELS)
     def test_same_numbers(self, name, dtype):
         """Also for another batch and another size."""
-        model = trained(name).to(dtype)
+        model = copy.deepcopy(trained(name)).to(dtype)
         size = (160, 160) if name == "test_vit" else (64, 64)
         fast = timm_dynamic.optimize(model, torch.randn(1, 3, *size, dtype=dtype))
         odd = size if name == "test_vit" else (75, 91)

@@ -41,17 +41,17 @@ def same(y, model, x=X):
 
 class TestGraphs:
     def test_compile(self):
-        model, fast = build()
+        model, fast = build("test_resnet")
         with torch.no_grad():
             same(torch.compile(fast, backend="aot_eager", fullgraph=True)(X), model)
-        model, fast = build(compile={"backend": "eager", "fullgraph": True})
+        model, fast = build("test_resnet", compile={"backend": "eager", "fullgraph": True})
         with torch.no_grad():
             same(fast(X), model)
             same(copy.deepcopy(fast)(X), model)
         assert "compiled at the first call" in fast.report
 
     def test_export(self):
-        model, fast = build()
+        model, fast = build("test_resnet")
         batch = torch.export.Dim("batch", min=2, max=9)
         program = torch.export.export(fast, (X,), dynamic_shapes=({0: batch},))
         assert not [node for node in program.graph.nodes if "mkldnn" in str(node.target) or "batch_norm" in str(node)]
@@ -60,7 +60,7 @@ class TestGraphs:
 
     def test_onnx(self):
         session = pytest.importorskip("onnxruntime").InferenceSession
-        model, fast = build()
+        model, fast = build("test_resnet")
         file = io.BytesIO()
         torch.onnx.export(fast, (X,), dynamo=True, verbose=False).save(file)
         run = session(file.getvalue(), providers=["CPUExecutionProvider"])
@@ -69,7 +69,7 @@ class TestGraphs:
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
     def test_script_and_trace(self):
-        model, fast = build()
+        model, fast = build("test_resnet")
         with torch.no_grad():
             file = io.BytesIO()
             torch.jit.save(torch.jit.script(fast), file)

@@ -46,7 +46,7 @@ def from_spectrum(layer, x):
 def gated(layer, x):
     a_in, a_out, a_tap = (gate[0] for gate in layer.factors(x.mean((2, 3))))
     taps = a_tap.unflatten(1, layer.kernel_size)
-    return layer.weight * a_out[:, :, None, None, None] * a_in[:, None, :, None, None] * taps[:, None, None]
+    return layer.kernel * a_out[:, :, None, None, None] * a_in[:, None, :, None, None] * taps[:, None, None]
 
 
 def mixed(layer, x):
@@ -120,7 +120,7 @@ def test_neutral_gates_are_one(family):
     layer = layers()[family].from_conv(conv).eval()
     if family == "ped":
         assert all((gates == 1).all() for gates in layer.factors(x.mean((2, 3))))
-        assert torch.equal(layer.weight, conv.weight)
+        assert torch.equal(layer.kernel, conv.weight)
     elif family == "od":
         pi, *gates = layer.factors(x.mean((2, 3)))
         assert all((gate == 1).all() for gate in gates) and (pi[:, 0] == 1).all() and (pi[:, 1:] == 0).all()

@@ -58,8 +58,16 @@ def dynamic_layers(model: nn.Module) -> dict[str, DropInConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DropInConv2d)}
 
 
-@pytest.mark.parametrize("family", NETWORKS)
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if FAMILIES[layer].keeps is not None])
+# Each layer in a third of the networks, each network with a third of the layers; all in one without biases, one with.
+PAIRS = [
+    (layer, network)
+    for i, layer in enumerate(LAYERS)
+    for j, network in enumerate(NETWORKS)
+    if network in ("resnet", "vgg") or (i + j) % 3 == 0
+]
+
+
+@pytest.mark.parametrize(("layer", "family"), [pair for pair in PAIRS if FAMILIES[pair[0]].keeps is not None])
 def test_the_output_is_kept(family, layer):
     x, keeps = torch.randn(3, 3, SIZE, SIZE), FAMILIES[layer].keeps
     for dtype, tolerance in ((torch.float64, max(keeps, 1e-9)), (torch.float32, max(keeps, 1e-3))):
@@ -74,8 +82,7 @@ def test_the_output_is_kept(family, layer):
         assert (logits - expected).abs().max() <= tolerance * expected.std()
 
 
-@pytest.mark.parametrize("family", NETWORKS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "family"), PAIRS)
 def test_it_trains(family, layer):
     model = copy.deepcopy(network(family)).train()
     try:

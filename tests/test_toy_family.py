@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from contract import FamilyContract, ModelContract
+from contract import FamilyContract, ModelContract, RecordContract
 from timm.models import _registry
 
 from timm_dynamic import cli, families
@@ -24,7 +24,7 @@ def toy():
     del sys.modules["toy_family"]
 
 
-class TestModels(ModelContract):
+class TestModels(RecordContract, ModelContract):
     @pytest.fixture(params=["toy_resnet18", "test_toy_resnet"])
     def name(self, request):
         return request.param

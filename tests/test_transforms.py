@@ -100,8 +100,6 @@ class TestFunc:
 
     @EVERY_NETWORK
     def test_gradients_of_every_sample(self, family):
-        if family == "kw":
-            pytest.skip("functional_call puts parameters of a module that has several names back in a wrong order")
         model, x = make_network(family, DOUBLE), images(3, dtype=DOUBLE)
         buffers = dict(model.named_buffers())
 
@@ -169,8 +167,26 @@ class TestFunc:
         changed = copy.deepcopy(model)
         changed.load_state_dict(other, strict=False)
         with torch.no_grad():
-            model(x)
+            before = model(x)
             close(functional_call(model, other, (x,)), changed(x))
+            assert torch.equal(model(x), before)
+
+    @EVERY_NETWORK
+    def test_an_ensemble_of_networks_leaves_the_first_as_it_was(self, family):
+        """Also what several layers have: the cells of a warehouse, the step of a schedule."""
+        models, x = [make_network(family) for _ in range(2)], images()
+        for value in models[1].parameters():
+            value.data.mul_(1.01)
+        with torch.no_grad():
+            before = [model(x) for model in models]
+            stacked = [{name: v.detach() for name, v in part.items()} for part in stack_module_state(models)]
+            y = vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(*stacked)
+            for found, expected, model in zip(y, before, models, strict=True):
+                close(found, expected, 1e-4)
+                assert torch.equal(model(x), expected)
+        state, tensors = models[0].state_dict(), [*models[0].parameters(), *models[0].buffers()]
+        assert all(type(t) in (torch.Tensor, nn.Parameter) for t in (*state.values(), *tensors))
+        models[0].train()(x).sum().backward()
 
 
 class TestGraphsOfGradients:

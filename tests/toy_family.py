@@ -19,7 +19,6 @@ class ToyConv2d(DropInConv2d):
 
     family = "toy"
     routing_limit = 2.0
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(self, *args, device=None, dtype=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -28,10 +27,6 @@ class ToyConv2d(DropInConv2d):
         self.gate = nn.Linear(self.in_channels, self.out_channels, bias=False, **dd)
         bias = torch.zeros(self.out_channels, **dd) if kwargs.get("bias", True) else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.conv.weight
 
     def formula(self, x: Tensor) -> Tensor:
         y = self.conv(x)

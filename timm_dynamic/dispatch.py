@@ -34,7 +34,7 @@ def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
     """The row of `layer.implementations` that runs this call; None: the layer's formula.
 
     It is the first one without a reason against it. Whatever is unusual about the layer or its input goes to the
-    formula, and so does every call that is recorded: compiled, traced or exported.
+    formula, and so does every call that is recorded, compiled, traced or exported, but for rows for ONNX graphs.
 
     Args:
         layer: With `family`, `implementations` and `parts` (see `timm_dynamic.layers.base.DynamicLayer`).
@@ -43,7 +43,7 @@ def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
     Raises:
         ValueError: If `use` names a row that cannot run this call.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if (torch.compiler.is_compiling() and not kernels.exports_to_onnx()) or torch.jit.is_tracing():
         return None
     row = _choose(layer, x)
     observer = _observer.get()
@@ -58,14 +58,15 @@ def _choose(layer: nn.Module, x: Tensor) -> Implementation | None:
         return None
     reason = _unusual(layer, x)
     if wanted not in (None, KERNEL):
-        return _forced(layer, x, wanted, reason)
+        return None if kernels.exports_to_onnx() else _forced(layer, x, wanted, reason)
     if reason is not None:
         return None
     situation = situation_of(x)
     for row in layer.implementations:
         if (
             situation.device in row.devices
-            and situation.gradients == row.gradients
+            and situation.exported == row.exported
+            and (situation.gradients == row.gradients or row.exported)
             and row.reason_against(layer, x, situation) is None
             and _not_worth_it(layer, x, row, situation) is None
         ):
@@ -104,6 +105,8 @@ def name_of(layer: nn.Module, row: Implementation) -> str:
 
 def _unusual(layer: nn.Module, x: Tensor) -> str | None:
     """Why the parts of a layer must be called, not read, or its operations be PyTorch's; in words, or None."""
+    if kernels.exports_to_onnx():
+        return changed_part(layer)
     reason = kernels.unusual(x)
     if reason is not None:
         return reason
@@ -140,7 +143,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
-    if type(parameter) not in _PLAIN:
+    if type(parameter) not in _PLAIN and not kernels.exports_to_onnx():  # by tensors that have no numbers
         return f"a {type(parameter).__name__}"
     if x is not None and (parameter.device != x.device or (parameter.dtype != x.dtype and not is_autocast(x))):
         return f"parameters of {parameter.dtype} on {parameter.device}, the input is {x.dtype} on {x.device}"

@@ -156,7 +156,7 @@ def _forbid_merging(model: nn.Module, name: str) -> None:
                 setattr(block, method, _refuse_to_merge)
 
 
-def _refuse_to_merge() -> None:
+def _refuse_to_merge(*args, **kwargs) -> None:
     raise ValueError("a block with a dynamic convolution cannot be merged: reparameterize the model before `dynamize`")
 
 

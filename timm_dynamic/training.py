@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.auxiliary import attach_loss
 from timm_dynamic.layers.budget import budget_loss
+from timm_dynamic.layers.shared_part import all_names
 
 __all__ = ["DynamicTask", "add_terms", "attach_loss", "auxiliary_loss", "budget_loss", "set_progress"]
 
@@ -25,7 +26,7 @@ def auxiliary_loss(model: nn.Module) -> dict[str, Tensor]:
         model: Any model. The terms are 0 before its first training forward.
     """
     places = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in (("", model), *all_names(model)):
         if getattr(module, "auxiliary_terms", ()):
             places[module].append(name.split(".") if name else [])
     return {

@@ -88,30 +88,6 @@ inline void scaled_products(const Products& op, int64_t begin, int64_t end) {
   }
 }
 
-// Columns [0, count) of `from`, [count, pitch], at `positions` positions to [positions, `vectors`
-// vectors]; what is beyond `count` is 0.
-INLINE void transpose_strip(const float* from, int64_t pitch, int64_t count, int64_t positions,
-                            int64_t vectors, float* to) {
-  constexpr int64_t n = kLanes<float>;
-  for (int64_t c = 0; c < vectors * n; c += n)
-    for (int64_t at = 0; at < positions; at += n) {
-      Vec<float> block[n], other[n];
-      for (int64_t k = 0; k < n; ++k)
-        block[k] =
-            c + k < count ? load<float>(from + (c + k) * pitch + at, positions - at) : Vec<float>{};
-      for (int64_t half = 1; half < n; half *= 2) {
-        for (int64_t k = 0; k < n / 2; ++k) {
-          Vec<float> a = block[k], b = block[k + n / 2];
-          interleave<float>(a, b, AllLanes<float>());
-          other[2 * k] = a, other[2 * k + 1] = b;
-        }
-        for (int64_t k = 0; k < n; ++k) block[k] = other[k];
-      }
-      for (int64_t k = 0; k < std::min(n, positions - at); ++k)
-        store<float>(to + (at + k) * vectors * n + c, block[k]);
-    }
-}
-
 // Adds maps . columns to rows [begin, end) of `sum`, [*, pitch], `width` columns of it; columns is
 // [positions, kWidth vectors]. `scale`, `weight` and `dscale` are null, or those of the rows: what
 // is added is then scaled, and its products with the weight go to dscale.
@@ -166,8 +142,8 @@ inline void scaled_grads(const ProductGrads& op, int64_t begin, int64_t end) {
         for (int64_t at = 0, left = vectors_of(width); left > 0;) {
           const int64_t vectors = strip_vectors(left), count = std::min(vectors * n, width - at);
           if (number * op.parts / total == part) {
-            transpose_strip(maps + at * op.positions, op.positions, count, op.positions, vectors,
-                            packed.get());
+            copy_transposed<true>(packed.get(), vectors * n, maps + at * op.positions, op.positions,
+                                  1, count, op.positions);
             if (vectors == 3) f.template operator()<3>(at, count);
             if (vectors == 2) f.template operator()<2>(at, count);
             if (vectors == 1) f.template operator()<1>(at, count);

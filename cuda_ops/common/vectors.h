@@ -272,31 +272,50 @@ INLINE void transpose(Vec<A>* rows) {
   }
 }
 
-// to[j*to_step + i] = from[i*step_i + j*step_j] for i < n and j < m. PADDED: beyond n up to whole
-// vectors `to` may be overwritten.
+// Columns of `rows` rows, `step` apart, as rows of vectors `to_step` apart, of which n count.
+template <bool WHOLE, typename A, typename T>
+INLINE void copy_strip(A* to, int64_t to_step, const T* from, int64_t step, int64_t rows,
+                       int64_t columns, int64_t n) {
+  constexpr int64_t kStep = kLanes<A>;
+  int64_t left = columns;
+  if (columns % kStep == 1) {  // that one is cheaper than a square
+    Vec<A> column = {};
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kStep; ++r)
+      if (WHOLE || r < rows) column[r] = static_cast<A>(from[r * step + columns - 1]);
+    store<A>(to + --left * to_step, column, n);
+  }
+  for (int64_t j = 0; j < left; j += kStep) {
+    const int64_t first = std::min(j, left - kStep);  // the last squares overlap
+    Vec<A> square[kStep];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kStep; ++r)
+      square[r] = WHOLE || r < rows ? load<A>(from + r * step + first) : Vec<A>{};
+    transpose<A>(square);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kStep; ++r) store<A>(to + (first + r) * to_step, square[r], n);
+  }
+}
+
+// to[j*to_step + i] = from[i*step_i + j*step_j] for i < n and j < m. PADDED: and zeros beyond n up
+// to whole vectors.
 template <bool PADDED, typename A, typename T>
 void copy_transposed(A* to, int64_t to_step, const T* from, int64_t step_i, int64_t step_j,
                      int64_t n, int64_t m) {
   constexpr int64_t kStep = kLanes<A>;
   if (step_j != 1 || m < kStep) {
-    for (int64_t j = 0; j < m; ++j)
+    const int64_t padded = PADDED ? (n + kStep - 1) / kStep * kStep : n;
+    for (int64_t j = 0; j < m; ++j) {
       for (int64_t i = 0; i < n; ++i)
         to[j * to_step + i] = static_cast<A>(from[i * step_i + j * step_j]);
+      for (int64_t i = n; i < padded; ++i) to[j * to_step + i] = A(0);
+    }
     return;
   }
-  for (int64_t i = 0; i < n; i += kStep) {
-    for (int64_t j = 0; j < m; j += kStep) {
-      const int64_t first = std::min(j, m - kStep);  // the last squares overlap
-      Vec<A> rows[kStep];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kStep; ++r)
-        rows[r] = i + r < n ? load<A>(from + (i + r) * step_i + first) : Vec<A>{};
-      transpose<A>(rows);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kStep; ++r)
-        store<A>(to + (first + r) * to_step + i, rows[r], PADDED ? kStep : n - i);
-    }
-  }
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep, from += kStep * step_i)
+    copy_strip<true>(to + i, to_step, from, step_i, kStep, m, kStep);
+  if (i < n) copy_strip<false>(to + i, to_step, from, step_i, n - i, m, PADDED ? kStep : n - i);
 }
 
 // A vector's worth of zeros and more at `to`, n >= 1 elements at least.

@@ -81,6 +81,17 @@ inline Tensor empty_gradient(const Tensor& input, bool needed, bool channels_las
   return empty(input, sizes, channels_last);
 }
 
+// Adds up partial sums [n, ...] over n and over the dimensions along which `input` was broadcast;
+// `sizes` are its dimensions beside those of the sums.
+inline Tensor finish(const Tensor& sums, const std::vector<int64_t>& sizes, const Tensor& input) {
+  std::vector<int64_t> dims = {0}, shape;
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] == 1) dims.push_back(i + 1);
+  for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
+  const Tensor total = torch::stable::reshape(torch::stable::sum(sums, dims), shape);
+  return torch::stable::contiguous(torch::stable::to(total, input.scalar_type()));
+}
+
 // 0 along dimensions of size 1.
 inline int64_t stride_of(const Tensor& t, int64_t i) { return t.size(i) == 1 ? 0 : t.stride(i); }
 

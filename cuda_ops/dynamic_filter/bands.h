@@ -103,8 +103,7 @@ void flush_tap(const A* from, int64_t pitch, const DdfBackward<T>& op, int64_t b
                int64_t block, int64_t g, int64_t k) {
   const Range rows = op.bands.of(band, op.shape.Ho);
   const int64_t columns = op.partial_columns(), plane = op.partial_rows() * columns;
-  const int64_t filter = (b * op.channel_blocks + block) * op.shape.groups + g;
-  A* const to = op.partial_spatial + (filter * op.shape.taps() + k) * plane;
+  A* const to = op.spatial_sums(b, block, g) + k * plane;
   if (op.broadcast_rows) std::fill_n(to + band * columns, columns, A(0));
   for (int64_t y = rows.begin; y < rows.end; ++y, from += pitch) {
     A* const row = to + (op.broadcast_rows ? band : y) * columns;

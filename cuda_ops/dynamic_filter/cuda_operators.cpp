@@ -144,17 +144,6 @@ Tensor dynamic_filter(const Tensor& x, const Tensor& filters,
   return out;
 }
 
-// Adds up partial sums [n, ...] over n and over the dimensions along which `input` was broadcast;
-// `sizes` are its dimensions beside those of the sums.
-Tensor finish(const Tensor& sums, const std::vector<int64_t>& sizes, const Tensor& input) {
-  std::vector<int64_t> dims = {0}, shape;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] == 1) dims.push_back(i + 1);
-  for (int64_t i = 0; i < input.dim(); ++i) shape.push_back(input.size(i));
-  const Tensor total = torch::stable::reshape(torch::stable::sum(sums, dims), shape);
-  return torch::stable::contiguous(torch::stable::to(total, input.scalar_type()));
-}
-
 // The gradients of both filters; those not needed stay as they are.
 void run_filter_grads(const Device& device, const DdfShape& s, const Tensor& grad,
                       const Tensor& features, const Tensor& channel_filter,

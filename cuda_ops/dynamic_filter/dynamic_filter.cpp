@@ -81,68 +81,20 @@ void forward(const DdfShape& s, const Tensor& x, const Tensor& filters,
            [&](int64_t begin, int64_t end) { kernels.forward_planes(op, begin, end); });
 }
 
-// Sums partial [B, parts, C, taps], or [B, parts, taps, C] if `tap_major`, to grad
-// [B or 1, C or 1, taps].
-template <typename T, typename A>
-void reduce_channel(const Tensor& grad, const A* partial, int64_t B, int64_t parts, int64_t C,
-                    int64_t taps, bool tap_major) {
-  T* const out = static_cast<T*>(grad.mutable_data_ptr());
-  const int64_t out_c = grad.size(1), size = C * taps;
-  const int64_t summed = grad.size(0) == 1 ? B * parts : parts;
-  const int64_t step_c = tap_major ? 1 : taps, step_k = tap_major ? C : 1;
-  parallel(grad.size(0), summed * size, [&](int64_t begin, int64_t end) {
-    std::vector<A> sums(size);
-    for (int64_t b = begin; b < end; ++b) {
-      std::fill(sums.begin(), sums.end(), A(0));
-      for (const A *from = partial + b * parts * size, *last = from + summed * size; from != last;
-           from += size)
-        for (int64_t i = 0; i < size; ++i) sums[i] += from[i];
-      if (out_c == 1)
-        for (int64_t k = 0; k < taps; ++k)
-          for (int64_t c = 1; c < C; ++c) sums[k * step_k] += sums[k * step_k + c * step_c];
-      T* to = out + b * out_c * taps;
-      for (int64_t c = 0; c < out_c; ++c)
-        for (int64_t k = 0; k < taps; ++k) *to++ = static_cast<T>(sums[c * step_c + k * step_k]);
-    }
-  });
-}
-
-// Sums partial [B, parts, planes, rows, columns] to grad [B or 1, planes, rows or 1, columns],
-// whose planes are groups and taps.
-template <typename T, typename A>
-void reduce_spatial(const Tensor& grad, const A* partial, int64_t B, int64_t parts, int64_t rows) {
-  T* const out = static_cast<T*>(grad.mutable_data_ptr());
-  const int64_t planes = grad.size(1) * grad.size(2), out_rows = grad.size(3);
-  const int64_t columns = grad.size(4);
-  const int64_t summed_parts = grad.size(0) == 1 ? B * parts : parts;
-  const int64_t summed_rows = rows / out_rows, size = planes * rows * columns;
-  parallel(grad.size(0) * planes * out_rows, summed_parts * summed_rows * columns,
-           [&](int64_t begin, int64_t end) {
-             std::vector<A> sums(columns);
-             for (int64_t i = begin; i < end; ++i) {
-               std::fill(sums.begin(), sums.end(), A(0));
-               const int64_t b = i / (planes * out_rows), plane_row = i % (planes * out_rows);
-               const A* from = partial + b * parts * size + plane_row * summed_rows * columns;
-               for (int64_t part = 0; part < summed_parts; ++part, from += size)
-                 for (int64_t row = 0; row < summed_rows; ++row)
-                   for (int64_t x = 0; x < columns; ++x) sums[x] += from[row * columns + x];
-               for (int64_t x = 0; x < columns; ++x) out[i * columns + x] = static_cast<T>(sums[x]);
-             }
-           });
-}
-
-// A buffer for `count` partial sums, or the gradient itself if it has their form already.
+// A buffer for partial sums, or the gradient itself if it has their form already.
 template <typename A>
-Tensor partial_buffer(const Tensor& grad, int64_t count, bool same_order) {
+Tensor partial_buffer(const Tensor& grad, const std::vector<int64_t>& sizes, bool same_order) {
   constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  int64_t count = 1;
+  for (const int64_t size : sizes) count *= size;
   if (same_order && grad.scalar_type() == dtype && grad.numel() == count) return grad;
-  return torch::stable::empty({count}, dtype, std::nullopt, grad.device());
+  return torch::stable::empty(sizes, dtype, std::nullopt, grad.device());
 }
 
 template <typename T>
 void backward(const DdfShape& s, const Tensor& grad, const Tensor& x, const Tensor& filters,
               const std::optional<Tensor>& channel_filter, const Tensor* grad_x,
-              const Tensor* grad_filters, const Tensor* grad_channel) {
+              Tensor* grad_filters, Tensor* grad_channel) {
   using A = Accumulator<T>;
   const DdfKernels<T> kernels = CHOOSE_KERNELS(ddf_kernels<T>(s.alone, s.multiply));
   const bool channels_last = is_channels_last(x), lanes = channels_last && s.inner > 1;
@@ -176,14 +128,15 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& x, const Tens
 
   Tensor channel_sums, spatial_sums;
   if (grad_channel) {
-    channel_sums =
-        partial_buffer<A>(*grad_channel, s.B * op.bands.count * s.C * s.taps(), !channels_last);
+    const int64_t outer = channels_last ? s.taps() : s.C;
+    channel_sums = partial_buffer<A>(
+        *grad_channel, {op.bands.count, s.B, outer, s.C * s.taps() / outer}, !channels_last);
     op.partial_channel = static_cast<A*>(channel_sums.mutable_data_ptr());
   }
   if (grad_filters) {
     spatial_sums = partial_buffer<A>(
         *grad_filters,
-        s.B * op.channel_blocks * s.groups * s.taps() * op.partial_rows() * op.partial_columns(),
+        {op.channel_blocks, s.B, s.groups, s.taps(), op.partial_rows(), op.partial_columns()},
         true);
     op.partial_spatial = static_cast<A*>(spatial_sums.mutable_data_ptr());
   }
@@ -194,10 +147,13 @@ void backward(const DdfShape& s, const Tensor& grad, const Tensor& x, const Tens
   parallel(all, s.B * s.C * s.Ho * s.Wo * taps / all,
            [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   if (grad_channel && channel_sums.get() != grad_channel->get())
-    reduce_channel<T>(*grad_channel, op.partial_channel, s.B, op.bands.count, s.C, s.taps(),
-                      channels_last);
+    *grad_channel =
+        finish(channels_last ? torch::stable::transpose(channel_sums, 2, 3) : channel_sums,
+               {channel_filter->size(0), channel_filter->size(1), s.taps()}, *channel_filter);
   if (grad_filters && spatial_sums.get() != grad_filters->get())
-    reduce_spatial<T>(*grad_filters, op.partial_spatial, s.B, op.channel_blocks, op.partial_rows());
+    *grad_filters =
+        finish(spatial_sums,
+               {filters.size(0), s.groups, s.taps(), filters.size(3), filters.size(4)}, filters);
 }
 
 Tensor in_layout(const Tensor& t, bool channels_last) {
@@ -205,22 +161,19 @@ Tensor in_layout(const Tensor& t, bool channels_last) {
       t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor dynamic_filter(const Tensor& x, const Tensor& filters,
+Tensor dynamic_filter(const Tensor& x_in, const Tensor& filters,
                       const std::optional<Tensor>& channel_filter, int64_t kernel_size,
                       const std::string& kernel_combine, int64_t parts, int64_t dilation,
                       int64_t stride, int64_t upsample) {
-  const DdfShape s = check_arguments(x, filters, channel_filter, kernel_size, kernel_combine, parts,
-                                     dilation, stride, upsample);
-  const bool channels_last = is_channels_last(x);
-  if (channels_last && upsample > 1)  // only the kernels for NCHW upsample
-    return in_layout(dynamic_filter(in_layout(x, false), filters, channel_filter, kernel_size,
-                                    kernel_combine, parts, dilation, stride, upsample),
-                     true);
-  const Tensor out = empty(x, {s.B, s.C, s.Ho, s.Wo}, channels_last);
-  if (out.numel() == 0) return out;
-  dispatch(x.scalar_type(),
-           [&](auto zero) { forward<decltype(zero)>(s, x, filters, channel_filter, out); });
-  return out;
+  const DdfShape s = check_arguments(x_in, filters, channel_filter, kernel_size, kernel_combine,
+                                     parts, dilation, stride, upsample);
+  const bool copies = is_channels_last(x_in) && upsample > 1;  // only kernels for NCHW upsample
+  const Tensor x = copies ? in_layout(x_in, false) : x_in;
+  const Tensor out = empty(x, {s.B, s.C, s.Ho, s.Wo}, is_channels_last(x));
+  if (out.numel() > 0)
+    dispatch(x.scalar_type(),
+             [&](auto zero) { forward<decltype(zero)>(s, x, filters, channel_filter, out); });
+  return copies ? in_layout(out, true) : out;
 }
 
 // The kernels read rows (NCHW) or pixels (channels_last) of the gradient: give them such.
@@ -231,21 +184,19 @@ Tensor readable_grad(const Tensor& grad, bool channels_last) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> dynamic_filter_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& filters,
+    const Tensor& grad, const Tensor& x_in, const Tensor& filters,
     const std::optional<Tensor>& channel_filter, int64_t kernel_size,
     const std::string& kernel_combine, int64_t parts, int64_t dilation, int64_t stride,
     int64_t upsample, const std::vector<bool>& needs) {
-  const DdfShape s = check_arguments(x, filters, channel_filter, kernel_size, kernel_combine, parts,
-                                     dilation, stride, upsample);
-  check_grad(grad, x, s);
+  const DdfShape s = check_arguments(x_in, filters, channel_filter, kernel_size, kernel_combine,
+                                     parts, dilation, stride, upsample);
+  check_grad(grad, x_in, s);
   STD_TORCH_CHECK(needs.size() == 3, "needs must have 3 entries, got ", needs.size());
+  // Where neighbouring channels share a filter alone, the kernels for NCHW are faster by far more
+  // than the copies cost.
+  const bool copies = is_channels_last(x_in) && (upsample > 1 || (s.alone && s.inner == 1));
+  const Tensor x = copies ? in_layout(x_in, false) : x_in;
   const bool channels_last = is_channels_last(x);
-  if (channels_last && upsample > 1) {
-    auto [grad_x, grad_filters, grad_channel] =
-        dynamic_filter_backward(grad, in_layout(x, false), filters, channel_filter, kernel_size,
-                                kernel_combine, parts, dilation, stride, upsample, needs);
-    return {needs[0] ? in_layout(grad_x, true) : grad_x, grad_filters, grad_channel};
-  }
   Tensor grads[] = {empty_gradient(x, needs[0], channels_last), empty_gradient(filters, needs[1]),
                     channel_filter ? empty_gradient(*channel_filter, needs[2]) : empty(x, {0})};
   if (x.numel() == 0) {
@@ -258,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> dynamic_filter_backward(
                                needs[2] && channel_filter ? &grads[2] : nullptr);
     });
   }
-  return {grads[0], grads[1], grads[2]};
+  return {copies && needs[0] ? in_layout(grads[0], true) : grads[0], grads[1], grads[2]};
 }
 
 }  // namespace

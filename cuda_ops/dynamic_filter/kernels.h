@@ -30,7 +30,7 @@ DdfKernels<T> ddf_kernels(bool alone, bool multiply) {
             forward_direct<T>,
             forward_lanes<T, Combine::kAlone>,
             backward_planes<T, Combine::kAlone>,
-            backward_pixels<T, Combine::kAlone>,
+            nullptr,  // see dynamic_filter_backward
             backward_lanes<T, Combine::kAlone>};
   return multiply ? kernels_of<T, Combine::kMultiply>() : kernels_of<T, Combine::kAdd>();
 }

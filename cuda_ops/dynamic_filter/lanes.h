@@ -30,19 +30,19 @@ INLINE void prefetch_rows(const T* from, int64_t step, int64_t rows, int64_t n) 
     for (int64_t x = 0; x < n; x += 64 / sizeof(T)) __builtin_prefetch(from + x);
 }
 
-// The filters of output row y.
+// The filters of outputs [x, x + n) of row y.
 template <typename A, typename T>
-void load_filter_row(A* to, const FilterRows& layout, const DdfOperands<T>& op, int64_t b,
-                     int64_t y) {
+void load_filters(A* to, const FilterRows& layout, const DdfOperands<T>& op, int64_t b, int64_t y,
+                  int64_t x, int64_t n) {
   const DdfShape& s = op.shape;
   const SpatialFilterStrides& stride = op.spatial_strides;
-  const T* from = op.spatial_filter + b * stride.b + y * stride.y;
+  const T* from = op.spatial_filter + b * stride.b + y * stride.y + x * stride.x;
   const int64_t parts = s.groups / s.inner, part_stride = s.inner * stride.g;
   const bool whole = stride.k == 1 && op.live_taps() == s.taps();
   for (int64_t part = 0; part < parts; ++part, from += part_stride, to += layout.part) {
     if (whole) {
-      for (int64_t x = 0; x < s.Wo; ++x)
-        copy_transposed<true>(to + x * layout.pixel, layout.lanes, from + x * stride.x, stride.g, 1,
+      for (int64_t i = 0; i < n; ++i)
+        copy_transposed<true>(to + i * layout.pixel, layout.lanes, from + i * stride.x, stride.g, 1,
                               s.inner, s.taps());
       continue;
     }
@@ -50,8 +50,8 @@ void load_filter_row(A* to, const FilterRows& layout, const DdfOperands<T>& op, 
     for (const Shift& row : op.rows.shifts) {
       for (const Shift& column : op.columns.shifts) {
         const T* const k = from + (row.tap * s.K + column.tap) * stride.k;
-        prefetch_rows(k + stride.y, stride.g, s.inner, stride.x == 1 ? s.Wo : 0);
-        copy_transposed<true>(tap, layout.pixel, k, stride.g, stride.x, s.inner, s.Wo);
+        prefetch_rows(k + stride.y, stride.g, s.inner, stride.x == 1 ? n : 0);
+        copy_transposed<true>(tap, layout.pixel, k, stride.g, stride.x, s.inner, n);
         tap += layout.lanes;
       }
     }
@@ -150,50 +150,35 @@ void sum_pixels(T* out, int64_t out_step, const LanesInput<T>& in, const std::ve
   }
 }
 
-// How output row y reads the features; its filters are at row `filter_row` of the scratch.
-template <typename T>
-void output_lanes_taps(std::vector<RowTap>& to, const DdfOperands<T>& op, int64_t y,
-                       const FilterRows& layout, int64_t filter_row) {
-  to.clear();
-  int64_t slot = 0;
-  for (const Shift& row : op.rows.shifts) {
-    const bool inside = row.outputs.begin <= y && y < row.outputs.end;
-    for (const Shift& column : op.columns.shifts) {
-      if (inside)
-        to.push_back({(y * op.rows.stride + row.shift) * op.features_strides.y +
-                          column.shift * op.features_strides.x,
-                      filter_row * layout.row + slot * layout.lanes, slot, column.outputs});
-      ++slot;
-    }
-  }
-}
-
 template <typename T, Combine COMBINE>
 void forward_lanes(const DdfForward<T>& op, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const DdfShape& s = op.shape;
   const MapStrides &from = op.features_strides, &to = op.out_strides;
   const FilterRows layout(op);
-  Scratch<A> scratch(layout.row + channel_rows_size(op));
-  A *filters = scratch.take(layout.row), *channel = scratch.take(channel_rows_size(op));
+  const int64_t size = kRun<A> * layout.pixel;  // the filters of a run, which stay in the cache
+  Scratch<A> scratch(size + channel_rows_size(op));
+  A *filters = scratch.take(size), *channel = scratch.take(channel_rows_size(op));
   std::vector<RowTap> taps;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t y = unit % s.Ho, b = unit / s.Ho;
     if (unit == begin || y == 0) load_channel_rows(channel, op, b);
-    load_filter_row(filters, layout, op, b, y);
-    output_lanes_taps(taps, op, y, layout, 0);
-    const LanesInput<T> in{op.features + b * from.b,
-                           s.stride * from.x,
-                           filters,
-                           channel,
-                           layout,
-                           s.C,
-                           s.members(),
-                           s.inner};
+    output_taps(taps, op, y, {0, layout.lanes, 0, layout.pixel});
+    LanesInput<T> in{op.features + b * from.b,
+                     s.stride * from.x,
+                     filters,
+                     channel,
+                     layout,
+                     s.C,
+                     s.members(),
+                     s.inner};
     T* const out = op.out + b * to.b + y * to.y;
     Runs<T> runs(taps, s.Wo);
-    while (const auto* run = runs.next())
+    while (const auto* run = runs.next()) {
+      load_filters(filters, layout, op, b, y, runs.x, runs.pixels);
+      in.filter = filters - runs.x * layout.pixel;
       sum_pixels<T, COMBINE>(out + runs.x * to.x, to.x, in, *run, runs.x, runs.pixels);
+    }
   }
 }
 

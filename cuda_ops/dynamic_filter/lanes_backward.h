@@ -72,21 +72,8 @@ struct BackwardLanes {
     const LanesInput<T> in = input(op.grad + b * from.b, from.x);
     const int64_t stride = op.columns.stride;
     for (int64_t phase = 0; phase < std::min(stride, op.columns.size); ++phase) {
-      taps.clear();
-      int64_t slot = 0;
-      for (const Shift& row : op.rows.shifts) {
-        const int64_t y = input_y / stride - row.offset;
-        const bool reaches = input_y % stride == row.phase && y >= 0 && y < op.rows.outputs;
-        for (const Shift& column : op.columns.shifts) {
-          if (reaches && column.phase == phase)
-            taps.push_back({y * from.y - column.offset * from.x,
-                            (y - first + halo) * layout.row - column.offset * layout.pixel +
-                                slot * layout.lanes,
-                            slot,
-                            {column.offset, op.columns.outputs + column.offset}});
-          ++slot;
-        }
-      }
+      input_taps(taps, op, input_y, phase,
+                 {(halo - first) * layout.row, layout.lanes, layout.row, layout.pixel});
       T* const out = op.grad_features + b * to.b + input_y * to.y + phase * to.x;
       Runs<T> runs(taps, op.columns.phase_size(phase));
       while (const auto* run = runs.next())
@@ -126,7 +113,7 @@ struct BackwardLanes {
     const int64_t step = op.shape.stride * from.x;
     const LanesInput<T> in = input(op.features + b * from.b, step);
     const T* const grad = op.grad + b * g.b + y * g.y;
-    output_lanes_taps(taps, op, y, layout, 0);
+    output_taps(taps, op, y, {0, layout.lanes, 0, layout.pixel});
     Runs<T> runs(taps, op.shape.Wo);
     while (const auto* run = runs.next()) {
       for (int64_t x = runs.x; x < runs.x + runs.pixels; ++x) {
@@ -143,7 +130,7 @@ struct BackwardLanes {
     const Range rows = op.bands.of(band, s.Ho);
     const int64_t begin = std::max<int64_t>(rows.begin - halo, 0);
     for (int64_t y = begin; y < std::min(rows.end + halo, s.Ho); ++y)
-      load_filter_row(filters + (y - rows.begin + halo) * layout.row, layout, op, b, y);
+      load_filters(filters + (y - rows.begin + halo) * layout.row, layout, op, b, y, 0, s.Wo);
     std::fill_n(grad_channel, channel_rows_size(op), A(0));
     std::fill_n(sums, sums_size, A(0));
     for (int64_t y = rows.begin; y < rows.end; ++y) {
@@ -158,7 +145,7 @@ struct BackwardLanes {
 
   void flush_channels(int64_t b, int64_t band) {
     const DdfShape& s = op.shape;
-    A* const to = op.partial_channel + (b * op.bands.count + band) * s.C * s.taps();
+    A* const to = op.channel_sums(b, band);
     std::fill_n(to, s.C * s.taps(), A(0));  // dead taps
     const A* from = grad_channel;
     for (const Shift& row : op.rows.shifts) {
@@ -173,7 +160,7 @@ struct BackwardLanes {
     const DdfShape& s = op.shape;
     const Range rows = op.bands.of(band, s.Ho);
     const int64_t columns = op.partial_columns(), plane = op.partial_rows() * columns;
-    A* const to = op.partial_spatial + b * s.groups * s.taps() * plane;
+    A* const to = op.spatial_sums(b, 0, 0);
     const int64_t first = op.broadcast_rows ? band : rows.begin;
     const int64_t last = op.broadcast_rows ? band + 1 : rows.end;
     if (op.live_taps() < s.taps() || op.broadcast_rows || op.broadcast_columns)

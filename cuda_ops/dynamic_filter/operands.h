@@ -85,8 +85,8 @@ struct DdfForward : DdfOperands<T> {
 
 // Null pointers mark gradients that are not needed. The filters' gradients leave the kernels as
 // partial sums, whose order of summation does not depend on the number of threads:
-//   partial_channel [B, bands, C, K*K], or [B, bands, K*K, C] from the kernels for channels_last
-//   partial_spatial [B, channel_blocks, G, K*K, rows, columns], where `rows` is Ho, or the number
+//   partial_channel [bands, B, C, K*K], or [bands, B, K*K, C] from the kernels for channels_last
+//   partial_spatial [channel_blocks, B, G, K*K, rows, columns], where `rows` is Ho, or the number
 //   of bands if the filter is broadcast along y, and `columns` Wo, or 1 if it is broadcast along x.
 template <typename T>
 struct DdfBackward : DdfOperands<T> {
@@ -98,6 +98,13 @@ struct DdfBackward : DdfOperands<T> {
   int64_t channel_blocks;
   bool broadcast_rows, broadcast_columns;
 
+  Accumulator<T>* channel_sums(int64_t b, int64_t band) const {
+    return partial_channel + (band * this->shape.B + b) * this->shape.C * this->shape.taps();
+  }
+  Accumulator<T>* spatial_sums(int64_t b, int64_t block, int64_t g) const {
+    const int64_t filter = (block * this->shape.B + b) * this->shape.groups + g;
+    return partial_spatial + filter * this->shape.taps() * partial_rows() * partial_columns();
+  }
   int64_t partial_rows() const { return broadcast_rows ? this->bands.count : this->shape.Ho; }
   int64_t partial_columns() const { return broadcast_columns ? 1 : this->shape.Wo; }
 };

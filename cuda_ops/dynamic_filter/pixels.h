@@ -171,8 +171,8 @@ void sum_taps(T* out, int64_t out_step, const RowInput<T>& in, const std::vector
     sum_any_taps<T, COMBINE, 1>(out + p * out_step, out_step, in, first, count, x + p);
 }
 
-// The runs of a row of n results, one after the other: those with all taps, and single results at
-// the ends, which lack some.
+// The runs of a row of n results, one after the other: those with all taps, and single
+// results at the ends, which lack some.
 template <typename T>
 struct Runs {
   const std::vector<RowTap>& all;
@@ -203,10 +203,17 @@ struct Runs {
   }
 };
 
-// How output row y reads the features; its spatial filter is at row `filter_row` of the scratch.
+// Where the filters of outputs lie in scratch: live tap `slot` of output (y, x) at origin +
+// slot*tap
+// + y*row + x*pixel.
+struct FilterPlace {
+  int64_t origin, tap, row, pixel;
+};
+
+// How output row y reads the features.
 template <typename T>
-void output_row_taps(std::vector<RowTap>& to, const DdfOperands<T>& op, int64_t y,
-                     const Band& layout, int64_t filter_row) {
+void output_taps(std::vector<RowTap>& to, const DdfOperands<T>& op, int64_t y,
+                 const FilterPlace& place) {
   to.clear();
   int64_t slot = 0;
   for (const Shift& row : op.rows.shifts) {
@@ -215,8 +222,27 @@ void output_row_taps(std::vector<RowTap>& to, const DdfOperands<T>& op, int64_t 
       if (inside)
         to.push_back({(y * op.rows.stride + row.shift) * op.features_strides.y +
                           column.shift * op.features_strides.x,
-                      slot * layout.plane + layout.origin + filter_row * layout.pitch, slot,
-                      column.outputs});
+                      place.origin + slot * place.tap + y * place.row, slot, column.outputs});
+      ++slot;
+    }
+  }
+}
+
+// How the pixels of a column phase of input row `input` read the output's gradient.
+template <typename T>
+void input_taps(std::vector<RowTap>& to, const DdfBackward<T>& op, int64_t input, int64_t phase,
+                const FilterPlace& place) {
+  to.clear();
+  int64_t slot = 0;
+  for (const Shift& row : op.rows.shifts) {
+    const int64_t y = input / op.rows.stride - row.offset;
+    const bool reaches = input % op.rows.stride == row.phase && y >= 0 && y < op.rows.outputs;
+    for (const Shift& column : op.columns.shifts) {
+      if (reaches && column.phase == phase)
+        to.push_back({y * op.grad_strides.y - column.offset * op.grad_strides.x,
+                      place.origin + slot * place.tap + y * place.row - column.offset * place.pixel,
+                      slot,
+                      {column.offset, op.columns.outputs + column.offset}});
       ++slot;
     }
   }
@@ -286,7 +312,7 @@ void forward_pixels(const DdfForward<T>& op, int64_t begin, int64_t end) {
     const int64_t y = unit % s.Ho, g = unit / s.Ho % s.groups, b = unit / s.Ho / s.groups;
     if (unit == begin || y == 0) load_channels(channel, op, b, g);
     load_spatial_planes(spatial, layout, op, b, g, {y, y + 1});
-    output_row_taps(taps, op, y, layout, 0);
+    output_taps(taps, op, y, {layout.origin, layout.plane, 0, 1});
     const RowInput<T> in{op.features + b * from.b + s.channel(g) * from.c,
                          s.stride * from.x,
                          s.stride * from.y,

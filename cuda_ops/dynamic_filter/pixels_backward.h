@@ -78,34 +78,12 @@ void correlate_taps(Accumulator<T>* grad_channel, Accumulator<T>* grad_filter, c
   run(correlate_run<T, COMBINE, 1>, 1);
 }
 
-// How the pixels of a column phase of input row `input` read the output's gradient. The scratch of
-// spatial filters begins, but for its halo, with row `first`.
-template <typename T>
-void input_row_taps(std::vector<RowTap>& to, const DdfBackward<T>& op, int64_t input, int64_t phase,
-                    const Band& layout, int64_t first) {
-  to.clear();
-  int64_t slot = 0;
-  for (const Shift& row : op.rows.shifts) {
-    const int64_t y = input / op.rows.stride - row.offset;
-    const bool reaches = input % op.rows.stride == row.phase && y >= 0 && y < op.rows.outputs;
-    for (const Shift& column : op.columns.shifts) {
-      if (reaches && column.phase == phase)
-        to.push_back(
-            {y * op.grad_strides.y - column.offset * op.grad_strides.x,
-             slot * layout.plane + layout.origin + (y - first) * layout.pitch - column.offset,
-             slot,
-             {column.offset, op.columns.outputs + column.offset}});
-      ++slot;
-    }
-  }
-}
-
 // A band's gradient of the channel filter, arranged as by `load_channels`, to the partial sums.
 template <typename A, typename T>
 void flush_channels(const A* from, const DdfBackward<T>& op, int64_t b, int64_t g, int64_t band) {
   const DdfShape& s = op.shape;
   const int64_t step = op.live_taps() * kLanes<A>, members = s.members();
-  A* const to = op.partial_channel + (b * op.bands.count + band) * s.C * s.taps() + s.channel(g);
+  A* const to = op.channel_sums(b, band) + s.channel(g);
   for (int64_t k = 0; k < s.taps(); ++k) std::fill_n(to + k * s.C, members, A(0));  // dead taps
   for (const Shift& row : op.rows.shifts) {
     for (const Shift& column : op.columns.shifts) {
@@ -138,6 +116,11 @@ struct BackwardPixels {
     channel = scratch.take(channels_size(op)), grad_channel = scratch.take(channels_size(op));
   }
 
+  // The scratch of spatial filters begins, but for its halo, with row `first`.
+  FilterPlace place(int64_t first) const {
+    return {layout.origin - first * layout.pitch, layout.plane, layout.pitch, 1};
+  }
+
   void input_row(int64_t b, int64_t g, int64_t y, int64_t first) {
     const MapStrides &from = op.grad_strides, &to = op.grad_features_strides;
     const int64_t c = op.shape.channel(g);
@@ -150,7 +133,7 @@ struct BackwardPixels {
                          op.shape.members()};
     const int64_t stride = op.columns.stride;
     for (int64_t phase = 0; phase < std::min(stride, op.columns.size); ++phase) {
-      input_row_taps(taps, op, y, phase, layout, first);
+      input_taps(taps, op, y, phase, place(first));
       T* const out = op.grad_features + b * to.b + y * to.y + phase * to.x + c * to.c;
       Runs<T> runs(taps, op.columns.phase_size(phase));
       while (const auto* run = runs.next())
@@ -170,7 +153,7 @@ struct BackwardPixels {
                          count,
                          op.shape.members()};
     const T* const grad = op.grad + b * g.b + y * g.y + c * g.c;
-    output_row_taps(taps, op, y, layout, y - first);
+    output_taps(taps, op, y, place(first));
     Runs<T> runs(taps, op.shape.Wo);
     while (const auto* run = runs.next())
       correlate_taps<T, COMBINE>(grad_channel, sums, grad + runs.x * g.x, g.x, in, *run, runs.x,

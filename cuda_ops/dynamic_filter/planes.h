@@ -204,12 +204,33 @@ inline int64_t channel_group(const Band& layout, Combine combine) {
   return std::clamp<int64_t>(4096 / layout.plane, combine == Combine::kAlone ? 8 : 1, 16);
 }
 
+// Loads the inputs of units [begin, end), up to `group` channels of a group at a time, and calls
+// f(b, g, first channel, number of channels, rows, whether these have other filters).
+template <typename T, typename A, typename F>
+void each_channels(const DdfForward<T>& op, const Band& layout, A* input, int64_t input_size,
+                   int64_t group, int64_t begin, int64_t end, const F& f) {
+  const DdfShape& s = op.shape;
+  const MapStrides& from = op.features_strides;
+  const int64_t members = s.members();
+  for (int64_t unit = begin, n; unit < end; unit += n) {
+    const int64_t member = unit % members, g = unit / members % s.groups;
+    const int64_t band = unit / s.C % op.bands.count, b = unit / s.C / op.bands.count;
+    const int64_t first = s.channel(g) + member * s.inner;
+    const Range rows = op.bands.of(band, s.Ho);
+    n = std::min({group, members - member, end - unit});
+    for (int64_t i = 0; i < n; ++i)
+      load_input(input + i * input_size, layout,
+                 op.features + b * from.b + (first + i * s.inner) * from.c, from.y, from.x, rows,
+                 op.rows, op.columns, s.upsample);
+    f(b, g, first, n, rows, unit == begin || member == 0);
+  }
+}
+
 template <typename T, Combine COMBINE>
 void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const DdfShape& s = op.shape;
-  const MapStrides &from = op.features_strides, &to = op.out_strides;
-  const int64_t members = s.members();
+  const MapStrides& to = op.out_strides;
   const Band layout(op.rows.reach, op.columns.reach, s.Wo, op.bands.rows, kLanes<A>);
   const Band filters(0, op.columns.reach, s.Wo, op.bands.rows, kLanes<A>);
   const FlatTaps taps(op.rows, op.columns, layout, s.K);
@@ -220,18 +241,8 @@ void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
   Scratch<A> scratch(spatial_size + group * (input_size + layout.plane) + channel_size);
   A *spatial = scratch.take(spatial_size), *input = scratch.take(group * input_size);
   A *out = scratch.take(group * layout.plane), *channel = scratch.take(channel_size);
-  for (int64_t unit = begin; unit < end;) {
-    const int64_t member = unit % members, g = unit / members % s.groups;
-    const int64_t band = unit / s.C % op.bands.count, b = unit / s.C / op.bands.count;
-    const int64_t n = std::min({group, members - member, end - unit});
-    const int64_t first = s.channel(g) + member * s.inner;
-    const Range rows = op.bands.of(band, s.Ho);
-    if (unit == begin || member == 0)
-      load_spatial(spatial, filters, op, b, g, rows, taps.output, false, out);
-    for (int64_t i = 0; i < n; ++i)
-      load_input(input + i * input_size, layout,
-                 op.features + b * from.b + (first + i * s.inner) * from.c, from.y, from.x, rows,
-                 op.rows, op.columns, s.upsample);
+  const auto run = [&](int64_t b, int64_t g, int64_t first, int64_t n, Range rows, bool other) {
+    if (other) load_spatial(spatial, filters, op, b, g, rows, taps.output, false, out);
     for (int64_t i = 0; i < n; ++i) {
       if constexpr (COMBINE != Combine::kAlone) load_channel(channel, op, b, first + i * s.inner);
       sum_taps<A, COMBINE>(out + i * layout.plane, input + i * input_size + layout.origin, spatial,
@@ -240,8 +251,8 @@ void forward_planes(const DdfForward<T>& op, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; ++i)
       store_rows(op.out + b * to.b + (first + i * s.inner) * to.c + rows.begin * to.y, to.y,
                  out + i * layout.plane, layout.pitch, rows.end - rows.begin, s.Wo);
-    unit += n;
-  }
+  };
+  each_channels(op, layout, input, input_size, group, begin, end, run);
 }
 
 }  // namespace timm_dynamic::ISA

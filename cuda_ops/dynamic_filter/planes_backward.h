@@ -242,7 +242,7 @@ struct BackwardPlanes {
                              taps.input[phase], channel, span);
     A* grad_channel = nullptr;
     if (op.partial_channel) {
-      grad_channel = op.partial_channel + ((b * op.bands.count + band) * s.C + c) * s.taps();
+      grad_channel = op.channel_sums(b, band) + c * s.taps();
       std::fill_n(grad_channel, s.taps(), A(0));  // dead taps
     }
     if (filters_wanted()) correlate(i, grad_channel, span);

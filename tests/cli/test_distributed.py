@@ -1,11 +1,10 @@
-"""Several processes, started by one torchrun or by one per node, train as one process with the same global batch."""
+"""Several processes, by themselves or by a launcher a node, train as one process with the same global batch."""
 
 import csv
 import itertools
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -34,33 +33,6 @@ def workplace(tmp_path, monkeypatch, small_digits):
         copy = Path("data", image.relative_to(small_digits))
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(image)
-
-
-def launch(*commands: list[str], **environment: str) -> None:
-    """Run commands all at once, in this environment of torchrun's and Slurm's variables."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    with ExitStack() as stack:
-        processes = []
-        for command in commands:
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output
-
-
-def meeting_point(port: int = 0) -> TCPStore:
-    """Where launchers meet, kept by this process: nobody else can take the port meanwhile. They need `MEET_THERE`."""
-    return TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-
-
-MEET_THERE = {
-    "PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100",
-    "PET_LOCAL_ADDR": "localhost",
-}  # torchrun's flags
 
 
 def results(experiment: str) -> tuple[list[dict], dict]:
@@ -99,23 +71,8 @@ def assert_as_one_process(rows: list[dict], last: dict, one_rows: list[dict], on
     assert one_rows[0]["train_loss"] > one_rows[1]["train_loss"]
 
 
-def test_two_nodes_and_two_processes_and_one(monkeypatch):
-    """The same to the bit, and as one; an auxiliary loss included."""
-    flags = [*FLAGS, "--model", "test_ped_resnet", "--model-kwargs", "norm_layer=layernorm2d", "noise_std=0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    train = [str(ROOT / "train.py"), *flags, "-b", "4", "--experiment"]
-    store = meeting_point()
-    torchrun_node = [*torchrun, *f"--rdzv-backend c10d --rdzv-endpoint localhost:{store.port} --nnodes 2".split()]
-    launch(*([*torchrun_node, "--node-rank", str(node), *train, "nodes"] for node in range(2)), **MEET_THERE)
-    launch([*torchrun, "--standalone", "--nproc-per-node", "2", *train, "processes"])
-    (rows, last), (same_rows, same) = results("nodes"), results("processes")
-    assert rows == same_rows and rows[0]["train_reconstruction"] > 0
-    assert_same(last, same, rtol=0, atol=0)
-    assert_as_one_process(rows, last, *run_one_process(monkeypatch, flags))
-
-
-def test_slurm_script(monkeypatch):
-    """The example, with a Slurm of two nodes that are this machine; it trains as one process does."""
+def test_two_nodes_and_two_processes_and_one(monkeypatch, processes):
+    """The example for Slurm, whose two nodes are this machine: to the bit as two processes, and as one."""
     scripts = {
         "scontrol": 'test "$*" = "show hostnames node[1-2]"; printf "localhost\nnode2\n"',
         "srun": "while [[ $1 == --* ]]; do shift; done\n"
@@ -124,10 +81,11 @@ def test_slurm_script(monkeypatch):
     for name, text in scripts.items():
         Path(name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
         Path(name).chmod(0o755)
-    flags = [*FLAGS, "--model", "test_ddf_resnet", "--model-kwargs", "norm_layer=layernorm2d"]
+    flags = [*FLAGS, "--model", "test_ped_resnet", "--model-kwargs", "norm_layer=layernorm2d", "noise_std=0"]
     for job in itertools.count():
         try:
-            store = meeting_point(20000 + job)  # of the script
+            # Where launchers meet, the port of the script: kept here, so that nobody else takes it meanwhile.
+            store = TCPStore("localhost", 20000 + job, is_master=True, wait_for_workers=False)
             break
         except torch.distributed.DistNetworkError:
             assert job < 1000
@@ -138,11 +96,22 @@ def test_slurm_script(monkeypatch):
         "GPUS_ON_NODE": "1",
         "CPUS_PER_TASK": "1",
     }
-    launch(
-        ["bash", str(ROOT / "examples/slurm.sbatch"), *flags, "-b", "4", "--experiment", "slurm"],
-        PATH=f"{Path.cwd()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path.cwd()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{f"SLURM_{key}": value for key, value in slurm.items()},
-        **MEET_THERE,
-    )
+        "PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100",  # torchrun's flags
+        "PET_LOCAL_ADDR": "localhost",
+    }
+    command = ["bash", str(ROOT / "examples/slurm.sbatch"), *flags, "-b", "4", "--experiment", "slurm"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     del store
-    assert_as_one_process(*results("slurm"), *run_one_process(monkeypatch, flags))
+    logs = processes.ranks(["train", *flags, "-b", "4", "--experiment", "processes"])
+    assert [status for status, _ in logs] == [0, 0], logs
+    (rows, last), (same_rows, same) = results("slurm"), results("processes")
+    assert rows == same_rows and rows[0]["train_reconstruction"] > 0
+    assert_same(last, same, rtol=0, atol=0)
+    assert_as_one_process(rows, last, *run_one_process(monkeypatch, flags))

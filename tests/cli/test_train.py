@@ -16,7 +16,7 @@ from commands import TRAIN_FLAGS, read_summary, run
 from timm_dynamic import cli
 from timm_dynamic.cli.train import write_summary
 from timm_dynamic.cli.validate import evaluate
-from timm_dynamic.convert import extract_state_dict, load_checkpoint, read_checkpoint
+from timm_dynamic.convert import load_checkpoint, read_checkpoint
 from timm_dynamic.layers import DynamicConv2d
 from timm_dynamic.training import set_progress
 
@@ -343,30 +343,17 @@ def test_flags(capsys, flags):
     assert not any(key.startswith(("_orig_mod", "module")) for key in last["state_dict"])
 
 
-def test_two_processes(capsys):
-    """Each sees half of the data; validation is of all images, and exact, though 3 x 7 images don't halve."""
-    for label in range(7):
-        shutil.copytree(f"data/train/{label}", f"seven/train/{label}")
-        for i in range(3):
-            Path(f"seven/val/{label}").mkdir(parents=True, exist_ok=True)
-            shutil.copy(f"data/train/{label}/{i}.png", f"seven/val/{label}")
-    flags = [*TRAIN_FLAGS, "-b", "4", "--model-ema", "--experiment", "two"]
-    script = [str(ROOT / "distributed_train.sh"), "2", "seven", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best eval_top1") == 1
-    rows = read_summary("out/two")
-    assert [row["epoch"] for row in rows] == [0, 1]
-    last = read_checkpoint("out/two/last.pth.tar")
-    assert last["args"].world_size == 2
-    torch.save(extract_state_dict(last, use_ema=True), "ema.pth")
-    flags = [*DATA_FLAGS, "--checkpoint", "ema.pth", "--results-file", "r.csv"]
-    assert cli.main(["validate", "seven", *flags]) == 0
-    with open("r.csv", newline="") as file:
-        result = next(csv.DictReader(file))
-    for key in ("top1", "top5"):
-        assert rows[-1][f"eval_{key}"] == pytest.approx(float(result[key]), abs=1e-3)
+def test_distributed_script():
+    """What it starts, in a folder without our .venv; tests/cli/test_distributed.py trains with several processes."""
+    shutil.copy(ROOT / "distributed_train.sh", ".")
+    Path("python3").write_text('#!/bin/sh\necho "$@"\n')
+    Path("python3").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{Path.cwd()}:{os.environ['PATH']}"}
+    command = ["./distributed_train.sh", "2", "data", "--model", "x y"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == (
+        f"-m torch.distributed.run --standalone --nproc_per_node 2 {Path.cwd()}/train.py data --model x y\n"
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["0"], ["-1"], ["two", "data"]])

@@ -1,6 +1,5 @@
 import argparse
 import errno
-import json
 import os
 import random
 import shutil
@@ -26,89 +25,56 @@ FLAGS = (
 ).split()
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-# Forks a process for each run, so that torch is imported once. A run may be told to kill itself at its n-th event: an
-# update's backward pass, the middle of writing a checkpoint, or a call that changes names in its folder.
-SERVER = """
-import io, json, os, resource, signal, sys
-import torch
-import timm_dynamic.cli.train
-from timm_dynamic import cli
+# A run may be told to kill itself at its n-th event: an update's backward pass, the middle of writing a checkpoint, or
+# a call that changes names in its folder.
+KILL = """
+import io, os, signal, torch
 
-def kill_at(number):
-    seen = 0
-    def event():
-        nonlocal seen
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-    def watch(owner, name):
-        call = getattr(owner, name)
-        def watched(*args, **kwargs):
-            event()
-            return call(*args, **kwargs)
-        setattr(owner, name, watched)
-    for name in ("replace", "link", "fsync", "remove"):
-        watch(os, name)
-    watch(torch.Tensor, "backward")
-    save = torch.save
-    def watched_save(value, file):
-        whole = io.BytesIO()
-        save(value, whole)
-        half = len(whole.getvalue()) // 2
-        file.write(whole.getvalue()[:half])
-        file.flush()
+seen = 0
+
+def event():
+    global seen
+    if seen == {event}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen += 1
+
+def watch(owner, name):
+    call = getattr(owner, name)
+    def watched(*args, **kwargs):
         event()
-        file.write(whole.getvalue()[half:])
-    torch.save = watched_save
+        return call(*args, **kwargs)
+    setattr(owner, name, watched)
 
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.chdir(job["folder"])
-        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        if job["event"] is not None:
-            kill_at(job["event"])
-        if job["file_size"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], job["file_size"]))
-        status = cli.main(job["argv"])
-        sys.stdout.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+for name in ("replace", "link", "fsync", "remove"):
+    watch(os, name)
+watch(torch.Tensor, "backward")
+save = torch.save
+
+def watched_save(value, file):
+    whole = io.BytesIO()
+    save(value, whole)
+    half = len(whole.getvalue()) // 2
+    file.write(whole.getvalue()[:half])
+    file.flush()
+    event()
+    file.write(whole.getvalue()[half:])
+
+torch.save = watched_save
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    yield process
-    process.stdin.close()
-    assert process.wait(60) == 0
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
 
 
 @pytest.fixture
-def run(server, tmp_path, monkeypatch, small_digits):
+def run(processes, tmp_path, monkeypatch, small_digits):
     """`run(folder, flags)` trains in a process of its own, with the digits as `data`; returns its status and output."""
     monkeypatch.chdir(tmp_path)
 
-    def start(folder, flags="", event=None, file_size=0):
+    def start(folder, flags="", code=""):
         folder = Path(folder)
         if not folder.exists():
             folder.mkdir()
             (folder / "data").symlink_to(small_digits)
-        job = {
-            "argv": [*FLAGS, *flags.split()],
-            "folder": str(folder.resolve()),
-            "event": event,
-            "file_size": file_size,
-        }
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        return status, (folder / "log").read_text()
+        return processes.run([*FLAGS, *flags.split()], folder, code)
 
     return start
 
@@ -168,18 +134,18 @@ def newest_epoch(folder):
 )
 def test_killed_again_and_again(run, flags):
     """At events drawn at random from what the run does in about an epoch, until it has come to its end."""
-    flags += " --epochs 4"
+    flags += " --epochs 3"
     expected = finish(run, "whole", flags)
     draw, epoch, killed = random.Random(0), -1, 0
     while True:
-        status, log = run("killed", flags, event=draw.randrange(2, 26))
+        status, log = run("killed", flags, KILL.format(event=draw.randrange(2, 26)))
         if status == 0:
             break
         assert status == -signal.SIGKILL, log
         killed += 1
         assert newest_epoch("killed") >= epoch
         epoch = newest_epoch("killed")
-    assert killed >= 3
+    assert killed >= 2
     assert_same(contents("killed"), expected)
 
 
@@ -190,7 +156,7 @@ def test_killed_at_each_event_of_a_save(run):
     saw_half_a_file = False
     for event in range(15, 26):
         shutil.rmtree("killed", ignore_errors=True)
-        status, log = run("killed", flags, event=event)
+        status, log = run("killed", flags, KILL.format(event=event))
         assert status == -signal.SIGKILL, log
         saw_half_a_file |= Path("killed/out/run/tmp.pth.tar").exists()
         assert_same(finish(run, "killed", flags), expected)
@@ -325,9 +291,9 @@ def test_file_too_large(run):
     """A real write error of the system; the file system is full for files of that size, as it were."""
     flags = "--model test_ped_resnet --epochs 2"
     expected = finish(run, "whole", flags)
-    assert run("full", flags, event=14)[0] == -signal.SIGKILL
+    assert run("full", flags, KILL.format(event=14))[0] == -signal.SIGKILL
     for size in (3000, 100_000, 600_000):
-        status, log = run("full", flags, file_size=size)
+        status, log = run("full", flags, LIMIT.format(size=size))
         assert status == 2 and log.count("error: ") == 1
         assert "error: cannot save epoch 1 in out/run (File too large); out/run/last.pth.tar holds epoch 0: " in log
         assert "make room and go on with --resume auto" in log
@@ -368,7 +334,7 @@ import timm_dynamic.cli.train
 backward, count = torch.Tensor.backward, iter(range(1000))
 
 def dying(*args, **kwargs):
-    if next(count) == 5 and os.environ["RANK"] == os.environ["DIES"] and not Path("died").exists():
+    if next(count) == 3 and os.environ["RANK"] == "1" and not Path("died").exists():
         Path("died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(*args, **kwargs)
@@ -378,19 +344,17 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_worker_killed_under_torchrun(workplace):
+def test_a_worker_killed_under_torchrun(workplace, processes):
     """The launcher starts all of them again, and they go on together, with EMA and two processes' BatchNorm."""
+    flags = [*FLAGS, *"--model test_ped_resnet -b 10 --epochs 2 --model-ema --model-ema-decay 0.9 --output".split()]
+    assert [status for status, _ in processes.ranks([*flags, "whole"])] == [0, 0]
     Path("ranks.py").write_text(RANKS)
     launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 ranks.py".split()
-    flags = "--model test_ped_resnet -b 10 --epochs 3 --model-ema --model-ema-decay 0.9".split()
-    results = {}
-    for dies in ("none", "1"):
-        command = [sys.executable, *launcher, *FLAGS, *flags, "--output", dies]
-        done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, "DIES": dies}, timeout=400)
-        assert done.returncode == 0, done.stderr
-        assert Path("died").exists() == (dies == "1")
-        results[dies] = done, read_checkpoint(f"{dies}/run/last.pth.tar"), Path(f"{dies}/run/summary.csv").read_bytes()
-    assert "--resume auto: from 1/run/last.pth.tar" in results["1"][0].stderr
+    command = [sys.executable, *launcher, *flags, "killed"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
+    assert done.returncode == 0 and Path("died").exists(), done.stderr
+    assert "--resume auto: from killed/run/last.pth.tar" in done.stderr
+    whole, killed = (read_checkpoint(f"{folder}/run/last.pth.tar") for folder in ("whole", "killed"))
     for key in ("state_dict", "state_dict_ema", "optimizer", "epoch"):
-        assert_equal(results["1"][1][key], results["none"][1][key], key)
-    assert results["1"][2] == results["none"][2]
+        assert_equal(killed[key], whole[key], key)
+    assert Path("killed/run/summary.csv").read_bytes() == Path("whole/run/summary.csv").read_bytes()

@@ -1,8 +1,4 @@
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from timm_dynamic.cli.common import create_model
 from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.layers import PEDConv2d
 
-ROOT = Path(__file__).parents[2]
 FLAGS = ["train", "data", *TRAIN_FLAGS, "--model", "test_ped_resnet"]
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -147,10 +142,10 @@ def _with_scale(scaler, scale):
     return scaler
 
 
-RANKS = """
-import os, sys, torch
-from timm_dynamic import cli
+SPOIL_THE_SECOND = """
+import os, torch
 from timm_dynamic.cli import train_build
+
 create, count = train_build.create_model, iter(range(1000))
 
 def spoil(module, args):
@@ -163,22 +158,13 @@ def spoilt(*args, **kwargs):
     return model
 
 train_build.create_model = spoilt
-sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_processes_skip_together():
+def test_processes_skip_together(processes):
     """What only the second of them sees; then they stop together."""
-    Path("ranks.py").write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"]
-    done = subprocess.run(
-        [*launcher, *FLAGS, "-b", "5", "--skip-nonfinite", "1"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=400,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "epoch 0, step 2 of 4, learning rate 0.05: the task's loss is nan" in done.stderr
-    assert done.stderr.count("update skipped, 1 of 1") == 2  # each of them says so
-    assert "error: epoch 0, step 4 of 4, learning rate 0.05: the task's loss is nan" in done.stderr
+    for status, log in processes.ranks([*FLAGS, "-b", "5", "--skip-nonfinite", "1"], code=SPOIL_THE_SECOND):
+        assert status == 2
+        assert "epoch 0, step 2 of 4, learning rate 0.05: the task's loss is nan" in log
+        assert log.count("update skipped, 1 of 1") == 1
+        assert "error: epoch 0, step 4 of 4, learning rate 0.05: the task's loss is nan" in log

@@ -2,10 +2,7 @@
 
 import argparse
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -153,15 +150,11 @@ def test_flags(capsys, flags):
     assert len(rows) == 1 and all(math.isfinite(value) for value in rows[0].values())
 
 
-def test_two_processes(capsys):
+def test_two_processes(processes):
     """Validation is exact, though three images don't halve."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "timm_dynamic.cli", "train_segmentation", "data", *FLAGS, "-b", "2", "--epochs", "1"]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("best eval_miou") == 1
+    logs = processes.ranks(["train_segmentation", "data", *FLAGS, "-b", "2", "--epochs", "1"])
+    assert [status for status, _ in logs] == [0, 0], logs
+    assert "".join(log for _, log in logs).count("best eval_miou") == 1
     (row,) = read_summary("out/run")
     assert read_checkpoint("out/run/last.pth.tar")["args"].world_size == 2
     assert row["eval_miou"] == pytest.approx(reference_miou("out/run/last.pth.tar", epoch=0), abs=1e-3)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from steps import assert_same_step
 from timm.layers import Conv2dSame
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import timm_dynamic
 from timm_dynamic.layers import DynamicConv2d, load_reference
@@ -308,15 +307,6 @@ class TestInOtherHands:
         layer, x = DynamicConv2d(8, 8, 3, padding="same"), torch.randn(2, 8, 5, 5)
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
 
-    def test_gradient_checkpointing(self):
-        layer, x = DynamicConv2d(8, 8, 3), torch.randn(2, 8, 5, 5)
-        layer(x).square().sum().backward()
-        expected = [p.grad.clone() for p in layer.parameters()]
-        layer.zero_grad()
-        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-        for p, grad in zip(layer.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.grad, grad)
-
 
 @pytest.mark.parametrize("around_mean", [False, True])
 @pytest.mark.parametrize("arguments", [(1,), (3, 2, 1), (3, 1, "same", 1, 4), (1, 1, 0, 1, 1, False)], ids=str)
@@ -343,30 +333,3 @@ class TestInference:
         scale, shift = torch.randn(2, 12)
         expected = layer(x) * scale[:, None, None] + shift[:, None, None]
         torch.testing.assert_close(layer.absorb(scale, shift)(x), expected, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_parts_are_called():
-    layer, x = DynamicConv2d(8, 12, 3).eval(), torch.randn(2, 8, 5, 5)
-    called = []
-    for name in ("attention", "attention.to_scores", "attention.to_scores.0", "attention.to_scores.2"):
-        handle = layer.get_submodule(name).register_forward_hook(lambda *args: called.append(args[0]))
-        layer(x)
-        handle.remove()
-        assert called.pop() is layer.get_submodule(name) and not called
-    torch.testing.assert_close(
-        torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})(x), layer(x), rtol=0.1, atol=0.1
-    )
-
-
-def test_per_sample_gradients():
-    layer, x = DynamicConv2d(8, 12, 3).double(), torch.randn(3, 8, 5, 5).double()
-    parameters = dict(layer.named_parameters())
-
-    def loss(parameters, sample):
-        return torch.func.functional_call(layer, parameters, sample[None]).square().sum()
-
-    each = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    layer(x).square().sum().backward()
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(each[name].sum(0), parameter.grad)

@@ -105,6 +105,12 @@ def test_parameters_of_16_bits(dtype):
     torch.testing.assert_close(layer.eval()(x).float(), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"groups": 2}, {"basis_ratio": 0.5, "cell_num_ratio": 4}, {"layer_norm": True}])
+def test_torchscript(kwargs):
+    layer, x = KWConv2d(8, 8, 3, **kwargs).eval(), torch.randn(3, 8, 6, 6)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))
+
+
 class TestSharing:
     def test_dynamize_goes_by_stage(self):
         static, x = resnet().eval(), torch.randn(2, 3, 64, 64)
@@ -117,6 +123,14 @@ class TestSharing:
         keys = [key for key in model.state_dict() if key.endswith(".cells")]
         assert keys == [f"layer{stage}.0.conv1.warehouse.cells" for stage in (1, 2, 3, 4)]
         assert set(dict(model.named_parameters())) <= set(model.state_dict())
+
+    def test_its_tensors_are_listed_once(self):
+        """Also for who asks for all names, to swap what is behind each of them."""
+        model = timm.create_model("test_kw_resnet")
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith("cells")]
+        assert names == [f"warehouses.{i}.cells" for i in range(4)]
+        alone = model.layer2[0].conv2  # has all that it needs
+        assert "warehouse.cells" in dict(alone.named_parameters()) and "warehouse.cells" in alone.state_dict()
 
     def test_depthwise_layers_are_apart(self):
         model = dynamize(timm.create_model("test_efficientnet"), "kw")

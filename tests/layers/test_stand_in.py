@@ -1,4 +1,4 @@
-"""The weight that dynamic layers do not have: asked about, never computed with."""
+"""The weight that dynamic layers do not have: asked about, scaled, never computed with."""
 
 import copy
 import io
@@ -42,11 +42,15 @@ def test_of_a_classifier_and_on_another_device():
 
 
 REFUSALS = {
-    "merge a norm": lambda layer: torch.nn.utils.fusion.fuse_conv_bn_eval(layer, nn.BatchNorm2d(8).eval()),
     "merge a norm by hand": lambda layer: layer.weight.clone().view(8, -1),
     "data": lambda layer: layer.weight.data,
     "detach": lambda layer: layer.weight.detach(),
     "product": lambda layer: 2 * layer.weight,
+    "product with inputs": lambda layer: layer.weight * torch.ones(1, layer.weight.shape[1], 1, 1),
+    "product with itself": lambda layer: layer.weight * layer.weight,
+    "sum of a product": lambda layer: layer.weight * torch.ones(8, 1, 1, 1) + 1,
+    "product of a product": lambda layer: layer.weight * torch.ones(8, 1, 1, 1) * torch.ones(8, 1, 1, 1),
+    "numbers of a product": lambda layer: (layer.weight * torch.ones(8, 1, 1, 1)).numpy(),
     "copy": lambda layer: nn.Parameter(layer.weight),
     "convolve": lambda layer: nn.functional.conv2d(torch.zeros(1, 8, 3, 3), layer.weight),
     "convert": lambda layer: layer.weight.float(),
@@ -57,6 +61,8 @@ REFUSALS = {
     "freeze": lambda layer: setattr(layer.weight, "requires_grad", False),
     "set": lambda layer: setattr(layer, "weight", torch.zeros(1)),
     "set a parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(1))),
+    "set another's": lambda layer: setattr(layer, "weight", LAYERS["dcd"]().weight * torch.ones(8, 1, 1, 1)),
+    "set itself": lambda layer: setattr(layer, "weight", layer.weight),
     "delete": lambda layer: delattr(layer, "weight"),
     "save": lambda layer: torch.save(layer.weight, io.BytesIO()),
 }
@@ -67,6 +73,22 @@ def test_all_else_is_refused_in_one_line(layer, use):
     with pytest.raises(ValueError, match=REFUSED) as error:
         use(layer)
     assert "\n" not in str(error.value)
+
+
+def test_a_multiple_that_is_set_scales_the_outputs(layer):
+    """All but the bias; other parameters stay what they are, and a part that somebody watches is an error."""
+    scale, x = torch.rand(8, dtype=torch.float64) + 0.5, torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    bias = 0 if layer.bias is None else layer.bias.detach().clone()[:, None, None]
+    expected = scale[:, None, None] * (layer(x) - bias) + bias
+    layer.weight = nn.Parameter(layer.weight * scale.view(-1, 1, 1, 1), False)
+    torch.testing.assert_close(layer(x), expected)
+    layer.bias = nn.Parameter(torch.zeros_like(scale))
+    torch.testing.assert_close(layer(x), expected - bias)
+    torch.testing.assert_close(layer.bias, torch.zeros_like(scale))
+    if layer.parts:
+        layer.get_submodule(layer.parts[0][1]).register_forward_hook(print)
+        with pytest.raises(ValueError, match="a dynamic layer cannot absorb a norm: hooks on "):
+            layer.weight = layer.weight * scale.view(-1, 1, 1, 1)
 
 
 def test_copies_files_and_optimizers_know_nothing_of_it(layer):

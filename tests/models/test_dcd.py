@@ -1,6 +1,5 @@
 """DCD networks: the authors' numbers, and what is theirs beyond what every model can do."""
 
-import copy
 import warnings
 
 import pytest
@@ -193,49 +192,9 @@ def trained(request):
 
 class TestTheWholeNetwork:
     @torch.no_grad()
-    def test_batch_and_memory_format_do_not_matter(self, trained):
-        model, x = trained.double(), image(3).double()
-        expected = model(x)
-        torch.testing.assert_close(torch.cat([model(sample) for sample in x.split(1)]), expected)
-        assert model(x[:0]).shape == (0, 10)
-        model = model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-
-    @torch.no_grad()
     def test_odd_sizes(self, trained):
         for size in ((97, 65), (225, 33), (1, 1)):
             assert trained(torch.randn(2, 3, *size)).isfinite().all()
-
-    def test_deepcopy(self, trained):
-        x = image()
-        assert torch.equal(copy.deepcopy(trained)(x), trained(x))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_autocast(self, trained, dtype):
-        with torch.autocast("cpu", dtype):
-            loss = trained.train()(image(4) * 100).float().logsumexp(1).mean()
-        loss.backward()
-        assert loss.isfinite()
-        assert all(p.grad.isfinite().all() for p in trained.parameters())
-
-    @pytest.mark.parametrize("trained", [TINY], indirect=True)
-    def test_compile_fullgraph(self, trained):
-        model, x = trained.double(), image().double()
-        torch._dynamo.reset()
-        output = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-        torch.testing.assert_close(output, model(x))
-        output.sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("trained", [TINY], indirect=True)
-    def test_export_with_a_dynamic_batch(self, trained):
-        model = trained.double()
-        shapes = {"x": {0: torch.export.Dim("batch")}}
-        program = torch.export.export(model, (image().double(),), dynamic_shapes=shapes)
-        for batch in (1, 3):
-            x = image(batch).double()
-            torch.testing.assert_close(program.module()(x), model(x))
 
     @torch.no_grad()
     def test_script(self, trained):

@@ -1,8 +1,5 @@
 """DDF-ResNets: what is theirs, beyond what every model can do."""
 
-import copy
-import io
-
 import pytest
 import timm
 import torch
@@ -158,71 +155,3 @@ class TestCheckpointFilter:
         filtered = checkpoint_filter_fn({"state_dict": {"unknown": torch.ones(1)}}, model)
         with pytest.raises(RuntimeError, match="unknown"):
             model.load_state_dict(filtered)
-
-
-class TestTheTinyModel:
-    """Properties of the network that one model shows as well as seven."""
-
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def test_deepcopy_and_pickle(self):
-        model = timm.create_model(TINY).eval()
-        expected = model(self.x)
-        assert torch.equal(copy.deepcopy(model)(self.x), expected)
-        file = io.BytesIO()
-        torch.save(model.state_dict(), file)
-        file.seek(0)
-        other = timm.create_model(TINY).eval()
-        other.load_state_dict(torch.load(file, weights_only=True))
-        assert torch.equal(other(self.x), expected)
-
-    @torch.no_grad()
-    def test_batch_does_not_matter(self):
-        model = timm.create_model(TINY, zero_init_last=False).double().eval()
-        x = self.x.double()
-        torch.testing.assert_close(torch.cat([model(x[:1]), model(x[1:])]), model(x))
-        assert model(x[:0]).shape == (0, 10)
-
-    @torch.no_grad()
-    def test_channels_last(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
-        expected = model(self.x)
-        model = model.to(memory_format=torch.channels_last)
-        output = model(self.x.to(memory_format=torch.channels_last))
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
-
-    def test_autocast(self):
-        model = timm.create_model(TINY)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(self.x).square().mean()
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
-
-    @torch.no_grad()
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_half_precision(self, dtype):
-        model = timm.create_model(TINY, dtype=dtype).eval()
-        output = model(self.x.to(dtype))
-        assert output.dtype == dtype and output.isfinite().all()
-
-    @torch.no_grad()
-    def test_export_with_a_dynamic_batch(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
-        shapes = {"x": {0: torch.export.Dim("batch", min=1)}}
-        program = torch.export.export(model, (self.x,), dynamic_shapes=shapes)
-        x = torch.randn(3, 3, 64, 64)
-        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-3, atol=1e-4)
-
-    def test_compile_fullgraph(self):
-        model = timm.create_model(TINY, zero_init_last=False).eval()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        output = compiled(self.x)
-        torch.testing.assert_close(output, model(self.x), rtol=1e-3, atol=1e-4)
-        output.sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
-
-    @torch.no_grad()
-    def test_fx_features(self):
-        model = timm.create_model(TINY, features_only=True, feature_cls="fx").eval()
-        assert [feature.shape[1] for feature in model(self.x)] == model.feature_info.channels()

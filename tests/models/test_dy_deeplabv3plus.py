@@ -278,12 +278,6 @@ class TestUses:
         assert all(p.grad is not None for p in model.parameters())
 
     @torch.no_grad()
-    def test_export(self, model):
-        x = image(70, 65)
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.testing.assert_close(program.module()(x[:1]), model(x[:1]))
-
-    @torch.no_grad()
     def test_onnx(self, model, tmp_path):
         for package in ("onnx", "onnxruntime", "onnxscript"):
             pytest.importorskip(package)

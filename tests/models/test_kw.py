@@ -1,6 +1,7 @@
 """KernelWarehouse's networks: sizes, cells, the authors' formats."""
 
 import json
+import math
 import re
 import struct
 import zlib
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from timm_dynamic.convert import load_checkpoint
+from timm_dynamic.layers import KWConv2d
 
 DATA = Path(__file__).parents[1] / "data"
 PARAMETERS = {
@@ -55,6 +57,68 @@ def test_cells(name):
         sizes = (attention.mixtures, len(layer.warehouse.cells), attention.local.start)
         assert sizes == (row["mixtures"], row["cells"], row["start"])
         assert f"{zlib.crc32(struct.pack(f'<{len(first)}q', *first.tolist())):08x}" == row["onehot_crc32"]
+
+
+def places_of_mobilenetv2(model, pointwise, half):
+    """The names of the layers of each warehouse, in the order of its first use."""
+    stages = [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 6, 6, 6]  # the first block of a stage has the number before
+    blocks = [f"blocks.{i}.{j}." for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    places = {"stem": ["conv_stem"]}
+    for stage, block in zip(stages, blocks, strict=True):
+        kinds = {"conv_pw": "pw0", "conv_dw": "dw", "conv_pwl": "pw1"} if block != blocks[0] else {}
+        for name, kind in (kinds or {"conv_dw": "dw", "conv_pw": "pw1"}).items():
+            if kind == "dw" or not half or stage == 6:
+                key = (stage, kind if kind == "dw" or not pointwise else "pw")
+                places.setdefault(key, []).append(block + name)
+    places[6, "pw" if pointwise else "pw1"].append("conv_head")
+    return [*places.values(), *([["classifier.conv"]] if half else [])]
+
+
+def places_of_convnext(model):
+    places = [["stem.0"], *([f"stages.{i}.downsample.1"] for i in (1, 2, 3))]
+    for i, stage in enumerate(model.stages):
+        blocks = [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))]
+        places.append([f"{block}.conv_dw" for block in blocks])
+        places.append([f"{block}.mlp.{name}" for block in blocks for name in ("fc1", "fc2")])
+    return places
+
+
+HALF = [1] * 6 + [0.5, 1, 0.5, 0.5], [1] * 6 + [0.5, 1, 0.5, 1], [1] * 6 + [0.5, 1, 0.5, 0.025]
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if "resnet" not in name])
+def test_which_layers_share_cells(name):
+    """Where there is no case of the authors' numbers: whose cells, how many, in which order, of what size."""
+    model, convnext, ratio = timm.create_model(name, device="meta"), "convnext" in name, name.partition("_")[0]
+    if convnext:
+        wanted = places_of_convnext(model)
+    else:
+        wanted = places_of_mobilenetv2(model, ratio == "kw1x", ratio == "kw1d2x")
+    assert len(wanted) == {"kw1d2x": 10, "kw1x": 12 if convnext else 13, "kw4x": 19}[ratio]
+    ratios = HALF if ratio == "kw1d2x" else ([4 if ratio == "kw4x" else 1] * len(wanted), [1] * 19, [1] * 19)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KWConv2d)}
+    assert sorted(layers) == sorted(sum(wanted, []))
+    for warehouse, names, number, out, into in zip(model.warehouses.values(), wanted, *ratios, strict=False):
+        mine = {name: layer for name, layer in layers.items() if layer.warehouse is warehouse}
+        assert sorted(mine) == sorted(names)
+        outputs = max(int(math.gcd(*(layer.out_channels for layer in mine.values())) * out), 1)
+        inputs = max(int(math.gcd(*(layer.in_channels // layer.groups for layer in mine.values())) * into), 1)
+        start = 0
+        for layer in mine.values():  # in the order of the modules
+            taps = math.prod(layer.kernel_size)
+            mixtures = taps * (layer.out_channels // outputs) * (layer.in_channels // layer.groups // inputs)
+            assert (layer.attention.mixtures, layer.attention.local.start) == (mixtures, start)
+            start += int(mixtures * number)
+        assert warehouse.cells.shape == (start, outputs, inputs)
+        for layer in mine.values():
+            attention, hidden = layer.attention, max(int(layer.in_channels / (32 if ratio == "kw1d2x" else 16)), 16)
+            assert attention.fc1.weight.shape == (hidden, layer.in_channels)
+            assert attention.fc2.weight.shape == (attention.mixtures * (start + 1), hidden)
+            assert (layer.bias is not None) == (attention.fc1.bias is not None) == convnext or "classifier" in names[0]
+            assert (
+                type(attention.norm1) is (nn.LayerNorm if convnext else nn.BatchNorm1d) and attention.norm1.eps == 1e-5
+            )
+    assert [key for key in model.state_dict()][: len(wanted)] == [f"warehouses.{i}.cells" for i in range(len(wanted))]
 
 
 def authors(model, nested):

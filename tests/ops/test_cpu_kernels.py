@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import in_turns
 from torch import Tensor
 
 from timm_dynamic.ops import backend_info
@@ -197,10 +198,11 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("sizes", [[4], [33, 17, 9], [1, 200]], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 37, 5, 7), (16, 96, 14, 14)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "sizes", "activation", "biased"),
+    in_turns(((1, 1, 1, 1), (3, 37, 5, 7), (16, 96, 14, 14)), ([4], [33, 17, 9], [1, 200]), ACTIVATIONS, (True, False)),
+    ids=str,
+)
 def test_pooled_heads(shape, sizes, biased, activation):
     hidden = 11
     weights, biases = [torch.randn(n, hidden) for n in sizes], [torch.randn(n) for n in sizes]

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from pairs import in_turns
 
 from timm_dynamic import use
 from timm_dynamic.ops import backend_info, filter_norm
@@ -38,9 +39,7 @@ def formula(x, taps, scale):
 
 
 @BACKENDS
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), in_turns(SHAPES, TOLERANCE, LAYOUTS), ids=str)
 def test_formula(backend, shape, dtype, layout):
     x = LAYOUTS[layout](torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype))
     with backend():
@@ -67,8 +66,7 @@ def test_gradcheck(backend):
         torch.autograd.gradgradcheck(lambda x: filter_norm(x, 4, 0.7), x)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float32), ("channels_last", torch.bfloat16)])
 def test_opcheck(layout, dtype):
     x = LAYOUTS[layout](torch.randn(2, 18, 3, 5).to(dtype)).requires_grad_()
     tolerance = {"atol": 5e-2, "rtol": 5e-2} if dtype == torch.bfloat16 else {}

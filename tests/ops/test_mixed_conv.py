@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pairs import in_turns
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,9 +89,7 @@ def gradients(y, inputs, grad=None):
     return dict(zip(wanted, torch.autograd.grad(y, wanted.values(), grad), strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("factors", FACTORS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "factors", "layout"), in_turns(CASES, FACTORS, LAYOUTS))
 def test_output_and_gradients(name, factors, layout):
     inputs, options = case_of(name, factors)
     x = LAYOUTS[layout](inputs[0].detach()).requires_grad_()
@@ -112,9 +111,14 @@ def test_output_and_gradients(name, factors, layout):
             assert layout == "contiguous" or x.is_contiguous() or out.is_contiguous(memory_format=memory_format(x))
 
 
-@pytest.mark.parametrize("factors", FACTORS)
-@pytest.mark.parametrize("name", ["1x1", "1x1, small map", "dense", "small map", "depthwise", "one sample"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided arguments"])
+@pytest.mark.parametrize(
+    ("name", "factors", "layout"),
+    in_turns(
+        ("1x1", "1x1, small map", "dense", "small map", "depthwise", "one sample"),
+        FACTORS,
+        ("contiguous", "channels_last", "strided arguments"),
+    ),
+)
 def test_single_precision(name, factors, layout):
     inputs, options = case_of(name, factors, dtype=torch.float32)
     double = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
@@ -153,8 +157,9 @@ def test_only_wanted_gradients(name, needed):
     torch.testing.assert_close(*(gradients(f(*inputs, *options).square().sum(), inputs) for f in (run, written_out)))
 
 
-@pytest.mark.parametrize("factors", FACTORS)
-@pytest.mark.parametrize("name", ["1x1", "depthwise", "small map", "no sample"])
+@pytest.mark.parametrize(
+    ("name", "factors"), [*zip(("1x1", "depthwise", "small map", "no sample", "dense"), FACTORS, strict=True)]
+)
 def test_registration(name, factors):
     inputs, options = case_of(name, factors)
     operators = torch.ops.timm_dynamic
@@ -218,7 +223,7 @@ def test_transforms(name, factors):
     torch.testing.assert_close(each.sum(0), expected[shared])
 
 
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", ["gated", "mixed and gated"])
 def test_compiled_with_a_dynamic_batch(factors):
     torch.compiler.reset()
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -288,9 +293,13 @@ def test_large_weights_are_mixed_in_parts(monkeypatch):
     assert [p.start for p in training._parts(x, attention, kernels)] == [0, 4, 8]  # at least four at a time
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("factors", ["mixed", "gated"])
-@pytest.mark.parametrize("name", ["1x1", "depthwise", "dense", "small map", "one sample"])
+@pytest.mark.parametrize(
+    ("name", "factors", "dtype"),
+    in_turns(
+        ("1x1", "depthwise", "dense", "small map", "one sample"), ("mixed", "gated"), (torch.bfloat16, torch.float16)
+    ),
+    ids=str,
+)
 def test_autocast(name, factors, dtype):
     inputs, options = case_of(name, factors, dtype=torch.float32)
     with torch.autocast("cpu", dtype):

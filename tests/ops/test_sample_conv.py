@@ -71,10 +71,9 @@ def test_transforms(case):
     torch.testing.assert_close(tuple(t[:, 0] for t in each), expected)
 
 
+@pytest.mark.parametrize("case", ["1x1, strided", "depthwise, strided and doubled", "grouped"], indirect=True)
 def test_compiled_and_exported_with_a_dynamic_batch(case):
     x, weight, options = case
-    if len(x) < 2:
-        pytest.skip("traced with more")
 
     class Net(torch.nn.Module):
         def forward(self, x, weight):

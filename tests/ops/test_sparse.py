@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import in_turns
 
 from timm_dynamic.ops import backend_info
 from timm_dynamic.ops.registration import OPERATORS
@@ -53,8 +54,7 @@ def in_float64(matrix):
 
 
 @needs_kernels
-@pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "limits"), in_turns(SIZES, (RELU6, NO_LIMITS)), ids=str)
 class TestProducts:
     def test_gather_conv(self, size, limits):
         source, rows, matrix, bias = product(*size)
@@ -91,9 +91,9 @@ class TestProducts:
 
 
 @needs_kernels
-@pytest.mark.parametrize("limits", [RELU6, NO_LIMITS], ids=str)
-@pytest.mark.parametrize("C", [1, 5, 16, 24, 96, 130])
-@pytest.mark.parametrize("M", [0, 1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize(
+    ("M", "C", "limits"), in_turns((0, 1, 2, 15, 16, 17, 40), (1, 5, 16, 24, 96, 130), (RELU6, NO_LIMITS)), ids=str
+)
 def test_gather_depthwise(M, C, limits):
     source, rows, weight, bias = torch.randn(30, C), table(M, 9, 30), torch.randn(9, C), torch.randn(C)
     expected = defined("gather_depthwise")(source.double(), rows, weight.double(), bias.double(), *limits)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from on_gpu import DTYPES
+from on_gpu import TOLERANCE
 from ops.test_sparse_cuda import (
     CONVOLUTIONS,
     NO_LIMITS,
@@ -21,6 +21,7 @@ from ops.test_sparse_cuda import (
     randn,
     table,
 )
+from pairs import in_turns
 
 from timm_dynamic.ops.sparse import definition as sparse
 
@@ -39,9 +40,7 @@ def cast(tensors, dtype):
     return [t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
 
 
-@DTYPES
-@pytest.mark.parametrize("C", [1, 3, 8, 12, 24, 130, 520])
-@pytest.mark.parametrize("M", [0, 1, 33, 70])
+@pytest.mark.parametrize(("M", "C", "dtype"), in_turns((0, 1, 33, 70), (1, 3, 8, 12, 24, 130, 520), TOLERANCE), ids=str)
 class TestRows:
     def test_gather_rows(self, operators, M, C, dtype):
         source, rows = 4 * torch.randn(40, C).to(dtype), table(M, 3, 40)

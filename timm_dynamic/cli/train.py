@@ -257,7 +257,7 @@ def build_loaders(
         "ratio": args.ratio,
         "hflip": args.hflip,
         "vflip": args.vflip,
-        "color_jitter": args.color_jitter,
+        "color_jitter": _color_jitter(args),
         "auto_augment": args.aa,
         "interpolation": (not args.no_aug and args.train_interpolation) or config["interpolation"],
         "collate_fn": collate,
@@ -283,6 +283,13 @@ def build_loaders(
         )
     batch_size = args.validation_batch_size or args.batch_size
     return loader, make_loader(val_set, args, val_config, device, distributed=args.distributed, batch_size=batch_size)
+
+
+def _color_jitter(args: argparse.Namespace) -> float | list[float]:
+    values = args.color_jitter if isinstance(args.color_jitter, list) else [args.color_jitter]
+    if len(values) not in (1, 3, 4):
+        raise ValueError(f"--color-jitter takes one number, or three or four, got {len(values)}")
+    return values if len(values) > 1 else values[0]
 
 
 def build_loss(args: argparse.Namespace) -> nn.Module:

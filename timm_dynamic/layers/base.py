@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
-from timm_dynamic.layers.stand_in import refuse_weight
+from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
@@ -60,8 +60,11 @@ class DynamicLayer(nn.Module):
         raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        refuse_weight(self, name)
-        super().register_parameter(name, param)
+        shown = getattr(type(self), name, None)
+        if isinstance(shown, property):  # of a weight or bias that the layer does not have as such
+            shown.__set__(self, param)
+        else:
+            super().register_parameter(name, param)
 
     def factors_of(self, x: Tensor):
         """`self.factors(x)`, what the layer makes of a sample, without autocast and in the parameters' precision.
@@ -88,18 +91,28 @@ class DynamicLayer(nn.Module):
         Raises:
             ValueError: If a part of the layer is not what the layer made it: hooked, wrapped, replaced, parametrized.
         """
-        reason = changed_part(self)
-        if reason is not None:
-            raise ValueError(f"the layer cannot absorb a norm: {reason}")
+        self._check_parts()
         layer = copy.deepcopy(self, {id(part): part for part in map(self.get_submodule, self.shared)})
-        with torch.no_grad():
-            layer._absorb(scale, shift)
+        layer.take_over(scale, shift)
         return layer
 
     @torch.jit.unused
-    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+    def take_over(self, scale: Tensor, shift: Tensor) -> None:
         """`absorb`, in place."""
-        raise NotImplementedError
+        self._check_parts()
+        with torch.no_grad():
+            self._absorb(scale, shift)
+
+    @torch.jit.unused
+    def _check_parts(self) -> None:
+        reason = changed_part(self)
+        if reason is not None:
+            raise ValueError(f"a dynamic layer cannot absorb a norm: {reason}")
+
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        """`absorb`, in place and without gradients."""
+        raise ValueError(f"a dynamic layer cannot absorb a norm: {type(self).__name__} has no way to")
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -109,8 +122,12 @@ class DynamicLayer(nn.Module):
 class DropInConv2d(DynamicLayer):
     """Base of the layers that stand in for an `nn.Conv2d`: its constructor arguments, checked, and its attributes.
 
-    A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own.
+    A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own. It has
+    a parameter or `stand_in_bias` named `bias`, and none named `weight`.
     """
+
+    weight = stand_in_weight(conv_weight_shape)
+    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
 from timm_dynamic.layers.progress import Progress, State, recomputing
+from timm_dynamic.layers.shared_part import SharedPart
 
 BUDGET_WEIGHT = 10.0
 _ANNEALED = 0.33  # share of the training in which the blocks' bounds open
@@ -63,7 +64,7 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()  # Dynamo cannot ask, and traces in one
 
 
-class Budget(State):
+class Budget(SharedPart, State):
     """Attaches the loss to the masks of a network, of whose masked blocks it is a shared submodule.
 
     The last masked block of each stage attaches what the loss has become since the last one of the stage before. So

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
 from timm_dynamic.layers.kernel_mixture import around_mean
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.layers.stand_in import stand_in_bias
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 
@@ -72,7 +72,7 @@ class RoutedConv2d(TimmCondConv2d):
             ValueError: If a parameter is no plain one.
         """
         if any(type(one) is not nn.Parameter for one in self.parameters()):
-            raise ValueError("the layer cannot absorb a norm: a parameter is no plain one")
+            raise ValueError("a dynamic layer cannot absorb a norm: a parameter is no plain one")
         layer = copy.deepcopy(self)
         with torch.no_grad():
             layer._absorb(scale, shift)
@@ -110,7 +110,6 @@ class CondConv2d(DropInConv2d):
     """
 
     family = "cond"
-    weight = stand_in_weight(conv_weight_shape)
     parts = ((nn.Linear, "routing_fn"), (RoutedConv2d, "experts"))
     reference_names = {"routing": "routing_fn", "cond_conv": "experts"}  # those of ParameterNet's layer
     __jit_unused_properties__ = ["weight", "bias"]
@@ -164,11 +163,14 @@ class CondConv2d(DropInConv2d):
                 apart += 2 / self.num_experts * static.flatten() - apart.mean(0)
             experts.copy_(apart).requires_grad_(static.requires_grad)
 
-    @property
+    @stand_in_bias
     def bias(self) -> Tensor | None:
         """That of a sample that is routed evenly, `[out_channels]`."""
-        biases = self.experts.bias
-        return biases if biases is None else biases[0] if self.neutral_gates else biases.sum(0) / 2
+        biases, shift = self.experts.bias, self.experts.shift
+        if biases is None:
+            return shift
+        bias = biases[0] if self.neutral_gates else biases.sum(0) / 2
+        return bias if shift is None else bias + shift
 
     def formula(self, x: Tensor) -> Tensor:
         return self.experts(self.pad(x), self.coefficients(self.factors_of(average(x))))

@@ -11,7 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, DynamicLayer, check_positive, copy_weight
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.layers.stand_in import stand_in_bias, stand_in_weight
 from timm_dynamic.ops.channel_fusion.definition import hsig
 from timm_dynamic.ops.channel_fusion.table import TABLE
 
@@ -54,9 +54,11 @@ class _ChannelFusion(DynamicLayer):
         """For `timm_dynamic.record`: the scale of the outputs, `[B, O]`."""
         return self.factors_of(x)[0]
 
-    @property
+    @stand_in_bias
     def bias(self) -> Tensor | None:
-        return getattr(self, self.static).bias
+        """At a scale of 1."""
+        bias, shift = getattr(self, self.static).bias, self.p.bias
+        return bias if shift is None else shift if bias is None else bias + shift
 
 
 @register_notrace_module
@@ -87,7 +89,6 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
     """
 
     implementations = TABLE
-    weight = stand_in_weight(conv_weight_shape)
     parts = (
         *((nn.Conv2d, name) for name in ("conv", "q", "p")),
         *((nn.Linear, name) for name in ("fc.0", "fc.1.fc.0", "fc_phi", "fc_scale")),

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
 from timm_dynamic.layers.filter_norm import FilterNorm, check_maps
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.dynamic_filter import ddf_with_heads
 from timm_dynamic.ops.dynamic_filter.table import TABLE
 
@@ -42,8 +41,6 @@ class DDFPack(DropInConv2d):
 
     family = "ddf"
     implementations = TABLE
-    weight = stand_in_weight(conv_weight_shape)
-    __jit_unused_properties__ = ["weight"]
     parts = (
         *((nn.Sequential, "spatial_branch"), (nn.Conv2d, "spatial_branch.0"), (FilterNorm, "spatial_branch.1")),
         *((nn.Sequential, "channel_branch"), (nn.AdaptiveAvgPool2d, "channel_branch.0")),

@@ -14,7 +14,7 @@ from timm_dynamic.layers.base import check_positive
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.layers.stand_in import stand_in_bias
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.sample_conv.table import MIXED
 
@@ -59,7 +59,6 @@ class DynamicConv2d(KernelMixture):
         *((nn.Linear, "attention.to_scores.0"), (nn.ReLU, "attention.to_scores.1")),
         (nn.Linear, "attention.to_scores.2"),
     )
-    weight = stand_in_weight(conv_weight_shape)
     routing_limit = None  # it sums to 1
     __jit_unused_properties__ = ["weight", "bias"]
 
@@ -127,7 +126,7 @@ class DynamicConv2d(KernelMixture):
             for parameter in self.attention.to_scores[2].parameters():
                 parameter.div_(_HOTTEST)
 
-    @property
+    @stand_in_bias
     def bias(self) -> Tensor | None:
         """That of an even mixture, `[out_channels]`."""
         biases = self.kernels_bias

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
 from timm_dynamic.layers.fd_parts import BandModulation, GlobalGates, LocalGates, with_real_edges
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
+from timm_dynamic.layers.stand_in import conv_weight_shape
 from timm_dynamic.ops import sample_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.precision import accumulation_dtype, no_autocast
@@ -57,7 +57,6 @@ class FDConv2d(AffineOutputs):
 
     family = "fd"
     routing_limit = 2.0
-    weight = stand_in_weight(conv_weight_shape)
 
     def __init__(
         self,

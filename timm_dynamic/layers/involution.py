@@ -12,7 +12,6 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import dynamic_filter
 
 
@@ -46,8 +45,6 @@ class Involution2d(DropInConv2d):
     """
 
     family = "involution"
-    weight = stand_in_weight(conv_weight_shape)
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,
@@ -107,9 +104,12 @@ class Involution2d(DropInConv2d):
         filters = self.conv2(self.conv1(pooled))
         filters = filters.reshape(x.shape[0], self.filters, K * K, filters.shape[2], filters.shape[3])
         y = dynamic_filter(x, filters, K, dilation=self.dilation[0], stride=stride)
-        if self.scale is not None:
-            y = y * self.scale[:, None, None].to(y.dtype)
-        return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+        if self.bias is None:
+            return y
+        bias = self.bias[:, None, None].to(y.dtype)
+        if self.scale is None:
+            return y + bias
+        return torch.addcmul(bias, y, self.scale[:, None, None].to(y.dtype))  # one pass
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:

@@ -5,7 +5,6 @@ the attention are named as the authors'.
 """
 
 import math
-import re
 from functools import partial
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
 from timm_dynamic.layers.cell_attention import CellAttention
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
-from timm_dynamic.layers.warehouse import Warehouse
+from timm_dynamic.layers.warehouse import Warehouse, stages
 from timm_dynamic.ops import sample_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.sample_conv.table import ASSEMBLED
 
 _SMALLEST = 1e-3  # is added to what scores are divided by
 # The score of a cell with which a layer starts that takes the place of a convolution: the others' first steps, with
@@ -62,10 +61,10 @@ class KWConv2d(AffineOutputs):
     """
 
     family = "kw"
+    implementations = ASSEMBLED
+    parts = ((Warehouse, "warehouse"),)
     routing_limit = None  # it sums to 1, nearly
     shared = ("warehouse",)
-    weight = stand_in_weight(conv_weight_shape)
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,
@@ -192,52 +191,3 @@ class KWConv2d(AffineOutputs):
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: how much of every cell, and of none, there is in the mixtures, `[B, N + 1]`."""
         return self.factors_of(average(x)).abs().mean(1)
-
-
-class PointwiseLinear(nn.Module):
-    """A linear layer of features or of tokens, as the 1x1 convolution `conv` of a map: which can be dynamic.
-
-    Shape:
-        `[B, ..., C]` to `[B, ..., O]`.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        dd = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.reshape(x.shape[0], -1, x.shape[-1], 1).transpose(1, 2))
-        return y.transpose(1, 2).reshape(x.shape[:-1] + (y.shape[1],))
-
-
-def stages(pairs: dict[str, tuple[nn.Conv2d, KWConv2d]]) -> list[list[tuple[nn.Conv2d, KWConv2d]]]:
-    """Which layers of a network share a warehouse: those of a stage, depthwise ones and others apart.
-
-    A stage is what the first number in a module's name counts: `layer2` or `stages.1`. It has several warehouses where
-    one would be of such small cells that the attention to them had more weights than the kernels.
-
-    Args:
-        pairs: By their names, in the order of the network's modules, convolutions and the layers in their place.
-    """
-    groups: dict[tuple, list[list]] = {}
-    for name, (conv, layer) in pairs.items():
-        parents = name.split(".")[:-1]
-        numbered = next((i for i, part in enumerate(parents) if re.search(r"\d", part)), len(parents) - 1)
-        depthwise = conv.groups > 1 and conv.groups == conv.in_channels
-        place = (*parents[: numbered + 1], depthwise, conv.weight.device, conv.weight.dtype)
-        found = groups.setdefault(place, [[]])
-        if found[-1] and not depthwise and _is_too_fine([*found[-1], (conv, layer)]):
-            found.append([])
-        found[-1].append((conv, layer))
-    return [group for found in groups.values() for group in found]
-
-
-def _is_too_fine(group: list[tuple[nn.Conv2d, KWConv2d]]) -> bool:
-    """Whether the attention of so many layers to one warehouse would have more weights than their kernels."""
-    ratio = group[0][1].warehouse.cell_num_ratio
-    with torch.device("meta"):
-        warehouse = Warehouse([conv for conv, _ in group], ratio)
-    cells, outputs, inputs = warehouse.cells.shape
-    hidden = max(layer.attention.fc1.out_features for _, layer in group)
-    return hidden * (cells + 1) > outputs * inputs * max(ratio, 1)

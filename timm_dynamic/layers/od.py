@@ -15,7 +15,6 @@ from timm_dynamic.layers.base import check_positive
 from timm_dynamic.layers.kernel_attention import OmniAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
 from timm_dynamic.layers.progress import Progress
-from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv.table import OMNI
@@ -60,9 +59,7 @@ class ODConv2d(KernelMixture):
 
     family = "od"
     implementations = OMNI
-    weight = stand_in_weight(conv_weight_shape)
     reference_names = {"weight": "kernels"}
-    __jit_unused_properties__ = ["weight"]
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class PEDConv2d(State, DropInConv2d):
 
     The weight of a sample is
 
-        W(x)[o,i,k] = weight[o,i,k] * sum_r a_out[o,r] * a_in[i,r] * a_tap[k,r]
+        W(x)[o,i,k] = kernel[o,i,k] * sum_r a_out[o,r] * a_in[i,r] * a_tap[k,r]
 
     Its gates are sigmoids of linear functions of a hidden vector, itself a linear function, with a ReLU, of the
     average-pooled input. With groups, all of them share `a_in`. Ranks above 1 are the CP form.
@@ -62,7 +62,7 @@ class PEDConv2d(State, DropInConv2d):
         noise_std: Standard deviation of the noise in training; 0 draws no random numbers.
         aux_scale: Factor of the reconstruction loss's gradient: 1 over the number of forwards per optimizer step. A
             `timm_dynamic.training.DynamicTask` puts a tensor here.
-        neutral_gates: Gates are `2 * sigmoid`, and the terms averaged, not summed: `weight` is the weight of a sample
+        neutral_gates: Gates are `2 * sigmoid`, and the terms averaged, not summed: `kernel` is the weight of a sample
             whose gates' linear layers give 0. `from_conv` sets it; the authors' networks do without.
 
     Shape:
@@ -73,6 +73,7 @@ class PEDConv2d(State, DropInConv2d):
     """
 
     family = "ped"
+    reference_names = {"weight": "kernel"}
     implementations = GATED
     parts = ((Heads, "attn"), *((nn.Linear, f"attn.{name}") for name in ("fc_share", "fc_inp", "fc_oup", "fc_k")))
     auxiliary_terms = ("reconstruction",)  # buffers, for `timm_dynamic.auxiliary_loss`
@@ -106,14 +107,19 @@ class PEDConv2d(State, DropInConv2d):
         self.neutral_gates, self.routing_limit = neutral_gates, 2.0 if neutral_gates else 1.0
         dd = {"device": device, "dtype": dtype}
         inputs, taps = in_channels // groups, math.prod(self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size, **dd))
+        self.kernel = nn.Parameter(torch.empty(out_channels, inputs, *self.kernel_size, **dd))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **dd)) if bias else None)
         sizes = (in_channels, inputs * rank, out_channels * rank, taps * rank, max(1, in_channels // reduction))
         self.attn = Heads(*sizes, **dd)
         self.register_state("reconstruction", torch.zeros((), dtype=dtype, device="cpu"), device)  # the last, weighted
         self.reset_parameters()
 
-    reset_parameters = nn.Conv2d.reset_parameters  # of weight and bias
+    def reset_parameters(self) -> None:
+        """Kernel and bias as `nn.Conv2d` has them."""
+        bound = self.kernel[0].numel() ** -0.5
+        for parameter in (self.kernel, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "PEDConv2d":
@@ -123,9 +129,9 @@ class PEDConv2d(State, DropInConv2d):
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:
         """The gates' linear layers are zero: until they are trained, the output, noise aside, is that of `conv`."""
-        copy_weight(conv, self.weight)
+        copy_weight(conv, self.kernel)
         if not self.neutral_gates:
-            self.weight.mul_(8 / self.rank)
+            self.kernel.mul_(8 / self.rank)
         for head in (self.attn.fc_inp, self.attn.fc_oup, self.attn.fc_k):
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
 
@@ -135,7 +141,7 @@ class PEDConv2d(State, DropInConv2d):
             half = autocast_dtype(x) == torch.float16 and not torch.compiler.is_compiling()
             if half and self.training and not isinstance(self.aux_scale, Tensor):
                 warn_about_float16("PED's reconstruction loss")
-        weight, padded, rank = self.weight[None], self.pad(x), self.rank
+        weight, padded, rank = self.kernel[None], self.pad(x), self.rank
         options = (self.stride, self.zero_padding, self.dilation, self.groups)
         y = mixed_conv2d(padded, None, weight, *options, a_in=a_in[0], a_tap=a_tap[0], a_out=a_out[0])
         for r in range(1, rank):
@@ -145,7 +151,7 @@ class PEDConv2d(State, DropInConv2d):
     def factors(self, pooled: Tensor) -> list[Tensor]:
         """Gates of inputs, outputs and taps, `[rank, B, n]` each; of their products, those of all ranks are added."""
         if torch.jit.is_scripting():
-            values = self.attn(pooled.to(self.weight.dtype))
+            values = self.attn(pooled.to(self.kernel.dtype))
         else:
             values = in_dtype_of(pooled, self.attn)
             if self.training:
@@ -176,5 +182,5 @@ class PEDConv2d(State, DropInConv2d):
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
-        self.weight.mul_(scale[:, None, None, None])
-        self.bias = nn.Parameter(shift.to(self.weight) if self.bias is None else self.bias * scale + shift)
+        self.kernel.mul_(scale[:, None, None, None])
+        self.bias = nn.Parameter(shift.to(self.kernel) if self.bias is None else self.bias * scale + shift)

@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from timm_dynamic.layers.shared_part import SharedPart, all_names
+
 KEY = "progress.done"
 _END = 2**52  # integers: casts of the model leave them alone. And every one up to here is a float64.
 
@@ -22,11 +24,14 @@ class State(nn.Module):
     """A module whose non-persistent buffers keep their values after `to_empty` too, and are on no meta device."""
 
     def _apply(self, fn, recurse: bool = True):
-        states = {name: self._buffers.pop(name) for name in self._non_persistent_buffers_set}
+        order = list(self._buffers)
+        states = {name: self._buffers.pop(name) for name in order if name in self._non_persistent_buffers_set}
         super()._apply(fn, recurse)
         for name, buffer in states.items():
             moved = fn(buffer)
             self._buffers[name] = buffer if moved.is_meta else buffer.to(moved)
+        for name in order:  # averages go through the buffers of a model and of its copy side by side
+            self._buffers[name] = self._buffers.pop(name)
         return self
 
     def register_state(self, name: str, value: Tensor, device=None) -> None:
@@ -41,7 +46,7 @@ def share_of_training(epoch: float, epochs: float) -> float:
     return epoch / epochs
 
 
-class Progress(State):
+class Progress(SharedPart, State):
     """The share of a schedule that is done, from 0 to 1, as a tensor, so that torch.compile need not compile again.
 
     It is what `timm_dynamic.set_progress` makes it, or grows with every training forward. A state dict without it means
@@ -178,8 +183,7 @@ def save_once(model: nn.Module, progress: Progress) -> None:
 
 
 def _keys(model: nn.Module, progress: Progress, prefix: str) -> list[str]:
-    modules = model.named_modules(remove_duplicate=False)
-    return [f"{prefix}{name}.done" for name, module in modules if module is progress]
+    return [f"{prefix}{name}.done" for name, module in all_names(model) if module is progress]
 
 
 def _save(progress: Progress, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _) -> None:

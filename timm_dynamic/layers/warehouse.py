@@ -4,17 +4,17 @@ Li and Yao, "KernelWarehouse: Rethinking the Design of Dynamic Convolution", ICM
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from timm_dynamic.layers.shared_part import SharedPart, all_names
 
-class Warehouse(nn.Module):
+
+class Warehouse(SharedPart):
     """Matrices, of which the taps of all kernels of several layers are mixed: `cells`, `[N, O, I]`.
-
-    A network has it under several names. `torch.func.functional_call` on the network puts cells back wrongly for that
-    reason, and leaves it with those that it was called with: call it on a copy.
 
     Several layers have it as their part, so that PyTorch's `fully_shard` wants it before them, by itself.
 
@@ -99,6 +99,38 @@ def _has_cell(mixtures: int, share: int) -> Tensor:
     return i % share == i // share % share
 
 
+def stages(pairs: dict[str, tuple[nn.Conv2d, nn.Module]]) -> list[list[tuple[nn.Conv2d, nn.Module]]]:
+    """Which layers of a network share a warehouse: those of a stage, depthwise ones and others apart.
+
+    A stage is what the first number in a module's name counts: `layer2` or `stages.1`. It has several warehouses where
+    one would be of such small cells that the attention to them had more weights than the kernels.
+
+    Args:
+        pairs: By their names, in the order of the network's modules, convolutions and the layers in their place.
+    """
+    groups: dict[tuple, list[list]] = {}
+    for name, (conv, layer) in pairs.items():
+        parents = name.split(".")[:-1]
+        numbered = next((i for i, part in enumerate(parents) if re.search(r"\d", part)), len(parents) - 1)
+        depthwise = conv.groups > 1 and conv.groups == conv.in_channels
+        place = (*parents[: numbered + 1], depthwise, conv.weight.device, conv.weight.dtype)
+        found = groups.setdefault(place, [[]])
+        if found[-1] and not depthwise and _is_too_fine([*found[-1], (conv, layer)]):
+            found.append([])
+        found[-1].append((conv, layer))
+    return [group for found in groups.values() for group in found]
+
+
+def _is_too_fine(group: list[tuple[nn.Conv2d, nn.Module]]) -> bool:
+    """Whether the attention of so many layers to one warehouse would have more weights than their kernels."""
+    ratio = group[0][1].warehouse.cell_num_ratio
+    with torch.device("meta"):
+        warehouse = Warehouse([conv for conv, _ in group], ratio)
+    cells, outputs, inputs = warehouse.cells.shape
+    hidden = max(layer.attention.fc1.out_features for _, layer in group)
+    return hidden * (cells + 1) > outputs * inputs * max(ratio, 1)
+
+
 class Warehouses(nn.ModuleDict):
     """All of a network, which the layers have too; the first of its parts, so that state dicts begin with the cells.
 
@@ -132,8 +164,11 @@ def save_warehouses_once(model: nn.Module) -> None:
 
 def drop_unused(model: nn.Module) -> None:
     """Take the warehouses that no layer has any more out of a network."""
-    places = dict(model.named_modules(remove_duplicate=False)).items()
-    used = {module for name, module in places if isinstance(module, Warehouse) and name.split(".")[0] != "warehouses"}
+    used = {
+        module
+        for name, module in all_names(model)
+        if isinstance(module, Warehouse) and name.split(".")[0] != "warehouses"
+    }
     for name, module in list(getattr(model, "warehouses", {}).items()):
         if module not in used:
             del model.warehouses[name]
@@ -142,7 +177,7 @@ def drop_unused(model: nn.Module) -> None:
 def _other_names(model: nn.Module, prefix: str) -> Mapping[str, str]:
     """The first key of every cells in a state dict, by every other one."""
     first, others = {}, {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in all_names(model):
         if isinstance(module, Warehouse):
             key = f"{prefix}{name}.cells"
             if first.setdefault(module, key) != key:

@@ -133,6 +133,7 @@ class DyDeepLabV3Plus(nn.Module):
         width_multiplier: Of the channels of pyramid and decoder, not of the backbone.
         drop_rate: Dropout after the pyramid and in the decoder; a fifth of it before the classifier.
         drop_path_rate: Of the backbone.
+        dynamic: False: with static convolutions, for comparison.
         num_kernels, reduction: As for `DynamicConv2d`.
         anneal_steps: Training forwards in which the temperature falls from 30 to 1, in a dynamic backbone too; without
             it, it is 1 (unless `set_progress` is called).
@@ -158,6 +159,7 @@ class DyDeepLabV3Plus(nn.Module):
         width_multiplier: float = 1.0,
         drop_rate: float = 0.5,
         drop_path_rate: float = 0.0,
+        dynamic: bool = True,
         num_kernels: int = 4,
         reduction: int = 4,
         anneal_steps: int | None = None,
@@ -178,14 +180,16 @@ class DyDeepLabV3Plus(nn.Module):
         self.num_features = self.head_hidden_size = round(256 * width_multiplier)
         self.grad_checkpointing = False
         self.backbone, self._low, self._high = _create_backbone(backbone, output_stride, options)
-        self._conv = partial(DynamicConv2d, num_kernels=num_kernels, reduction=reduction)
+        self._conv = nn.Conv2d
+        if dynamic:
+            self._conv = partial(DynamicConv2d, num_kernels=num_kernels, reduction=reduction)
         channels = self.backbone.feature_info.channels()
         self.aspp = ASPP(self._conv, channels[self._high], self.num_features, _RATES[output_stride], drop_rate, **dd)
         self.decoder = Decoder(
             self._conv, channels[self._low], round(48 * width_multiplier), self.num_features, drop_rate, **dd
         )
         for part in (self.aspp, self.decoder):
-            _initialise(part)
+            self.initialise(part)
         anneal(self, anneal_steps)
         for layer in self.backbone.modules() if anneal_steps is not None else ():
             if isinstance(layer, DynamicConv2d):
@@ -205,10 +209,22 @@ class DyDeepLabV3Plus(nn.Module):
         self.num_classes, self.classifier = num_classes, nn.Identity()
         if not num_classes:
             return
-        like = self.decoder.conv2.conv.kernels_weights
+        like = self.decoder.conv2.bn.weight
         self.classifier = self._conv(self.num_features, num_classes, 1, device=like.device, dtype=like.dtype)
-        _initialise(self.classifier.train(self.training))
-        join(self.classifier, self.decoder.conv2.conv.progress)
+        self.initialise(self.classifier.train(self.training))
+        if isinstance(self.classifier, DynamicConv2d):
+            join(self.classifier, self.decoder.conv2.conv.progress)
+
+    def initialise(self, part: nn.Module) -> None:
+        """Convolutions normal by the fan-in, each kernel of a dynamic one as if it were alone.
+
+        Args:
+            part: Of the new network.
+        """
+        for layer in part.modules():
+            if isinstance(layer, (nn.Conv2d, DynamicConv2d)):
+                kernels = layer.kernels_weights if isinstance(layer, DynamicConv2d) else layer.weight
+                nn.init.normal_(kernels, std=(2 / kernels.shape[-3:].numel()) ** 0.5)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -248,13 +264,6 @@ class DyDeepLabV3Plus(nn.Module):
         return self.forward_head(self.forward_features(x), x.shape[2:])
 
 
-def _initialise(part: nn.Module) -> None:
-    """Kernels of each layer one by one as the convolutions of the static network: normal, by the fan-in."""
-    for layer in part.modules():
-        if isinstance(layer, DynamicConv2d):
-            nn.init.normal_(layer.kernels_weights, std=(2 / layer.kernels_weights[0, 0].numel()) ** 0.5)
-
-
 def _create_backbone(name: str, output_stride: int, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
     """A feature extractor, and the indices of its early and of its last features."""
     create = partial(timm.create_model, name, features_only=True, **options)
@@ -289,10 +298,16 @@ def _pretrained_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[
 _CLASS_SIZED = ("classifier.kernels_weights", "classifier.kernels_bias")
 
 
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DyDeepLabV3Plus:
+def create_deeplab(
+    variant: str,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    model_cls: type[DyDeepLabV3Plus] = DyDeepLabV3Plus,
+) -> DyDeepLabV3Plus:
+    """A registered model of a class, whose cfg follows the backbone."""
     if kwargs.get("features_only"):
         raise ValueError(f"{variant} has no features_only: create its backbone with it, or use forward_features")
-    model = build_model(DyDeepLabV3Plus, variant, pretrained, pretrained_filter_fn=_pretrained_filter_fn, **kwargs)
+    model = build_model(model_cls, variant, pretrained, pretrained_filter_fn=_pretrained_filter_fn, **kwargs)
     # What images the network expects depends on its backbone.
     cfg = model.backbone.pretrained_cfg
     first = cfg["first_conv"]
@@ -303,30 +318,31 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DyDeepLab
     return model
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": dy_cfg(
-            "backbone.conv_stem",
-            "classifier",
-            num_classes=21,
-            input_size=(3, 513, 513),
-            pool_size=None,
-            crop_pct=1.0,
-            interpolation="bilinear",
-            paper_ids=("arXiv:1912.03458", "arXiv:1802.02611"),
-        )
-        for name in ("dy_deeplabv3plus_mobilenetv2", "dy_deeplabv3plus_mobilenetv2_050")
-    }
-)
+def deeplab_cfg() -> dict[str, Any]:
+    """A model's cfg, for `generate_default_cfgs`."""
+    return dy_cfg(
+        "backbone.conv_stem",
+        "classifier",
+        num_classes=21,
+        input_size=(3, 513, 513),
+        pool_size=None,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        paper_ids=("arXiv:1912.03458", "arXiv:1802.02611"),
+    )
+
+
+_NAMES = ("dy_deeplabv3plus_mobilenetv2", "dy_deeplabv3plus_mobilenetv2_050")
+default_cfgs = generate_default_cfgs({f"{name}.untrained": deeplab_cfg() for name in _NAMES})
 
 
 @register_model
 def dy_deeplabv3plus_mobilenetv2(pretrained: bool = False, **kwargs) -> DyDeepLabV3Plus:
     """DeepLabV3+ with a dynamic pyramid and decoder, on a static MobileNetV2."""
-    return _create("dy_deeplabv3plus_mobilenetv2", pretrained, kwargs)
+    return create_deeplab("dy_deeplabv3plus_mobilenetv2", pretrained, kwargs)
 
 
 @register_model
 def dy_deeplabv3plus_mobilenetv2_050(pretrained: bool = False, **kwargs) -> DyDeepLabV3Plus:
     """The same with a pyramid and decoder of half the width."""
-    return _create("dy_deeplabv3plus_mobilenetv2_050", pretrained, {"width_multiplier": 0.5, **kwargs})
+    return create_deeplab("dy_deeplabv3plus_mobilenetv2_050", pretrained, {"width_multiplier": 0.5, **kwargs})

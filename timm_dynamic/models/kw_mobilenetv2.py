@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers.kw import PointwiseLinear
 from timm_dynamic.layers.warehouse import drop_unused
 from timm_dynamic.models._kw import fitting, kw_cfg, load_authors, make_dynamic, split_options
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
@@ -71,6 +70,23 @@ class KWMobileNetV2(EfficientNet):
         """As timm's; the new classifier is static."""
         super().reset_classifier(num_classes, global_pool)
         drop_unused(self)
+
+
+class PointwiseLinear(nn.Module):
+    """A linear layer of features or of tokens, as the 1x1 convolution `conv` of a map: which can be dynamic.
+
+    Shape:
+        `[B, ..., C]` to `[B, ..., O]`.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        dd = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.reshape(x.shape[0], -1, x.shape[-1], 1).transpose(1, 2))
+        return y.transpose(1, 2).reshape(x.shape[:-1] + (y.shape[1],))
 
 
 def _places(model: EfficientNet, share_pointwise: bool, half: bool) -> dict[str, Any]:

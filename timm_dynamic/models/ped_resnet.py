@@ -59,17 +59,20 @@ def make_dynamic(block: nn.Module, names: tuple[str, ...], options: dict[str, An
             dtype=conv.weight.dtype,
             **options,
         )
-        fan_out = layer.weight[:, 0].numel() // layer.groups
-        nn.init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
+        fan_out = layer.kernel[:, 0].numel() // layer.groups
+        nn.init.normal_(layer.kernel, std=(2 / fan_out) ** 0.5)
         block.set_submodule(name, layer)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoints: their keys are ours, within a wrapper and with `module.` somewhere in them."""
+    """The authors' checkpoints: in a wrapper, `module.` somewhere in the keys, and a layer's kernel named `weight`."""
     own = model.state_dict()
     if all(key in own for key in state_dict):
         return state_dict
-    return {key.replace("module.", ""): value for key, value in extract_state_dict(state_dict).items()}
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, PEDConv2d)]
+    kernels = {f"{name}.weight": f"{name}.kernel" for name in layers}
+    state = {key.replace("module.", ""): value for key, value in extract_state_dict(state_dict).items()}
+    return {kernels.get(key, key): value for key, value in state.items()}
 
 
 def ped_cfg(first_conv: str, classifier: str, **kwargs) -> dict[str, Any]:

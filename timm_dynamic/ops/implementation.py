@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from timm_dynamic.ops.kernels import exports_to_onnx
+
 
 class Situation(NamedTuple):
     """What a call is like, as far as rows of tables declare it."""
@@ -15,12 +17,14 @@ class Situation(NamedTuple):
     dtype: torch.dtype
     gradients: bool
     autocast: bool
+    exported: bool
 
 
 def situation_of(x: Tensor) -> Situation:
     """That of a call with this input."""
     device = x.device.type
-    return Situation(device, x.dtype, torch.is_grad_enabled(), device != "meta" and torch.is_autocast_enabled(device))
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return Situation(device, x.dtype, torch.is_grad_enabled(), autocast, exports_to_onnx())
 
 
 def _never(layer: Any, x: Tensor) -> None:
@@ -38,6 +42,8 @@ class Implementation:
         dtypes: Of input and parameters that it takes.
         gradients: Whether it is for calls with gradients (True) or without (False).
         autocast: Whether it takes a call under autocast.
+        exported: Whether it is for ONNX graphs and nothing else: made of operations that they have, for a batch of any
+            size, and shaped for the runtimes that read them.
         cannot: Why it does not take this layer and input, in words, or None.
         pays: Why the formula is faster for this layer and input, in words, or None. Names the measurement.
     """
@@ -48,16 +54,19 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     gradients: bool = False
     autocast: bool = False
+    exported: bool = False
     cannot: Callable[[Any, Tensor], str | None] = _never
     pays: Callable[[Any, Tensor], str | None] = _never
 
     def reason_against(self, layer: Any, x: Tensor, situation: Situation) -> str | None:
         """Why it cannot run here, in words, or None; whether it pays is another question."""
+        if situation.exported != self.exported:
+            return "it is for ONNX graphs" if self.exported else "it is not for ONNX graphs"
         if situation.device not in self.devices:
             return f"it is for {' and '.join(self.devices)}, the input is on {situation.device}"
         if situation.dtype not in self.dtypes:
             return f"it is for {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {situation.dtype}"
-        if situation.gradients != self.gradients:
+        if situation.gradients != self.gradients and not self.exported:
             return "it has no gradient" if situation.gradients else "it is for training"
         if situation.autocast and not self.autocast:
             return "autocast is on"

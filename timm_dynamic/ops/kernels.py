@@ -105,6 +105,11 @@ def unusual(x: Tensor) -> str | None:
     return None
 
 
+def exports_to_onnx() -> bool:
+    """Whether a graph is made for ONNX, of the operations of `torch.export`: not by tracing, as exporters once did."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def runs_registered(operator: str, x: Tensor) -> bool:
     """Whether a public operator is to be one call of its registered form, else its definition in plain PyTorch.
 

@@ -239,7 +239,14 @@ def _add_augmentation_arguments(parser: Parser) -> None:
     )
     group.add_argument("--hflip", type=share, default=0.5, metavar="P", help="probability, default: 0.5")
     group.add_argument("--vflip", type=share, default=0.0, metavar="P", help="probability, default: 0")
-    group.add_argument("--color-jitter", type=non_negative, default=0.4, metavar="X", help="default: 0.4")
+    group.add_argument(
+        "--color-jitter",
+        type=non_negative,
+        nargs="+",
+        default=0.4,
+        metavar="X",
+        help="of brightness, contrast and saturation, or of each and the hue (default: 0.4)",
+    )
     group.add_argument("--aa", metavar="POLICY", help="AutoAugment, RandAugment, ..., as rand-m7-mstd0.5-inc1")
     group.add_argument("--reprob", type=share, default=0.0, metavar="P", help="probability of random erasing")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="default: pixel")

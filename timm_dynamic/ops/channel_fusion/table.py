@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from timm_dynamic.ops.channel_fusion import exported
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.channel_fusion.training import FusedConvolution
 from timm_dynamic.ops.implementation import Implementation
@@ -104,6 +105,14 @@ def _train(layer, x: Tensor) -> Tensor:
     )[0]
 
 
+def _cannot_export(layer, x: Tensor) -> str | None:
+    if layer.bn1.training or layer.bn2.training:
+        return "its norms are in training mode"
+    if layer.padding_mode != "zeros" or layer.explicit_padding is not None:
+        return f"padding {layer.padding!r} in mode {layer.padding_mode!r}"
+    return _part_problem(layer) or _norm_problem(layer.bn1, "bn1") or _norm_problem(layer.bn2, "bn2")
+
+
 TABLE = (
     # Some twenty small operations a layer, whose overhead is most of their time at batch 1; at batch 16 the maps are
     # read and written less often (benchmarks/models.py, on a CPU).
@@ -113,4 +122,5 @@ TABLE = (
     Implementation(
         "training in one piece", _train, dtypes=(torch.float32, torch.float64), gradients=True, cannot=_cannot_train
     ),
+    Implementation("sample by sample", exported.convolve, ("cpu", "cuda"), exported=True, cannot=_cannot_export),
 )

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from timm_dynamic.ops.dynamic_filter import exported
 from timm_dynamic.ops.dynamic_filter.definition import definition, output_size
-from timm_dynamic.ops.kernels import runs_kernel
+from timm_dynamic.ops.kernels import exports_to_onnx, runs_kernel
 from timm_dynamic.ops.precision import autocast_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -144,6 +145,8 @@ def _dynamic_filter(x: Tensor, filters: Tensor, channel_filter: Tensor | None, o
         t.to(autocast_dtype(t)) if t is not None and t.is_floating_point() else t for t in (x, filters, channel_filter)
     )
     _check(x, filters, channel_filter, *options)
+    if exports_to_onnx():
+        return exported.dynamic_filter(x, filters, channel_filter, *options)
     if not runs_kernel("dynamic_filter", x):
         return definition(x, filters, channel_filter, *options)
     if x.device.type == "cuda":

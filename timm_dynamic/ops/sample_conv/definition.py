@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_dynamic.ops.kernels import runs_registered
+from timm_dynamic.ops.kernels import exports_to_onnx, runs_registered
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
 from timm_dynamic.ops.registration import register
-from timm_dynamic.ops.sample_conv import training
+from timm_dynamic.ops.sample_conv import exported, training
 from timm_dynamic.ops.sample_conv.columns import empty_rows
-from timm_dynamic.ops.sample_conv.samples import convolve, mix
+from timm_dynamic.ops.sample_conv.samples import convolve, convolve_groups, mix
 from timm_dynamic.ops.sample_conv.shapes import Pair, columns_of, gate_groups, output_size
 
 
@@ -80,7 +80,8 @@ def _mixed_conv2d(x, attention, kernels, a_in, a_tap, a_out, stride, padding, di
             return F.conv2d(x, kernels[0].to(x.dtype), None, *options)
         if runs_registered("mixed_conv2d", x):
             return torch.ops.timm_dynamic.mixed_conv2d(x, attention, kernels, a_in, a_tap, a_out, *options)[0]
-        return _definition(x, attention, kernels, a_in, a_tap, a_out, *options)
+        run = exported.mixed_conv2d if exports_to_onnx() else _definition
+        return run(x, attention, kernels, a_in, a_tap, a_out, *options)
 
 
 def sample_conv2d(
@@ -108,12 +109,22 @@ def sample_conv2d(
     Raises:
         ValueError: If the shapes do not fit together or the input is smaller than the kernel.
     """
+    if torch.jit.is_scripting():  # TorchScript knows no autocast, and not what chooses
+        return convolve_groups(x, weight.to(x.dtype), stride, padding, dilation, groups)
+    else:
+        return _sample_conv2d(x, weight, stride, padding, dilation, groups)
+
+
+def _sample_conv2d(x, weight, stride, padding, dilation, groups) -> Tensor:
     x = x.to(autocast_dtype(x))
     weight = weight.to(x.dtype)
     _check_input(x, weight, stride, padding, dilation, groups)
     if weight.shape[0] != x.shape[0]:
         raise ValueError(f"weight must be for {x.shape[0]} samples, got {weight.shape[0]}")
-    run = convolve if runs_registered("sample_conv2d", x) else _convolve_columns
+    if exports_to_onnx():
+        run = exported.sample_conv2d
+    else:
+        run = convolve if runs_registered("sample_conv2d", x) else _convolve_columns
     with no_autocast(x):
         return run(x, weight, stride, padding, dilation, groups)
 

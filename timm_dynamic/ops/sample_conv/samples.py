@@ -34,13 +34,21 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
         K = weight.shape[3]
         return ddf(x, weight.view(B, O, K, K), x.new_ones(1, K * K, 1, 1), K, dilation[0], stride[0])
     elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
-        out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), None, stride, padding, dilation, B * groups)
-        out = out.view(B, O, out.shape[2], out.shape[3])
+        out = convolve_groups(x, weight, stride, padding, dilation, groups)
     elif B > 0:
-        out = torch.cat([F.conv2d(x[b : b + 1], weight[b], None, stride, padding, dilation, groups) for b in range(B)])
+        # Not indexed: the gradient of an index is as large as what it is of.
+        pairs = zip(x.split(1), weight.unbind(), strict=True)
+        out = torch.cat([F.conv2d(one, kernels, None, stride, padding, dilation, groups) for one, kernels in pairs])
     else:
         out = F.conv2d(x, weight.sum(0), None, stride, padding, dilation, groups)
     return out.contiguous(memory_format=memory_format(x))
+
+
+def convolve_groups(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """`convolve`, as one convolution whose groups are the samples'."""
+    B, O = weight.shape[0], weight.shape[1]
+    out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), None, stride, padding, dilation, B * groups)
+    return out.view(B, O, out.shape[2], out.shape[3])
 
 
 def _is_filtering(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:

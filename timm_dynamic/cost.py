@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -146,12 +146,13 @@ def count_active(model: nn.Module) -> Iterator[ActiveCount]:
     Args:
         model: Any model, in eval mode.
     """
-    count = ActiveCount()
-    handles = [
-        block.masker.register_forward_hook(count._hook(name, block)) for name, block in masked_blocks(model).items()
-    ]
+    count, blocks = ActiveCount(), masked_blocks(model)
+    handles = [block.masker.register_forward_hook(count._hook(name, block)) for name, block in blocks.items()]
+    # Where a model is compiled, the hooks break its graph, and the same lines are compiled for every block.
+    limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
     try:
-        yield count
+        with torch._dynamo.config.patch(recompile_limit=limit) if hasattr(model, "_orig_mod") else nullcontext():
+            yield count
     finally:
         for handle in handles:
             handle.remove()

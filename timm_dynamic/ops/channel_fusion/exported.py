@@ -5,8 +5,8 @@ In evaluation both norms are affine maps of the latent channels q = Q x:
     P (BN2(Phi BN1(q)) + BN1(q)) = M q + m        M = P (s2 Phi + 1) s1,  m = P ((s2 Phi + 1) t1 + t2)
 
 with the slopes s and offsets t of the norms: two products of maps for four, and no norm that the runtime cannot fold.
-One matrix a sample for the whole layer, `scale * W + M Q`, was slower: 1.9 for 1.6 of the static network's time at batch
-1, 1.75 for 1.72 at 16 (dcd_mobilenetv2, onnxruntime 1.32, one thread of a CPU, November 2026).
+One matrix a sample for the whole layer, `scale * W + M Q`, was slower: 1.9 for 1.6 of the static network's time at
+batch 1, 1.75 for 1.72 at 16 (dcd_mobilenetv2, onnxruntime 1.32, one thread of a CPU, November 2026).
 """
 
 import torch

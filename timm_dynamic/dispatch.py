@@ -23,11 +23,9 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 _PLAIN = (Tensor, nn.Parameter)
-_CHANNELS_LAST = torch.channels_last
 # Called with every layer, its input and what runs, by `explain`.
-_observer: ContextVar[Callable[[nn.Module, Tensor, Implementation | None], None] | None] = ContextVar(
-    "observer", default=None
-)
+_Observer = Callable[[nn.Module, Tensor, Implementation | None], None]
+_observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
 
 
 def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
@@ -107,8 +105,7 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
     """Why the parts of a layer must be called, not read, or its operations be PyTorch's; in words, or None."""
     if kernels.exports_to_onnx():
         return changed_part(layer)
-    reason = kernels.unusual(x)
-    if reason is not None:
+    if (reason := kernels.unusual(x)) is not None:
         return reason
     if kernels.is_watched():
         return "a dispatch mode looks at the operations"
@@ -147,9 +144,8 @@ def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
         return f"a {type(parameter).__name__}"
     if x is not None and (parameter.device != x.device or (parameter.dtype != x.dtype and not is_autocast(x))):
         return f"parameters of {parameter.dtype} on {parameter.device}, the input is {x.dtype} on {x.device}"
-    if parameter.is_contiguous() or (parameter.ndim == 4 and parameter.is_contiguous(memory_format=_CHANNELS_LAST)):
-        return None
-    return "parameters that are not contiguous"
+    channels_last = parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return None if channels_last or parameter.is_contiguous() else "parameters that are not contiguous"
 
 
 def _part(layer: nn.Module, name: str) -> nn.Module | None:

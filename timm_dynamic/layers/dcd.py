@@ -47,8 +47,7 @@ class _ChannelFusion(DynamicLayer):
         z = self.fc(pooled)
         phi, scale = self.fc_phi(z).unflatten(1, (self.latent_dim, -1)), hsig(self.fc_scale(z))
         u = self.bn1(q).flatten(2)
-        v = self.bn2(torch.bmm(phi, u)) + u
-        return scale, v.view(q.shape)
+        return scale, (self.bn2(torch.bmm(phi, u)) + u).view(q.shape)
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the scale of the outputs, `[B, O]`."""

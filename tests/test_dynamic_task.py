@@ -10,7 +10,7 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 from torch import nn
 
 from timm_dynamic.families import FAMILIES
-from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.auxiliary import _warn_once
 from timm_dynamic.training import DynamicTask, add_terms, auxiliary_loss
 
 OPTIONS = {"zero_init_last": False}  # a branch that ends in zeros would hide what is before
@@ -139,7 +139,7 @@ def test_float16_is_exact():
 @every_kind
 def test_warning(kind, recwarn):
     """In float16, of a plain loop, and once; it names the ways out."""
-    warn_about_float16.cache_clear()
+    _warn_once.cache_clear()
     model = build(kind)
     task = DynamicTask(copy.deepcopy(model), nn.CrossEntropyLoss(), verbose=False)
     with_task(task, BATCHES[:1], torch.float16)

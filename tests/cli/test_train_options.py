@@ -18,7 +18,7 @@ from timm_dynamic.cli.train import build_optimizer
 from timm_dynamic.cli.train_build import build_scaler
 from timm_dynamic.cli.train_epoch import ramp_mixup
 from timm_dynamic.convert import read_checkpoint
-from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.auxiliary import _warn_once
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["train", "data", *TRAIN_FLAGS, "--epochs", "1"]
@@ -48,7 +48,7 @@ class TestTerms:
         torch.testing.assert_close(*weights, rtol=0, atol=0)
 
     def test_float16_without_a_warning(self, capsys):
-        warn_about_float16.cache_clear()
+        _warn_once.cache_clear()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="timm_dynamic: in float16")
             rows, _ = train(capsys, "--model test_ped_resnet --amp --val-split=")

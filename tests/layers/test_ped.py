@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_dynamic
 from timm_dynamic.layers import PEDConv2d, load_reference
-from timm_dynamic.layers.auxiliary import warn_about_float16
+from timm_dynamic.layers.auxiliary import _warn_once
 from timm_dynamic.training import auxiliary_loss
 
 CONVS = {
@@ -261,7 +261,7 @@ class TestReconstructionLoss:
         assert auxiliary_loss(layer)["reconstruction"] == 0
 
     def test_one_float16_warning(self):
-        warn_about_float16.cache_clear()
+        _warn_once.cache_clear()
         layer = PEDConv2d(8, 8, 3)
         with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="GradScaler"):
             layer(X.float())

@@ -67,16 +67,23 @@ def store(buffer: Tensor, value: Tensor) -> None:
         buffer.copy_(value.detach())
 
 
-@functools.cache
-def warn_about_float16(loss: str) -> None:
+def warn_about_float16(dtype: torch.dtype, scale: float | Tensor, loss: str) -> None:
     """Warn, once, that an attached loss is lost under loss scaling.
 
     Args:
+        dtype: Of the activation that carries it.
+        scale: As for `attach_loss`; one that is a tensor follows that of the task loss.
         loss: Whose.
     """
+    if dtype == torch.float16 and not isinstance(scale, Tensor) and not torch.compiler.is_compiling():
+        _warn_once(loss)
+
+
+@functools.cache
+def _warn_once(loss: str) -> None:
     warnings.warn(
         f"timm_dynamic: in float16, a GradScaler scales the task loss but not {loss}, whose gradient is all but lost. "
         "Train with timm_dynamic.training.DynamicTask, as `timm-dynamic train` does, or in bfloat16 "
         "(--amp-dtype bfloat16).",
-        stacklevel=3,
+        stacklevel=4,
     )

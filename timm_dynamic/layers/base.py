@@ -257,6 +257,13 @@ def check_positive(**arguments: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def draw_as_conv(fan_in: int, *parameters: Tensor | None) -> None:
+    """Draw weights and biases, None apart, as `nn.Conv2d` does."""
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+
 def copy_weight(conv: nn.Conv2d, weight: Tensor) -> None:
     """Copy a convolution's weight, and freeze the copy if the convolution is frozen."""
     weight.copy_(conv.weight).requires_grad_(conv.weight.requires_grad)

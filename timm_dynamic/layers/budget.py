@@ -121,9 +121,7 @@ class Budget(SharedPart, State):
                 new = torch.cat([new[: len(before)] - before, new[len(before) :]])
             store(self.network_budget, self.weight * network)
             store(self.block_budget, self.weight * block)
-            if mask.dtype == torch.float16 and not torch.compiler.is_compiling():
-                if not isinstance(self.aux_scale, Tensor):
-                    warn_about_float16("DynConv's budget loss")
+            warn_about_float16(mask.dtype, self.aux_scale, "DynConv's budget loss")
             mask = attach_loss(mask, executed, self.weight * new, self.aux_scale)
         if number < self.blocks:
             self._running[_thread()] = costs, slopes, number

@@ -10,7 +10,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import check_positive
+from timm_dynamic.layers.base import check_positive, draw_as_conv
 from timm_dynamic.layers.kernel_attention import KernelAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
 from timm_dynamic.layers.progress import Progress
@@ -94,10 +94,7 @@ class DynamicConv2d(KernelMixture):
 
     def reset_parameters(self) -> None:
         """Every kernel and bias as `nn.Conv2d` would have them."""
-        bound = self.kernels_weights[0, 0].numel() ** -0.5
-        nn.init.uniform_(self.kernels_weights, -bound, bound)
-        if self.kernels_bias is not None:
-            nn.init.uniform_(self.kernels_bias, -bound, bound)
+        draw_as_conv(self.kernels_weights[0, 0].numel(), self.kernels_weights, self.kernels_bias)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":

@@ -11,7 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.auxiliary import attach_loss, store, warn_about_float16
-from timm_dynamic.layers.base import DropInConv2d, check_positive, copy_weight, in_dtype_of
+from timm_dynamic.layers.base import DropInConv2d, check_positive, copy_weight, draw_as_conv, in_dtype_of
 from timm_dynamic.layers.progress import State
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
@@ -30,9 +30,8 @@ class Heads(nn.Module):
         self.fc_inp = nn.Linear(hidden, inputs, **dd)
         self.fc_oup = nn.Linear(hidden, outputs, **dd)
         self.fc_k = nn.Linear(hidden, taps, **dd)
-        self.decoder = nn.Sequential(
-            nn.Linear(inputs + outputs + taps, hidden, **dd), nn.ReLU(), nn.Linear(hidden, pooled, **dd)
-        )
+        first, last = nn.Linear(inputs + outputs + taps, hidden, **dd), nn.Linear(hidden, pooled, **dd)
+        self.decoder = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, pooled: Tensor) -> list[Tensor]:
         hidden = F.relu(self.fc_share(pooled))
@@ -116,10 +115,7 @@ class PEDConv2d(State, DropInConv2d):
 
     def reset_parameters(self) -> None:
         """Kernel and bias as `nn.Conv2d` has them."""
-        bound = self.kernel[0].numel() ** -0.5
-        for parameter in (self.kernel, self.bias):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)
+        draw_as_conv(self.kernel[0].numel(), self.kernel, self.bias)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "PEDConv2d":
@@ -137,10 +133,8 @@ class PEDConv2d(State, DropInConv2d):
 
     def formula(self, x: Tensor) -> Tensor:
         a_in, a_out, a_tap = self.factors_of(average(x))
-        if not torch.jit.is_scripting():
-            half = autocast_dtype(x) == torch.float16 and not torch.compiler.is_compiling()
-            if half and self.training and not isinstance(self.aux_scale, Tensor):
-                warn_about_float16("PED's reconstruction loss")
+        if not torch.jit.is_scripting() and self.training:
+            warn_about_float16(autocast_dtype(x), self.aux_scale, "PED's reconstruction loss")
         weight, padded, rank = self.kernel[None], self.pad(x), self.rank
         options = (self.stride, self.zero_padding, self.dilation, self.groups)
         y = mixed_conv2d(padded, None, weight, *options, a_in=a_in[0], a_tap=a_tap[0], a_out=a_out[0])

@@ -55,6 +55,10 @@ def bad_inputs():
         ("--data-dir other", "classes in validation that train lacks: eleven"),
         ("--data-dir broken -b 41", "cannot read image broken/train/0/broken.png: "),
         ("-b 41", "--batch-size 41 on 1 processes is more than the 40 images in train"),
+        (
+            "--model dy_deeplabv3plus_mobilenetv2_050",
+            "dy_deeplabv3plus_mobilenetv2_050 is a network for image-segmentation: it has train_segmentation",
+        ),
         ("-b 0", "argument -b/--batch-size: 0 is not 1 or more"),
         ("--smoothing 1.0", "argument --smoothing: 1.0 is not below 1"),
         ("--mixup 0.2 --smoothing -1", "argument --smoothing: -1 is not between 0 and 1"),

@@ -200,6 +200,7 @@ def inputs(tmp_path, monkeypatch, small_digits):
     Path("broken/val/0/broken.png").write_bytes((small_digits / "val/0/4.png").read_bytes()[:-40])
     make_checkpoint("good.pth")
     make_checkpoint("nine.pth", num_classes=9)
+    torch.save(timm.create_model("dynconv_hourglass", num_features=12, num_stacks=1).state_dict(), "pose.pth")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,10 @@ def inputs(tmp_path, monkeypatch, small_digits):
         (
             "data --checkpoint= --model dcd_resnet18",
             "no pretrained weights exist for dcd_resnet18: give a file of weights",
+        ),
+        (
+            "data --model dynconv_hourglass --model-kwargs num_features=12 num_stacks=1 --checkpoint pose.pth",
+            "is a network for keypoint-detection: it has train_pose",
         ),
         ("data --nonsense", "unrecognized arguments: --nonsense"),
         ("data --device nonsense", "--device nonsense"),

@@ -28,6 +28,7 @@ from timm_dynamic.replace import layer_class, layer_options
 from timm_dynamic.suggest import did_you_mean
 
 _FOLDERS = ("hf-hub:", "hf_hub:", "local-dir:")
+_COMMANDS = {"keypoint-detection": "train_pose and validate_pose", "image-segmentation": "train_segmentation"}
 _UNEXPECTED = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'")
 
 
@@ -170,6 +171,13 @@ def _check_name(name: str, pretrained: bool) -> None:
             f"no pretrained weights exist for {name}: give a file of weights with --checkpoint (train: "
             "--initial-checkpoint, or train without --pretrained)"
         )
+
+
+def check_classifier(name: str, model: nn.Module) -> None:
+    """Raise a `ValueError` for a network of another task, which says what its commands are."""
+    task = getattr(model, "pipeline_tag", None)
+    if task in _COMMANDS:
+        raise ValueError(f"{name} is a network for {task}: it has {_COMMANDS[task]}")
 
 
 def resolve_device(args: argparse.Namespace) -> torch.device:

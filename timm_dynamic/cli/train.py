@@ -31,6 +31,7 @@ from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.arguments.train import run_folder
 from timm_dynamic.cli.common import (
     amp_autocast,
+    check_classifier,
     check_compile,
     name_of,
     resolve_device,
@@ -66,10 +67,14 @@ class Parts(NamedTuple):
 
 
 def main(args: argparse.Namespace) -> None:
-    run(args)
+    def build_optimizer_of_classifier(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+        check_classifier(args.model, model)
+        return build_optimizer(args, model)
+
+    run(args, Parts(build_loaders, build_loss, build_optimizer_of_classifier, evaluate))
 
 
-def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | None, nn.Module]:
+def run(args: argparse.Namespace, parts: Parts) -> tuple[Path | None, nn.Module]:
     """Prepare this process and train; see `train`."""
     flags = yaml.safe_dump(vars(args), default_flow_style=False)  # before the run adds its own
     resolve_device(args)
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace, parts: Parts | None = None) -> tuple[Path | No
         torch.set_float32_matmul_precision("high")
     try:
         with repeatable(args):
-            return train(args, flags, device, parts or Parts(build_loaders, build_loss, build_optimizer, evaluate))
+            return train(args, flags, device, parts)
     finally:
         if args.distributed:
             torch.distributed.destroy_process_group()

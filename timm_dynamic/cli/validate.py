@@ -19,6 +19,7 @@ from timm_dynamic.cli.arguments.data import INTERPOLATIONS
 from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.common import (
     amp_autocast,
+    check_classifier,
     check_compile,
     create_model,
     dynamize_options,
@@ -48,6 +49,7 @@ _EXAMPLES = 16  # images at most on which the way to run is chosen
 def main(args: argparse.Namespace) -> None:
     device = resolve_device(args)
     model, config = open_model(args)
+    check_classifier(args.model, model)
     dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
     loader = make_loader(dataset, args, config, device)
     if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:

@@ -48,11 +48,12 @@ PRECISIONS = (
 
 
 @torch.no_grad()
-def test_evaluation(case, model):
+def test_evaluation(case, loaded):
     """One by one, too; with masks, executed in every way. Large networks have float64 in training alone."""
     for dtype, tolerance, layout in PRECISIONS[: 1 if case.case["num_params"] > 5e6 else 2]:
-        model, x = model.to(dtype, memory_format=layout).eval(), case.input().to(dtype, memory_format=layout)
+        x = case.input().to(dtype, memory_format=layout)
         for setting, expected in case.parts("eval").items():
+            model = copy.deepcopy(loaded).to(dtype, memory_format=layout).eval()
             set_schedule(model, setting, expected)
             for execution in ("sparse", "dense", "auto") if hasattr(model, "execution") else (None,):
                 if execution:

@@ -16,7 +16,7 @@ MISTAKES = {
     "validate nowhere": "no such data folder: nowhere",
     "inspect nowhere --model x": "no such image or data folder: nowhere",
     "push resnet18 nowhere me/x": "no checkpoint at nowhere",
-    "valdate": "unknown command 'valdate'; did you mean validate?",
+    "valdate": "unknown command 'valdate'; did you mean validate, validate_pose?",
 }
 
 

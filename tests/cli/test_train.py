@@ -126,7 +126,7 @@ def test_dynamize(capsys):
     start = "--lr 0 --epochs 1 --experiment c --initial-checkpoint out/run/last.pth.tar"
     _, _, started = train(capsys, f"{flags} {start}")
     assert rows[0]["train_reconstruction"] > 0
-    key = "layer1.0.conv1.weight"
+    key = "layer1.0.conv1.kernel"
     assert torch.equal(started["state_dict"][key], last["state_dict"][key])
     validate = ["validate", "data", *DATA_FLAGS, "--checkpoint", "out/run/last.pth.tar"]
     assert cli.main([*validate, *flags.split(), "--results-file", "r.csv"]) == 0

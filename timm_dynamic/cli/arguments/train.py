@@ -311,6 +311,18 @@ def add_ema_arguments(parser: Parser) -> None:
     group.add_argument("--model-ema-warmup", action="store_true", help="let the decay grow towards that")
 
 
+# What commands for other tasks than classification do not ask for.
+FOR_CLASSIFIERS = {
+    "drop_path": None,
+    "layer_decay": None,
+    "no_decay_names": None,
+    "mixup": 0.0,
+    "mixup_off_epoch": 0,
+    "mixup_ramp_epochs": 0,
+    "kd_model_name": None,
+}
+
+
 def add_output_arguments(parser: Parser, metrics: tuple[str, ...]) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output", default="output/train", metavar="DIR", help="default: %(default)s")

@@ -13,6 +13,7 @@ from timm_dynamic.cli.arguments.base import (
 )
 from timm_dynamic.cli.arguments.pose import add_flip_test_argument, add_pose_data_arguments, annotations_of, truth_of
 from timm_dynamic.cli.arguments.train import (
+    FOR_CLASSIFIERS,
     add_amp_arguments,
     add_distributed_arguments,
     add_ema_arguments,
@@ -66,13 +67,7 @@ def make_parser() -> Parser:
         warmup_epochs=0,
         output="output/train_pose",
         drop=None,
-        drop_path=None,
-        layer_decay=None,
-        no_decay_names=None,
-        mixup=0.0,
-        mixup_off_epoch=0,
-        mixup_ramp_epochs=0,
-        kd_model_name=None,
+        **FOR_CLASSIFIERS,
     )
     return parser
 

@@ -12,6 +12,7 @@ from timm_dynamic.cli.arguments.base import (
 )
 from timm_dynamic.cli.arguments.data import add_workers_argument
 from timm_dynamic.cli.arguments.train import (
+    FOR_CLASSIFIERS,
     add_amp_arguments,
     add_distributed_arguments,
     add_ema_arguments,
@@ -70,14 +71,8 @@ def make_parser() -> Parser:
         min_lr=1e-6,
         warmup_epochs=0,
         output="output/train_segmentation",
-        drop_path=None,
         input_size=None,
-        layer_decay=None,
-        no_decay_names=None,
-        mixup=0.0,
-        mixup_off_epoch=0,
-        mixup_ramp_epochs=0,
-        kd_model_name=None,
+        **FOR_CLASSIFIERS,
     )
     return parser
 

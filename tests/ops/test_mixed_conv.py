@@ -13,6 +13,12 @@ from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.sample_conv import columns, samples, training
 from timm_dynamic.ops.sample_conv.shapes import memory_format
 
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    monkeypatch.setattr(columns, "_FEW", 0)  # the maps here are small: else all were by columns
+
+
 # (B, C, O, kernel, H, W, groups, stride, padding, dilation). With one kernel, by columns where O > Ho * Wo.
 CASES = {
     "1x1": (3, 4, 6, (1, 1), 7, 5, 1, (1, 1), (0, 0), (1, 1)),
@@ -140,6 +146,8 @@ def test_parts_do_not_matter(name, factors, monkeypatch):
     results = []
     for number in (1, 2**30):
         monkeypatch.setattr(columns, "_CHUNK", number)
+        monkeypatch.setattr(columns, "_FEW", number)
+        monkeypatch.setitem(training._CACHED, "cpu", number)
         monkeypatch.setattr(samples, "_GROUPED_WEIGHTS", number)
         monkeypatch.setattr(training, "_parts", lambda x, *_, n=number: (slice(b, b + n) for b in range(0, len(x), n)))
         out = run(*inputs, *options)

@@ -4,6 +4,7 @@ Columns of some samples at a time meet the shared weight in one matrix product. 
 weights of all samples where output positions are rarer than output channels.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from timm_dynamic.ops.products import linear
 from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format, output_size, tap_views
 
+# Columns of a sample with so many elements are gated however few its weights are: 0.8 of the training step of ResNet-8
+# for CIFAR-10 at batch 128 (one thread of an AMD EPYC, November 2026).
+_FEW = 2**17
 _CHUNK = 2**21  # elements of the columns that are there at a time (benchmarks/models.py, ped_resnet50, on a CPU)
 
 
@@ -21,12 +25,15 @@ def empty_rows(
 ) -> Tensor:
     """Room for the output before `a_out`, `[B, Ho * Wo, O]`, if columns are to be gated; else an empty tensor.
 
-    On a GPU they are wherever possible: a kernel launch for every sample takes longer.
+    On a GPU they are wherever possible: a kernel launch for every sample takes longer. So do the calls for a sample of
+    small maps.
     """
     if groups != 1 or attention is not None:
         return x.new_empty(0)
     Ho, Wo = output_size(x.shape[2:], kernels.shape[3:], stride, padding, dilation)
-    if Ho * Wo < kernels.shape[1] or x.device.type == "cuda":
+    O, C, *taps = kernels.shape[1:]
+    few = taps != [1, 1] and Ho * Wo * C * math.prod(taps) <= _FEW
+    if few or Ho * Wo < O or x.device.type == "cuda":
         return x.new_empty((x.shape[0], Ho * Wo, kernels.shape[1]))
     return x.new_empty(0)
 

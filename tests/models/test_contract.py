@@ -46,7 +46,7 @@ class TestRecords(RecordContract):
 
 
 class TestModels(ModelContract):
-    @pytest.fixture(params=SMALL)
+    @pytest.fixture(params=SMALL, scope="module")  # one model after the other, so that each is made once
     def name(self, request):
         return request.param
 

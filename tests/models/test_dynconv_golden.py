@@ -1,5 +1,7 @@
 """DynConv networks: masks and loss terms of the authors. Outputs and gradients are in tests/test_golden.py."""
 
+import copy
+
 import pytest
 import torch
 from dynconv_networks import run
@@ -25,9 +27,14 @@ def case(request, golden):
     return golden(request.param)
 
 
+@pytest.fixture(scope="module")
+def loaded(case, tmp_path_factory):
+    return case.network(tmp_path_factory.mktemp("authors"))
+
+
 @pytest.fixture
-def model(case, tmp_path):
-    return case.network(tmp_path)
+def model(loaded):
+    return copy.deepcopy(loaded)
 
 
 @pytest.mark.parametrize("execution", ["dense", "sparse", "auto"])

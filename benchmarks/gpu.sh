@@ -94,7 +94,9 @@ mapfile -t files < <(grep -rlE 'mark\.cuda|needs_gpu\(' tests --include='test_*.
 PYTEST=("$PYTHON" -m pytest -p no:cacheprovider -rfE "${files[@]}" -m)
 
 tests() {
-  run tests 160 env OMP_NUM_THREADS=4 "${PYTEST[@]}" cuda --junitxml="$RESULTS/gpu_tests.xml"
+  local parallel=()
+  "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8)
+  run tests 160 env OMP_NUM_THREADS=2 "${PYTEST[@]}" cuda "${parallel[@]}" --junitxml="$RESULTS/gpu_tests.xml"
 }
 
 sanitize() { # without torch's cache of memory every tensor has an allocation, whose end memcheck knows

@@ -59,6 +59,10 @@ def bad_inputs():
             "--model dy_deeplabv3plus_mobilenetv2_050",
             "dy_deeplabv3plus_mobilenetv2_050 is a network for image-segmentation: it has train_segmentation",
         ),
+        (
+            "--model dynconv_hourglass.budget25_mpii",
+            "dynconv_hourglass.budget25_mpii is a network for keypoint-detection: it has train_pose and validate_pose",
+        ),
         ("-b 0", "argument -b/--batch-size: 0 is not 1 or more"),
         ("--smoothing 1.0", "argument --smoothing: 1.0 is not below 1"),
         ("--mixup 0.2 --smoothing -1", "argument --smoothing: -1 is not between 0 and 1"),

@@ -21,7 +21,7 @@ from timm_dynamic.cost import count_active
 io = pytest.importorskip("scipy.io")
 
 ROOT = Path(__file__).parents[2]
-BUDGET = 0.6
+BUDGET = 0.5
 KWARGS = {"num_features": 12, "num_stacks": 1, "budget": BUDGET}
 MODEL = [
     "--device",
@@ -145,20 +145,21 @@ def reference(checkpoint, flip=False):
 def test_learns(capsys):
     """Two epochs lower the loss and keep to the budget; PCKh is that of the weights.
 
-    The budget's published weight of 0.01 is for 100 epochs of MPII; 24 updates need more.
+    The budget's published weight of 0.01 is for 100 epochs of MPII; 48 updates need more, and no noise. Seeds 42, the
+    default, 1 and 2: in training 0.027, 0.023 and 0.033 from the budget, then in validation 0.016, 0.011 and 0.003.
     """
-    flags = "--lr 5e-3 --scale-factor 0.1 --rotation-factor 10 --hflip 0"
-    rows = train(capsys, f"{flags} --model-kwargs num_features=12 num_stacks=1 budget={BUDGET} budget_weight=1")
+    flags = "--lr 5e-3 -b 2 --scale-factor 0.1 --rotation-factor 10 --hflip 0 --model-kwargs budget_weight=1"
+    rows = train(capsys, f"{flags} gumbel_noise=False {' '.join(f'{key}={value}' for key, value in KWARGS.items())}")
     assert list(rows[0]) == [
         *("epoch", "train_loss", "train_network_budget", "train_block_budget"),
         *("eval_loss", "eval_pckh", "eval_pckh@0.1", "eval_executed", "eval_routing_spread", "lr"),
     ]
     for key in ("train_loss", "eval_loss"):
         assert rows[1][key] < 0.8 * rows[0][key]
-    assert math.sqrt(rows[1]["train_network_budget"]) < 0.06  # root mean square over single batches, with noise
+    assert math.sqrt(rows[1]["train_network_budget"]) < 0.05  # root mean square over single batches
     shares, active = reference("out/run/last.pth.tar")
     assert rows[1]["eval_pckh"] == pytest.approx(shares[0.5]) and rows[1]["eval_pckh@0.1"] == pytest.approx(shares[0.1])
-    assert abs(active - BUDGET) < 0.2  # without the noise of training, which the budget is for
+    assert abs(active - BUDGET) < 0.05
 
     flags = "--checkpoint out/run/last.pth.tar --results-file out/a.json"
     result = validate(capsys, flags)

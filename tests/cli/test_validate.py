@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.data import create_dataset, create_transform
+from timm.models._hub import save_for_hf
 
 import timm_dynamic
 from timm_dynamic import cli
@@ -200,7 +201,8 @@ def inputs(tmp_path, monkeypatch, small_digits):
     Path("broken/val/0/broken.png").write_bytes((small_digits / "val/0/4.png").read_bytes()[:-40])
     make_checkpoint("good.pth")
     make_checkpoint("nine.pth", num_classes=9)
-    torch.save(timm.create_model("dynconv_hourglass", num_features=12, num_stacks=1).state_dict(), "pose.pth")
+    sizes = {"num_features": 12, "num_stacks": 1}
+    save_for_hf(timm.create_model("dynconv_hourglass", **sizes), "pose", model_args=sizes)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +225,10 @@ def inputs(tmp_path, monkeypatch, small_digits):
             "no pretrained weights exist for dcd_resnet18: give a file of weights",
         ),
         (
-            "data --model dynconv_hourglass --model-kwargs num_features=12 num_stacks=1 --checkpoint pose.pth",
-            "is a network for keypoint-detection: it has train_pose",
+            "data --model dynconv_hourglass --checkpoint=",
+            "dynconv_hourglass is a network for keypoint-detection: it has train_pose and validate_pose",
         ),
+        ("data --model local-dir:pose --checkpoint=", "local-dir:pose is a network for keypoint-detection: it has"),
         ("data --nonsense", "unrecognized arguments: --nonsense"),
         ("data --device nonsense", "--device nonsense"),
         ("data --batch-size 0", "argument -b/--batch-size: 0 is not 1 or more"),

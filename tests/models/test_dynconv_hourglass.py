@@ -285,7 +285,8 @@ class TestContract:
             ({"num_features": 3}, "num_features must be an integer and at least 4, got 3"),
             ({"num_stacks": 0}, "num_stacks must be at least 1, got 0"),
             ({"budget": 2}, "budget must be between 0 and 1, or -1"),
-            ({"budget_weight": -1}, "budget_weight must be a number and not negative, got -1"),
+            ({"budget_weight": -1}, "budget_weight must be a finite number and not negative, got -1"),
+            ({"aux_scale": float("inf")}, "aux_scale must be a finite number and not negative, got inf"),
         ],
     )
     def test_bad_arguments(self, kwargs, message):
@@ -302,6 +303,15 @@ class TestContract:
         convert(tmp_path / "weights.pth", tmp_path / "weights.safetensors", model)
         with pytest.raises(ValueError, match="create the model with num_classes=5"):
             load_checkpoint(tiny(num_features=16, num_stacks=1, num_blocks=2, num_joints=4), tmp_path / "weights.pth")
+
+    @pytest.mark.parametrize("strange", ["hg.0.hg.4.0.", "hg.0.hg.0.4."])
+    def test_weights_of_a_deeper_hourglass(self, tmp_path, strange):
+        """None of them is taken for another one."""
+        state = authors_state(12, 1, 1, 5, True)
+        extra = {strange + key[12:]: value for key, value in state.items() if key.startswith("hg.0.hg.3.0.")}
+        torch.save({**state, **extra}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=f"20 keys unexpected .{strange}0.conv_pw.weight"):
+            load_checkpoint(tiny(num_stacks=1), tmp_path / "weights.pth")
 
     def test_pretrained_with_other_joints(self, tmp_path):
         saved = tiny(num_joints=16).state_dict()

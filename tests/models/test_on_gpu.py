@@ -59,8 +59,10 @@ def outputs(model, x):
 
 def gradients(model, x):
     """Of every parameter, in training mode."""
-    model.train()
-    F.cross_entropy(model(x), torch.arange(len(x), device=x.device)).backward()
+    output = model.train()(x)
+    maps = output if isinstance(output, (list, tuple)) else [output]
+    logits = [one.flatten(2).mean(2) if one.ndim > 2 else one for one in maps]
+    sum(F.cross_entropy(one, torch.arange(len(x), device=x.device)) for one in logits).backward()
     return {name: p.grad.double().cpu() for name, p in model.named_parameters()}
 
 

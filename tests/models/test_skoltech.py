@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import timm_dynamic
@@ -17,6 +18,7 @@ SMALL_050 = [
     *((3, 8, 8, 1, 2), (3, 40, 16, 0, 2), (3, 48, 16, 0, 1), (5, 48, 24, 1, 2), (5, 120, 24, 1, 1), (5, 120, 24, 1, 1)),
     *((5, 64, 24, 1, 1), (5, 72, 24, 1, 1), (5, 144, 48, 1, 2), (5, 288, 48, 1, 1), (5, 288, 48, 1, 1), 288),
 ]
+STEM_NORM = "features.layers.0.layers.1"
 SMALL_100 = [
     *((3, 16, 16, 1, 2), (3, 72, 24, 0, 2), (3, 88, 24, 0, 1), (5, 96, 40, 1, 2), *2 * ((5, 240, 40, 1, 1),)),
     *((5, 120, 48, 1, 1), (5, 144, 48, 1, 1), (5, 288, 96, 1, 2), *2 * ((5, 576, 96, 1, 1),), 576),
@@ -26,6 +28,101 @@ LARGE_100 = [
     *((3, 240, 80, 0, 2), (3, 200, 80, 0, 1), *2 * ((3, 184, 80, 0, 1),), (3, 480, 112, 1, 1), (3, 672, 112, 1, 1)),
     *((5, 672, 160, 1, 2), *2 * ((5, 960, 160, 1, 1),), 960),
 ]
+
+
+class Plain:
+    """Their networks by PyTorch's functions, from weights by their names."""
+
+    def __init__(self, state, temperature, training):
+        self.state, self.temperature, self.training = state, temperature, training
+
+    def conv(self, x, name, **options):
+        """A dynamic one is the mixture of what its kernels give."""
+        weights = [self.state.get(f"{name}.{key}") for key in ("weight", "bias", "kernels_weights", "kernels_bias")]
+        if weights[0] is not None:
+            return F.conv2d(x, *weights[:2], **options)
+        parts = [self.state[f"{name}.attention.to_scores.{i}.{key}"] for i in (0, 2) for key in ("weight", "bias")]
+        scores = F.linear(F.linear(x.mean((2, 3)), *parts[:2]).relu(), *parts[2:])
+        shares = (scores / self.temperature).softmax(1)[..., None, None, None].unbind(1)
+        biases = [None] * len(shares) if weights[3] is None else weights[3]
+        return sum(
+            share * F.conv2d(x, kernels, bias, **options)
+            for share, kernels, bias in zip(shares, weights[2], biases, strict=True)
+        )
+
+    def norm(self, x, name):
+        mean, variance, weight, bias = (
+            self.state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        statistics = (None, None) if self.training else (mean, variance)
+        return F.batch_norm(x, *statistics, weight, bias, self.training, eps=1e-5)
+
+    def mobilenet(self, x, rows, relus, stem_stride):
+        """The first so many blocks have ReLU."""
+        x = F.hardswish(self.norm(self.conv(x, "features.layers.0.layers.0", stride=stem_stride, padding=1), STEM_NORM))
+        for i, (kernel, expanded, _, squeeze, stride) in enumerate(rows[:-1], 1):
+            block, act = f"features.layers.{i}.conv.layers", F.relu if i <= relus else F.hardswish
+            y = act(self.norm(self.conv(x, f"{block}.0"), f"{block}.1"))
+            y = self.conv(y, f"{block}.3", stride=stride, padding=kernel // 2, groups=expanded)
+            y = self.norm(y, f"{block}.4")
+            if squeeze:
+                hidden = F.linear(y.mean((2, 3)), self.state[f"{block}.5.fc.0.weight"]).relu()
+                y = y * F.hardsigmoid(F.linear(hidden, self.state[f"{block}.5.fc.2.weight"]))[..., None, None]
+            y = self.norm(self.conv(act(y), f"{block}.7"), f"{block}.8")
+            x = x + y if stride == 1 and x.shape == y.shape else y
+        tail = f"features.layers.{len(rows)}.layers"
+        x = F.hardswish(self.norm(self.conv(x, f"{tail}.0"), f"{tail}.1")).mean((2, 3), keepdim=True)
+        x = F.hardswish(self.conv(x, f"features.layers.{len(rows) + 2}")).flatten(1)
+        return F.linear(x, *(self.state[f"classifier.layers.1.{key}"] for key in ("weight", "bias")))
+
+    def deeplab(self, x):
+        """Of output stride 16."""
+        size, name = x.shape[2:], "backbone.features"
+        x = F.relu6(self.norm(self.conv(x, f"{name}.0.0", stride=2, padding=1), f"{name}.0.1"))
+        x = F.relu6(self.norm(self.conv(x, f"{name}.1.conv.0", padding=1, groups=32), f"{name}.1.conv.1"))
+        x = self.norm(self.conv(x, f"{name}.1.conv.3"), f"{name}.1.conv.4")
+        for i in range(2, 18):
+            block, d = f"{name}.{i}.conv", 2 if i == 17 else 1
+            y = F.relu6(self.norm(self.conv(F.pad(x, (d, d, d, d)), f"{block}.0"), f"{block}.1"))
+            y = self.conv(y, f"{block}.3", stride=2 if i in (2, 4, 7) else 1, dilation=d, groups=y.shape[1])
+            y = self.norm(self.conv(F.relu6(self.norm(y, f"{block}.4")), f"{block}.6"), f"{block}.7")
+            x = x + y if x.shape == y.shape else y
+            if i == 3:
+                low = x
+
+        def layer(x, conv, norm, **options):
+            return self.norm(self.conv(x, conv, **options), norm).relu()
+
+        maps = [
+            layer(x, f"aspp.aspp{k}.atrous_conv", f"aspp.aspp{k}.bn", padding=d if k > 1 else 0, dilation=d)
+            for k, d in zip((1, 2, 3, 4), (1, 6, 12, 18), strict=True)
+        ]
+        pool = "aspp.global_avg_pool.layers"
+        maps.append(layer(x.mean((2, 3), keepdim=True), f"{pool}.1", f"{pool}.2").expand_as(maps[0]))
+        x, low = layer(torch.cat(maps, 1), "aspp.conv1", "aspp.bn1"), layer(low, "decoder.conv1", "decoder.bn1")
+        x = torch.cat([F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True), low], 1)
+        for k in (0, 4):
+            x = layer(x, f"decoder.last_conv.layers.{k}", f"decoder.last_conv.layers.{k + 1}", padding=1)
+        x = self.conv(x, "decoder.last_conv.layers.8")
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def check_against_plain(model, state, translate, plain, x):
+    """Outputs in evaluation, and in training, at both ends of the temperature's schedule, and the gradients there."""
+    model.load_state_dict(translate(state, model))
+    for training in (False, True):
+        for epoch, temperature in ((0, 30), (50, 1)):
+            timm_dynamic.set_progress(model, epoch, 100)
+            for name, one in state.items():
+                one.requires_grad_(one.is_floating_point() and ".running_" not in name).grad = None
+            expected, output = plain(Plain(state, temperature, training), x), model.train(training)(x)
+            torch.testing.assert_close(output, expected)
+        weight = torch.randn_like(output)
+        model.zero_grad(), (output * weight).mean().backward(), (expected * weight).mean().backward()
+        gradients = translate({key: value.grad for key, value in state.items() if value.grad is not None}, model)
+        assert gradients.keys() == {key for key, _ in model.named_parameters()}
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-6, atol=1e-12)
 
 
 @pytest.fixture(autouse=True)
@@ -77,11 +174,13 @@ class TestMobileNetV3:
         state = {}
 
         def add(name, *shape):
-            state[name] = torch.randn(shape)
+            fan_in = torch.Size(shape[2 if name.endswith("kernels_weights") else 1 :]).numel()
+            state[name] = torch.randn(shape) / fan_in**0.5
 
         def norm(name, channels):
             for part in ("weight", "bias", "running_mean", "running_var"):
                 add(f"{name}.{part}", channels)
+            state[f"{name}.running_var"] = 0.5 + torch.rand(channels)
             state[f"{name}.num_batches_tracked"] = torch.tensor(0)
 
         def conv(name, inputs, outputs, kernel=1, groups=1, bias=False):
@@ -142,6 +241,21 @@ class TestMobileNetV3:
         layers = [module for module in model.modules() if isinstance(module, DynamicConv2d)]
         assert len(layers) == (3 * (len(rows) - 1) + 2) * dynamic
 
+    @pytest.mark.parametrize(
+        ("name", "rows", "relus", "stem_stride"),
+        [(SMALL, SMALL_100, 3, 2), (LARGE, LARGE_100, 6, 1)],
+    )
+    def test_it_is_their_network(self, name, rows, relus, stem_stride):
+        state = self.authors_state(rows, 10)
+        state = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
+        check_against_plain(
+            timm.create_model(name, num_classes=10, stem_stride=stem_stride).double(),
+            state,
+            skoltech_dy_mobilenetv3.checkpoint_filter_fn,
+            lambda plain, x: plain.mobilenet(x, rows, relus, stem_stride),
+            torch.randn(3, 3, 35, 43).double(),
+        )
+
     @pytest.mark.parametrize(("name", "reductions"), [(SMALL, [1, 2, 4, 8]), (LARGE, [1, 2, 4, 8, 16])])
     @torch.no_grad()
     def test_stem_stride(self, name, reductions):
@@ -149,8 +263,12 @@ class TestMobileNetV3:
         assert [info["reduction"] for info in model.feature_info] == reductions
         features = model.forward_intermediates(torch.empty(1, 3, 64, 64, device="meta"), intermediates_only=True)
         assert [64 // feature.shape[-1] for feature in features] == reductions
-        with pytest.raises(ValueError, match="stem_stride must be 1 or 2, got 4"):
-            timm.create_model(name, stem_stride=4)
+        extractor = timm.create_model(name, features_only=True, stem_stride=1, device="meta")
+        shapes = [feature.shape for feature in extractor(torch.empty(1, 3, 64, 64, device="meta"))]
+        assert extractor.feature_info.reduction() == reductions and shapes == [feature.shape for feature in features]
+        for wrong in (4, True):
+            with pytest.raises(ValueError, match=f"stem_stride must be 1 or 2, got {wrong}"):
+                timm.create_model(name, stem_stride=wrong)
 
     def test_squeeze_and_excitation_comes_before_the_activation(self):
         block = timm.create_model(f"{SMALL}_025").double().eval().blocks[0][0]
@@ -176,6 +294,10 @@ class TestMobileNetV3:
 
 
 class TestDeepLabV3Plus:
+    def test_another_backbone(self):
+        with pytest.raises(ValueError, match="backbone='resnet18': this network has a MobileNetV2 alone"):
+            timm.create_model(DEEPLAB, backbone="resnet18")
+
     @pytest.mark.parametrize(("stride", "dilations"), [(16, [1] * 15 + [2]), (8, [1] * 9 + [2] * 6 + [4])])
     def test_padding_and_dilation(self, stride, dilations):
         """Blocks 2 to 17; the first one has no expansion."""
@@ -219,6 +341,21 @@ class TestDeepLabV3Plus:
         }
         state = model.state_dict()
         assert skoltech_dy_deeplabv3plus.checkpoint_filter_fn(state, model) is state
+
+    def test_it_is_their_network(self, golden):
+        """At the whole width, and a size that no stride divides."""
+        model = timm.create_model(DEEPLAB, drop_rate=0.0).double()
+        names = [name for name in golden("dy_deeplabv3plus_w050").rows if "level_features" not in name]
+        numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
+        ours = skoltech_dy_deeplabv3plus.checkpoint_filter_fn(numbers, model)
+        state = {names[i]: model.state_dict()[name].clone() for name, i in ours.items()}
+        for name, value in state.items():
+            if name.endswith(("running_mean", "bias")):
+                nn.init.normal_(value, std=0.3)
+            elif name.endswith("running_var"):
+                nn.init.uniform_(value, 0.5, 1.5)
+        translate, x = skoltech_dy_deeplabv3plus.checkpoint_filter_fn, torch.randn(2, 3, 33, 43).double()
+        check_against_plain(model, state, translate, Plain.deeplab, x)
 
     def test_initialisation(self):
         model = timm.create_model(f"{DEEPLAB}_050")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from on_gpu import DEVICE, DTYPES, TOLERANCE, needs_gpu
 
-from timm_dynamic.ops import sparse
+from timm_dynamic.ops.sparse import definition as sparse
 
 pytestmark = needs_gpu()
 
@@ -60,7 +60,7 @@ def check(actual, expected, dtype):
 class TestRows:
     def test_gather_rows(self, M, C, dtype):
         source, rows = 4 * torch.randn(40, C).to(dtype), table(M, 3, 40)
-        expected = [sparse.gather_rows_reference(source, rows, *limits) for limits in (RELU6, NO_LIMITS)]
+        expected = [sparse._gather_rows(source, rows, *limits) for limits in (RELU6, NO_LIMITS)]
         source[0] = math.nan
         source, rows = source.to(DEVICE), rows.to(DEVICE)
         for from_ in (source, misaligned(source)):
@@ -76,7 +76,7 @@ class TestRows:
         for limits in (RELU6, NO_LIMITS):
             for place in (lambda t: t, misaligned):
                 expected, actual = out.clone(), place(out.to(DEVICE, dtype))
-                sparse.scatter_rows_reference_(expected, positions, rows, *limits)
+                sparse._scatter_rows_(expected, positions, rows, *limits)
                 OPS.scatter_rows_(actual, *on_gpu([positions, rows], dtype), *limits)
                 where_nan = expected.isnan()
                 assert torch.equal(actual.isnan().cpu(), where_nan)
@@ -89,7 +89,7 @@ class TestRows:
         source, rows = randn(40, C, dtype=dtype), table(M, 9, 40)
         weight, bias = randn(9, C, dtype=dtype), randn(C, dtype=dtype)
         for limits in (RELU6, NO_LIMITS):
-            expected = sparse.gather_depthwise_reference(source, rows, weight, bias, *limits)
+            expected = sparse._gather_depthwise(source, rows, weight, bias, *limits)
             args = on_gpu([source, rows, weight, bias], dtype)
             args[0][0] = math.nan
             check(OPS.gather_depthwise(*args, *limits), expected, dtype)
@@ -104,14 +104,14 @@ def test_products(size, limits, dtype):
     M, T, C, N = size
     source, rows = randn(40, C, dtype=dtype), table(M, T, 40)
     matrix, bias = randn(T * C, N, dtype=dtype) / 16, randn(N, dtype=dtype)
-    expected = sparse.gather_conv_reference(source, rows, sparse.pack_matrix(matrix), bias, *limits)
+    expected = sparse._gather_conv(source, rows, sparse.pack_matrix(matrix), bias, *limits)
     args = on_gpu([source, rows, matrix, bias], dtype)
     args[0][0], args[2] = math.nan, sparse.pack_matrix(args[2])
     check(sparse.gather_conv(*args, *limits), expected, dtype)
     check(OPS.gather_conv(*args, *limits), expected, dtype)
     positions, out = torch.randperm(M + 3)[:M].int(), randn(M + 3, N, dtype=dtype)
     actual = out.to(DEVICE, dtype)
-    sparse.scatter_conv_reference_(out, positions, source, rows, sparse.pack_matrix(matrix), bias, *limits)
+    sparse._scatter_conv_(out, positions, source, rows, sparse.pack_matrix(matrix), bias, *limits)
     sparse.scatter_conv_(actual, positions.to(DEVICE), *args, *limits)
     check(actual, out, dtype)
 
@@ -136,15 +136,15 @@ def test_tables(case, density):
     padding = tuple(d * (k // 2) for k, d in zip(kernel, dilation, strict=True))
     output, window = tuple((n - 1) // s + 1 for n, s in zip(size, stride, strict=True)), (kernel, stride, dilation)
     mask = torch.rand(B, 1, *output) < density
-    expected = sparse.neighbour_table_reference(mask, size, *window, padding)
+    expected = sparse._neighbour_table(mask, size, *window, padding)
     signed = torch.where(mask, 1.0, -0.0)
     for own in (mask, signed, signed.half(), signed.bfloat16()):
-        actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding)
+        actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding, None)
         for one, other in zip(actual, expected, strict=True):
             assert one.dtype == torch.int32 and one.is_contiguous() and torch.equal(one.cpu(), other)
     outputs, inputs = mask.numel(), B * math.prod(size)
     for room in ((outputs, inputs), (outputs // 2, inputs // 2), (outputs // 3, inputs), tuple(expected[3].tolist())):
-        fixed = sparse.neighbour_table_reference(mask, size, *window, padding, room)
+        fixed = sparse._neighbour_table(mask, size, *window, padding, room)
         for own in (mask, signed, signed.bfloat16()):
             actual = OPS.neighbour_table(own.to(DEVICE), size, *window, padding, room)
             for one, other in zip(actual, fixed, strict=True):
@@ -153,7 +153,7 @@ def test_tables(case, density):
     geometry = (size, output, *window, padding)
     actual = OPS.window_table(positions.to(DEVICE), *geometry)
     assert actual.dtype == torch.int32
-    assert torch.equal(actual.cpu(), sparse.window_table_reference(positions, *geometry))
+    assert torch.equal(actual.cpu(), sparse._window_table(positions, *geometry))
 
 
 def arguments(dtype=torch.float32):
@@ -165,7 +165,7 @@ def arguments(dtype=torch.float32):
         "scatter_rows_": (randn(8, 7), torch.arange(6).int(), randn(6, 7), *RELU6),
         "gather_depthwise": (source, rows, randn(9, 5), bias, *RELU6),
         "window_table": (torch.tensor([0, 5, 23]).int(), [5, 7], [3, 4], *window),
-        "neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window),
+        "neighbour_table": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window, None),
         "neighbour_table with a capacity": (torch.rand(2, 1, 3, 4) < 0.5, [5, 7], *window, [9, 40]),
     }
     return {name: on_gpu(args, dtype) for name, args in every.items()}

@@ -173,8 +173,15 @@ def _check_name(name: str, pretrained: bool) -> None:
         )
 
 
-def check_classifier(name: str, model: nn.Module) -> None:
-    """Raise a `ValueError` for a network of another task, which says what its commands are."""
+def check_classifier(name: str, model: nn.Module | None = None) -> None:
+    """Raise a `ValueError` for a network of another task, which says what its commands are.
+
+    Args:
+        name: Of the model.
+        model: Of that name; else what the function that makes it says that it returns.
+    """
+    if model is None and timm.is_model(arch := timm.models.get_arch_name(name)):
+        model = timm.model_entrypoint(arch).__annotations__.get("return")
     task = getattr(model, "pipeline_tag", None)
     if task in _COMMANDS:
         raise ValueError(f"{name} is a network for {task}: it has {_COMMANDS[task]}")

@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
         check_classifier(args.model, model)
         return build_optimizer(args, model)
 
+    check_classifier(args.model)
     run(args, Parts(build_loaders, build_loss, build_optimizer_of_classifier, evaluate))
 
 

@@ -47,6 +47,7 @@ _EXAMPLES = 16  # images at most on which the way to run is chosen
 
 
 def main(args: argparse.Namespace) -> None:
+    check_classifier(args.model)
     device = resolve_device(args)
     model, config = open_model(args)
     check_classifier(args.model, model)

@@ -1,5 +1,6 @@
 """What the networks with learned masks share."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -51,8 +52,8 @@ class MaskedModel(nn.Module):
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         for key, value in (("aux_scale", aux_scale), ("budget_weight", weight)):
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"{key} must be a number and not negative, got {value!r}")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{key} must be a finite number and not negative, got {value!r}")
         self.budget = budget
         if budget < 0:
             self.register_load_state_dict_pre_hook(_drop_progress)  # weights trained with masks fit

@@ -284,7 +284,7 @@ _PLACES = ("skip", "down", "up", "inner")  # in the authors' order
 
 
 def _our_name(key: str) -> str:
-    found = re.match(r"hg\.(\d+)\.hg\.(\d+)\.(\d)\.", key)
+    found = re.match(rf"hg\.(\d+)\.hg\.([0-{_DEPTH - 1}])\.([0-3])\.", key)
     if found:  # the authors number the levels from the innermost one, ours contain each other
         stack, level, place = map(int, found.groups())
         inner = "inner." * (_DEPTH - 1 - level)

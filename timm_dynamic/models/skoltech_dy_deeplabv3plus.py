@@ -42,6 +42,11 @@ class SkoltechDyDeepLabV3Plus(DyDeepLabV3Plus):
     """
 
     def __init__(self, pretrained_backbone: bool = False, output_stride: int = 16, **kwargs):
+        if "backbone" in kwargs:
+            raise ValueError(
+                f"backbone={kwargs['backbone']!r}: this network has a MobileNetV2 alone; "
+                "dy_deeplabv3plus_mobilenetv2 takes others"
+            )
         super().__init__(pretrained_backbone=pretrained_backbone, output_stride=output_stride, **kwargs)
         stride, dilation = 2, 1
         for stage, of_stage in zip(self.backbone.blocks, _STRIDES, strict=True):

@@ -173,10 +173,12 @@ def _create(
 ) -> SkoltechDyMobileNetV3:
     kwargs = dict(kwargs)
     stem_stride = kwargs.pop("stem_stride", 2)
-    if stem_stride not in (1, 2):
+    if type(stem_stride) is not int or stem_stride not in (1, 2):
         raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride!r}")
+    stages = _stages(rows, last, width, stem_stride)
+    sizes = 1 + sum("_s2_" in block for stage in stages for block in stage)
     model_args = {
-        "block_args": decode_arch_def(_stages(rows, last, width, stem_stride)),
+        "block_args": decode_arch_def(stages),
         "num_features": _round_up(1280 * max(1, width)),
         "stem_size": _STEM,
         "round_chs_fn": int,
@@ -191,7 +193,7 @@ def _create(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True},
+        feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(sizes))},
         **model_args,
     )
 

@@ -48,8 +48,14 @@ def test_mistakes(words, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_has_seen_enough():
-    """Of a command that works: the package is whole then."""
     done = subprocess.run(
         f"{sys.executable} {START[1]} list --family ped --names | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stdout.startswith("PEDConv") and done.stderr == ""
+
+
+def test_work():
+    """The package is whole when a command runs."""
+    done = subprocess.run([*START, "list", "--family", "ped", "--names"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ped_resnet18" in done.stdout and "--dynamize ped: PEDConv2d" in done.stdout

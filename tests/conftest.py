@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from golden import DATA, Golden
 from processes import Processes
 
@@ -49,6 +50,16 @@ def small_digits(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 15).astype(np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture
+def nothing_drawn_on_meta(monkeypatch):
+    """There random numbers are none, and yet take most of the time in which a network is made."""
+    for name in ("normal_", "uniform_"):
+        draw = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, *args, draw=draw, **kwargs: x if x.is_meta else draw(x, *args, **kwargs)
+        )
 
 
 @pytest.fixture(autouse=True)

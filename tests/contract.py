@@ -25,6 +25,7 @@ def image(*size, batch=1, channels=3):
     return torch.randn(batch, channels, *size)
 
 
+@pytest.mark.usefixtures("nothing_drawn_on_meta")
 class RecordContract:
     """What costs nothing. Needs a fixture `name`: of a classifier that is registered in timm."""
 
@@ -51,6 +52,7 @@ class RecordContract:
         assert cfg["pool_size"] == tuple(-(-n // reduction) for n in cfg["input_size"][1:])
 
 
+@pytest.mark.usefixtures("nothing_drawn_on_meta")
 class ModelContract:
     """What computes. Needs a fixture `name` of such a classifier, too."""
 
@@ -63,6 +65,14 @@ class ModelContract:
         """`timm.create_model` of it."""
         return functools.partial(timm.create_model, name)
 
+    @pytest.fixture
+    def model(self, name, create, made={}):  # noqa: B006
+        """What `create` makes, made once, in eval mode."""
+        if name not in made:
+            made.clear()
+            made[name] = create().eval()
+        return copy.deepcopy(made[name])
+
     def test_a_training_step_reaches_every_parameter(self, create):
         model = create(num_classes=7, drop_path_rate=0.05, drop_rate=0.1).train()
         output = model(image(64, 64, batch=2))
@@ -72,8 +82,7 @@ class ModelContract:
         assert not bad
 
     @torch.no_grad()
-    def test_odd_sizes_features_and_intermediates(self, create):
-        model = create().eval()
+    def test_odd_sizes_features_and_intermediates(self, create, model):
         x = image(97, 65)
         output, intermediates = model.forward_intermediates(x)
         info = FeatureInfo(model.feature_info, tuple(range(len(model.feature_info))))
@@ -102,8 +111,8 @@ class ModelContract:
                 torch.testing.assert_close(feature, expected)
 
     @torch.no_grad()
-    def test_head(self, create):
-        model, x = create().eval(), image(64, 64)
+    def test_head(self, create, model):
+        x = image(64, 64)
         features, output = model.forward_features(x), model(x)
         torch.testing.assert_close(model.forward_head(features), output)
         pooled = model.forward_head(features, pre_logits=True)
@@ -122,8 +131,8 @@ class ModelContract:
         model = create(in_chans=1).eval()
         assert model(image(64, 64, channels=1)).isfinite().all()
 
-    def test_gradient_checkpointing(self, create):
-        model, x = create().eval(), image(64, 64)
+    def test_gradient_checkpointing(self, model):
+        x = image(64, 64)
         expected = model(x)
         expected.sum().backward()
         reached = [p.grad is not None for p in model.parameters()]  # not PED's decoder, which serves in training only
@@ -135,8 +144,8 @@ class ModelContract:
         assert [p.grad is not None for p in model.parameters()] == reached
 
     @torch.no_grad()
-    def test_fx_feature_extraction(self, create):
-        model, x = create().eval(), image(64, 64)
+    def test_fx_feature_extraction(self, model):
+        x = image(64, 64)
         extractor = create_feature_extractor(model, {model.feature_info[2]["module"]: "feature"})
         torch.testing.assert_close(extractor(x)["feature"], model.forward_intermediates(x)[1][2])
 

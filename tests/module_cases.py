@@ -14,6 +14,9 @@ from timm_dynamic.models.dynconv_resnet import SparseBasicBlock
 LAYERS = sorted(name for name, family in FAMILIES.items() if family.layer is not None)
 NETWORKS = sorted(FAMILIES)
 
+# Two stages of a ResNet have what four have, the strided block too, and take half the time.
+_TWO_STAGES = {"layers": (1, 1, 0, 0), "channels": (16, 24, 24, 24)}
+
 
 def randomise(model):
     """Nothing is zero, one, or in an initial state that hides what is ignored."""
@@ -46,17 +49,22 @@ def make_layer(family, channels=8, outputs=8, kernel_size=3, dtype=None, **kwarg
     return settle(randomise(record.layer.from_conv(conv, **exact, **kwargs)), images(4, channels, 6, dtype))
 
 
+def create_network(family, **kwargs):
+    """The family's tiny one, of two stages where it has four of a ResNet, without noise."""
+    record = FAMILIES[family]
+    stages = {} if family in ("dynconv", "lsnet") else _TWO_STAGES
+    return timm.create_model(record.tiny, num_classes=5, **{**stages, **record.exact, **kwargs})
+
+
 def make_network(family, dtype=None, **kwargs):
-    """The family's tiny one, without noise, in eval mode."""
+    """Such a network in eval mode, in which no part is neutral."""
     return copy.deepcopy(_made(family, dtype, tuple(kwargs.items())))
 
 
 @functools.cache
 def _made(family, dtype, kwargs):
     torch.manual_seed(0)
-    record = FAMILIES[family]
-    model = timm.create_model(record.tiny, num_classes=5, **{**record.exact, **dict(kwargs)}).to(dtype)
-    return settle(randomise(model), images(8, dtype=dtype))
+    return settle(randomise(create_network(family, **dict(kwargs)).to(dtype)), images(8, dtype=dtype))
 
 
 def images(batch=2, channels=3, size=32, dtype=None):

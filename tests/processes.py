@@ -27,6 +27,8 @@ def work(job):
     try:
         exec(job["code"], {})
         status = cli.main(job["argv"]) if job["argv"] else 0
+    except SystemExit as stop:
+        status = stop.code or 0
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush(), sys.stderr.flush()

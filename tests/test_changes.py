@@ -7,9 +7,8 @@ import threading
 
 import numpy as np
 import pytest
-import timm
 import torch
-from module_cases import LAYERS, NETWORKS, close, images, make_network
+from module_cases import LAYERS, NETWORKS, close, create_network, images, make_network
 from pairs import in_turns
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -37,7 +36,7 @@ def infer(model, x=None):
 def fresh(model):
     """What a model gives that was made of the same numbers and never called."""
     state, family = copy.deepcopy(model.state_dict()), model.family
-    other = timm.create_model(FAMILIES[family].tiny, num_classes=5, **FAMILIES[family].exact)
+    other = create_network(family)
     other.load_state_dict(state)
     return infer(other)
 
@@ -172,7 +171,7 @@ class TestNumbers:
         file.seek(0)
         close(infer(torch.load(file, weights_only=False)), expected)
         for assign in (False, True):
-            other = timm.create_model(FAMILIES[family].tiny, num_classes=5, **FAMILIES[family].exact)
+            other = create_network(family)
             other = other.to("meta") if assign else other.to("meta").to_empty(device="cpu")
             other.load_state_dict(model.state_dict(), assign=assign)
             for name, buffer in other.named_buffers():

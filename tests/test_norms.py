@@ -20,11 +20,7 @@ def _seed():
 class TestNorms:
     """Any norm in the place of a layer's or network's."""
 
-    @pytest.mark.parametrize(
-        "kwargs",
-        [{"affine": False}, {"momentum": None}, {"momentum": 0.5, "eps": 0.1}],
-        ids=str,
-    )
+    @pytest.mark.parametrize("kwargs", [{"affine": False, "momentum": None}, {"momentum": 0.5, "eps": 0.1}], ids=str)
     @EVERY_NETWORK
     def test_batch_norms_of_other_arguments(self, family, kwargs):
         dtype = torch.float64 if family == "lsnet" else None  # its last norm amplifies rounding

@@ -13,41 +13,45 @@ sys.exit(int(sys.argv[-1]))
 """
 
 
-def run(*argv, cwd, python=()):
-    command = [sys.executable, *python, "-m", "timm_dynamic.run", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+FORKED = """
+import sys
+from timm_dynamic.run import main
+sys.argv, sys.path[0] = {argv}, "not the folder of the script"
+main()
+"""
 
 
-def test_runs_a_script_as_python_does(tmp_path):
+@pytest.fixture
+def run(processes, tmp_path):
+    """`run(*argv)` runs it in a forked process, in `tmp_path`: status, and stdout with stderr."""
+
+    def start(*argv):
+        return processes.run(folder=tmp_path, code=FORKED.format(argv=["", *argv]))
+
+    return start
+
+
+def test_runs_a_script_as_python_does(run, tmp_path):
     """Our models are registered; the script's name, folder, arguments and status are what it expects."""
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
     (folder / "helper.py").write_text("VALUE = 7")
     (tmp_path / "helper.py").write_text("VALUE = 'the helper of another folder'")
-    done = run("scripts/script.py", "--flag", "-h", "3", cwd=tmp_path)
+    command = [sys.executable, "-m", "timm_dynamic.run", "scripts/script.py", "--flag", "-h", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "True 7 scripts/script.py ['scripts/script.py', '--flag', '-h', '3']\n", done.stderr
     assert done.returncode == 3
 
     (tmp_path / "link.py").symlink_to(folder / "script.py")  # Python looks for modules beside the file it leads to
-    assert run("link.py", "0", cwd=tmp_path).stdout.startswith("True 7 link.py")
+    status, log = run("link.py", "0")
+    assert status == 0 and log.startswith("True 7 link.py"), log
 
 
 @pytest.mark.parametrize("argv, problem", [((), "name a script"), (("nowhere.py", "x"), "no such script: nowhere.py")])
-def test_no_script(tmp_path, argv, problem):
-    done = run(*argv, cwd=tmp_path)
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"timm_dynamic.run: error: {problem} (usage: python -m timm_dynamic.run [--optimize] SCRIPT ARGS...)\n"
-    )
-
-
-def test_upstream_way_of_importing_us(tmp_path):
-    """timm's train.py imports `--device-modules timm_dynamic`: that alone registers the models."""
-    code = "import importlib, timm; importlib.import_module('timm_dynamic'); print(timm.is_model('test_ddf_resnet'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout == "True\n", done.stderr
+def test_no_script(run, argv, problem):
+    usage = "(usage: python -m timm_dynamic.run [--optimize] SCRIPT ARGS...)"
+    assert run(*argv) == (2, f"timm_dynamic.run: error: {problem} {usage}\n")
 
 
 OPTIMIZED = """
@@ -74,9 +78,9 @@ except ValueError as error:
 """
 
 
-def test_optimize(tmp_path):
+def test_optimize(run, tmp_path):
     (tmp_path / "script.py").write_text(OPTIMIZED)
-    done = run("--optimize", "script.py", cwd=tmp_path)
-    assert done.returncode == 0 and "do not train" in done.stdout, done.stderr
-    assert done.stderr.count("timm_dynamic.run: optimized test_resnet") == 2
-    assert done.stderr.count("took over the norm behind") == 2
+    status, log = run("--optimize", "script.py")
+    assert status == 0 and "do not train" in log, log
+    assert log.count("timm_dynamic.run: optimized test_resnet") == 2
+    assert log.count("took over the norm behind") == 2

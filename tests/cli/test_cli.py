@@ -1,6 +1,6 @@
 """The dispatcher: which command runs, and how errors leave it."""
 
-import subprocess
+import runpy
 import sys
 import types
 
@@ -74,7 +74,10 @@ def test_status_of_the_command(command):
     assert cli.main(["env"]) == 3
 
 
-def test_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "timm_dynamic.cli", "nonsense"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("timm-dynamic: error: ") and done.stderr.count("\n") == 1
+def test_as_a_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["timm-dynamic", "nonsense"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("timm_dynamic.cli", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("timm-dynamic: error: ") and err.count("\n") == 1

@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,10 @@ from timm_dynamic import cli
 from timm_dynamic.cli.train_state import repeatable
 from timm_dynamic.convert import read_checkpoint
 
-ROOT = Path(__file__).parents[2]
 FLAGS = (
     "train data --num-classes 10 --img-size 32 --device cpu --workers 0 -b 20 --warmup-epochs 0 --lr 0.05 "
     "--output out --experiment run --deterministic --resume auto"
 ).split()
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 # A run may be told to kill itself at its n-th event: an update's backward pass, the middle of writing a checkpoint, or
 # a call that changes names in its folder.
@@ -325,11 +321,12 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-RANKS = """
-import os, signal, sys, torch
+# As torchrun does it, but that workers are forked.
+LAUNCHER = """
+import os, signal, torch
 from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from timm_dynamic import cli
-import timm_dynamic.cli.train
 
 backward, count = torch.Tensor.backward, iter(range(1000))
 
@@ -339,21 +336,22 @@ def dying(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return backward(*args, **kwargs)
 
-torch.Tensor.backward = dying
-sys.exit(cli.main(sys.argv[1:]))
+def train():
+    torch.Tensor.backward = dying
+    assert cli.main({argv}) == 0
+
+meeting = {{"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}}
+elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **meeting), train)()
 """
 
 
-def test_a_worker_killed_under_torchrun(workplace, processes):
-    """The launcher starts all of them again, and they go on together, with EMA and two processes' BatchNorm."""
+def test_a_worker_killed_under_a_launcher(workplace, processes):
+    """It starts all of them again, and they go on together, with EMA and two processes' BatchNorm."""
     flags = [*FLAGS, *"--model test_ped_resnet -b 10 --epochs 2 --model-ema --model-ema-decay 0.9 --output".split()]
     assert [status for status, _ in processes.ranks([*flags, "whole"])] == [0, 0]
-    Path("ranks.py").write_text(RANKS)
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 ranks.py".split()
-    command = [sys.executable, *launcher, *flags, "killed"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
-    assert done.returncode == 0 and Path("died").exists(), done.stderr
-    assert "--resume auto: from killed/run/last.pth.tar" in done.stderr
+    status, log = processes.run(code=LAUNCHER.format(argv=[*flags, "killed"]))
+    assert status == 0 and Path("died").exists(), log
+    assert "--resume auto: from killed/run/last.pth.tar" in log
     whole, killed = (read_checkpoint(f"{folder}/run/last.pth.tar") for folder in ("whole", "killed"))
     for key in ("state_dict", "state_dict_ema", "optimizer", "epoch"):
         assert_equal(killed[key], whole[key], key)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -198,14 +195,10 @@ def test_flags(capsys, flags):
     assert len(rows) == 1 and all(math.isfinite(value) for value in rows[0].values())
 
 
-def test_two_processes(capsys):
+def test_two_processes(capsys, processes):
     """Validation is exact, though five persons don't halve."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "timm_dynamic.cli", "train_pose", "data", *FLAGS, "--epochs", "1"]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    logs = processes.ranks(["train_pose", "data", *FLAGS, "--epochs", "1"])
+    assert [status for status, _ in logs] == [0, 0], logs
     (row,) = read_summary("out/run")
     result = validate(capsys, "--checkpoint out/run/last.pth.tar")
     assert row["eval_pckh"] == pytest.approx(result["mean"], abs=1e-3)

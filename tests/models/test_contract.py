@@ -45,11 +45,8 @@ class TestRecords(RecordContract):
     pass
 
 
+@pytest.mark.parametrize("name", SMALL, scope="module")  # one model after the other, so that each is made once
 class TestModels(ModelContract):
-    @pytest.fixture(params=SMALL)
-    def name(self, request):
-        return request.param
-
     @pytest.fixture
     def create(self, name):
         return functools.partial(timm.create_model, name, **SMALL[name])

@@ -12,6 +12,7 @@ from timm_dynamic.ops import backend_info
 
 # What runs no CPU kernel, or nothing else of it; torch.compile cannot be trusted under this variable.
 OTHERS = "cuda reference registration operator_check opcheck gradcheck derivative wanted compile export".split()
+OTHERS += "definition bad refuse transforms".split()
 FILES = "dynamic_filter filter_norm sparse mask_logits cpu_kernels".split()
 
 

@@ -12,6 +12,8 @@ from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
 # Elements of the kernels that are there at a time, or those of two samples. Four times as many: 1.24 of the time
 # (kw1x_resnet18 at batch 16, one thread of a CPU, November 2026).
 _CHUNK = 2**22
+# Of these, so many are mixed, scaled and put in order before the next ones, in the cache.
+_CACHED = 2**18
 
 
 def convolve_mixtures(
@@ -37,21 +39,21 @@ def convolve_mixtures(
         kernel_size, stride, padding, dilation, groups: As for `conv2d`.
     """
     (taps, outputs, inputs), (_, O, I) = grid, cells.shape
-    size, matrix, last = outputs * O * taps * inputs * I, cells.flatten(1), _inputs_come_last(x, grid, cells)
+    size, last = outputs * O * taps * inputs * I, _inputs_come_last(x, grid, cells)
     order = (0, 2, 4, 1, 3, 5) if last else (0, 2, 4, 3, 5, 1)
     shape = (outputs * O, *kernel_size, inputs * I) if last else (outputs * O, inputs * I, *kernel_size)
     n = min(len(x), max(2, _CHUNK // size))
-    mixed, kernels = x.new_empty(n, size), x.new_empty(n, size)
-    results = []
+    step = max(1, _CACHED * O // (n * size))
+    kernels, results = x.new_empty(n, size), []
     for some, rows in zip(x.split(n), coefficients.split(n), strict=True):
         n = len(some)
-        blocks = torch.mm(rows.flatten(0, 1), matrix, out=mixed[:n].view(-1, O * I)).view(n, *grid, O, I)
-        blocks = blocks.permute(order)
-        ordered = kernels[:n].view(blocks.shape)
-        if gain is None:
-            ordered.copy_(blocks)
-        else:
-            torch.mul(blocks, gain.view(outputs, O, 1, 1, 1), out=ordered)
+        ordered = kernels[:n].view(n, outputs, O, *((taps, inputs, I) if last else (inputs, I, taps)))
+        for first in range(0, O, step):
+            part = slice(first, first + step)
+            blocks = torch.mm(rows.flatten(0, 1), cells[:, part].flatten(1)).view(n, *grid, -1, I).permute(order)
+            if gain is not None:
+                blocks = blocks * gain.view(outputs, O, 1, 1, 1)[:, part]
+            ordered[:, :, part] = blocks
         weight = ordered.view(n, *shape)
         weight = weight.permute(0, 1, 4, 2, 3) if last else weight
         results.append(convolve(some, weight, stride, padding, dilation, groups))

@@ -26,7 +26,7 @@ run() { # run NAME SECONDS COMMAND...: says how it went, remembers failures, goe
   local name=$1 limit=$2 started=$SECONDS
   shift 2
   echo "== $name: $*"
-  if timeout "$limit" "$@"; then
+  if timeout -s INT -k 20 "$limit" "$@"; then # as Ctrl-C: pytest then says what failed
     echo "== $name: done in $((SECONDS - started)) s"
   else
     local status=$?

@@ -1,4 +1,4 @@
-"""Compares an implementation with its formula in float64, and times both, in a process of its own."""
+"""Compares an implementation with its formula in float64, and times both; in a process apart."""
 
 import math
 import multiprocessing
@@ -147,43 +147,72 @@ def _timed(ways: Callable, case: Case, seconds: float, compiled: bool) -> dict:
     return found | ({"compiled_ms": times["compiled"]} if "compiled" in times else {})
 
 
-def isolated(function: Callable, *args, seconds: float) -> tuple[Any, str]:
-    """Call a function in a process of its own.
+class Worker:
+    """Calls functions in a process of its own, which serves until a call fails; the next one is begun anew.
 
-    Args:
-        function, args: Must be importable and picklable, as what is returned.
-        seconds: After which the process is ended.
-
-    Returns:
-        The result and "", or None and what went wrong, in words.
+    A kernel that crashes ends that process, not ours; what it leaves behind on a device is gone with it.
     """
-    context = multiprocessing.get_context("forkserver")  # imports once, before any device is in use
-    context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(theirs, torch.get_num_threads(), function, args))
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            return None, f"stopped after {seconds:.0f} s"
-        return ours.recv()
-    except EOFError:
-        process.join(10)
-        code = process.exitcode
-        return None, f"crashed: {signal.Signals(-code).name if code and code < 0 else f'exit status {code}'}"
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+
+    def __init__(self):
+        self._context = multiprocessing.get_context("forkserver")  # imports once, before any device is in use
+        self._context.set_forkserver_preload([__name__])
+        self._process = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+    def call(self, function: Callable, *args, seconds: float) -> tuple[Any, str]:
+        """Call a function.
+
+        Args:
+            function, args: Must be importable and picklable, as what is returned.
+            seconds: After which the process is ended.
+
+        Returns:
+            The result and "", or None and what went wrong, in words.
+        """
+        if self._process is None:
+            self._pipe, theirs = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
+            self._process.start()
+            theirs.close()
+        answer = self._ask(function, args, seconds)
+        if answer[1]:
+            self._end()
+        return answer
+
+    def _ask(self, function: Callable, args: tuple, seconds: float) -> tuple[Any, str]:
+        try:
+            self._pipe.send((function, args))
+            return self._pipe.recv() if self._pipe.poll(seconds) else (None, f"stopped after {seconds:.0f} s")
+        except (EOFError, ConnectionError):
+            self._process.join(10)
+            code = self._process.exitcode
+            return None, f"crashed: {signal.Signals(-code).name if code and code < 0 else f'exit status {code}'}"
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
 
 
-def _answer(pipe, threads: int, function: Callable, args: tuple) -> None:
+def _serve(pipe, threads: int) -> None:
     torch.set_num_threads(threads)
-    try:
-        answer = function(*args), ""
-    except Exception as error:
-        answer = None, f"{type(error).__name__}: {_first_line(error)}"
-    pipe.send(answer)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(*args), ""
+        except Exception as error:
+            answer = None, f"{type(error).__name__}: {_first_line(error)}"
+        pipe.send(answer)
 
 
 def _first_line(error: Exception) -> str:

@@ -125,11 +125,17 @@ def test_a_formula_that_cannot_run_is_no_error(of_toys, monkeypatch):
     assert {case.shape[0] for case in of_toys(toy_rows.Doubled)} == {1}
 
 
-def test_a_process_for_each_case():
-    assert check.isolated(toy_rows.answer, 4, seconds=100) == (8, "")
-    assert check.isolated(toy_rows.fails, seconds=100) == (None, "RuntimeError: an illegal memory access")
-    assert check.isolated(toy_rows.crashes, seconds=100) == (None, f"crashed: {signal.SIGSEGV.name}")
-    assert check.isolated(toy_rows.hangs, seconds=1) == (None, "stopped after 1 s")
+def test_a_process_apart():
+    with check.Worker() as worker:
+        assert worker.call(toy_rows.answer, 4, seconds=100) == (8, "")
+        process = worker._process
+        assert worker.call(toy_rows.answer, 5, seconds=100) == (10, "") and worker._process is process
+        assert worker.call(toy_rows.fails, seconds=100) == (None, "RuntimeError: an illegal memory access")
+        assert worker.call(toy_rows.crashes, seconds=100) == (None, f"crashed: {signal.SIGSEGV.name}")
+        assert worker.call(toy_rows.hangs, seconds=1) == (None, "stopped after 1 s")
+        assert worker.call(toy_rows.answer, 6, seconds=100) == (12, "")
+        last = worker._process
+    assert not process.is_alive() and not last.is_alive()
 
 
 def rows(name, *ratios, **more):
@@ -159,10 +165,10 @@ def fake(monkeypatch):
         ]
         left = [answer for _, answer in sorted(answers, key=lambda pair: pair[0])]
 
-        def isolated(function, *args, seconds):
+        def call(worker, function, *args, seconds):
             return (planned, "") if function is cases.plan else left.pop(0)
 
-        monkeypatch.setattr(command, "isolated", isolated)
+        monkeypatch.setattr(command.Worker, "call", call)
 
     return install
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from timm_dynamic.cases import Case, operators_of, plan
-from timm_dynamic.check import isolated, run
+from timm_dynamic.check import Worker, run
 from timm_dynamic.families import FAMILIES, family_of
 from timm_dynamic.ops import records
 from timm_dynamic.ops.kernels import backend_info
@@ -34,9 +34,10 @@ def main(args: argparse.Namespace) -> int:
     _check_names(args.only or (), args.device)
     print(f"{args.device} kernels: {backend_info()[args.device]}")
     deadline = monotonic() + 60 * args.minutes
-    cases, results = _planned(models, args, deadline)
-    cases = sorted((case for case in cases if _wanted(case.name, args.only)), key=lambda case: case.name)
-    done = results + _checked(cases, args, deadline)
+    with Worker() as worker:
+        cases, results = _planned(worker, models, args, deadline)
+        cases = sorted((case for case in cases if _wanted(case.name, args.only)), key=lambda case: case.name)
+        done = results + _checked(worker, cases, args, deadline)
     left = {case.name for case in cases[len(done) - len(results) :]}
     verdicts = summarise([row for row in done if row["name"] not in left])
     record = _record(args, verdicts, done)
@@ -68,7 +69,7 @@ def _wanted(name: str, only: list[str] | None) -> bool:
     return not only or name in only or name.split(":")[0] in only
 
 
-def _planned(models: list[str], args, deadline: float) -> tuple[list[Case], list[dict]]:
+def _planned(worker: Worker, models: list[str], args, deadline: float) -> tuple[list[Case], list[dict]]:
     """The cases of all models, and a result for each model that gives none because it cannot run."""
     cases, failed = [], []
     dtypes = [getattr(torch, name) for name in args.dtype or DTYPES[args.device]]
@@ -78,7 +79,7 @@ def _planned(models: list[str], args, deadline: float) -> tuple[list[Case], list
     for name in tqdm(models, "looking for calls", disable=None, leave=False):
         if monotonic() > deadline:
             break
-        found, problem = isolated(
+        found, problem = worker.call(
             plan, name, args.device, dtypes, args.batch_size, args.shapes, seconds=5 * args.timeout
         )
         cases += found or []
@@ -88,13 +89,13 @@ def _planned(models: list[str], args, deadline: float) -> tuple[list[Case], list
     return list(dict.fromkeys(cases)), failed
 
 
-def _checked(cases: list[Case], args, deadline: float) -> list[dict]:
+def _checked(worker: Worker, cases: list[Case], args, deadline: float) -> list[dict]:
     rows = []
     tqdm.write(_HEAD)
     for case in tqdm(cases, "checking", disable=None, leave=False):
         if monotonic() > deadline:
             break
-        found, problem = isolated(run, case, args.seconds, args.compiled, seconds=args.timeout)
+        found, problem = worker.call(run, case, args.seconds, args.compiled, seconds=args.timeout)
         row = {**_facts(case), **(found or {"right": False, "problem": problem})}
         rows.append(row)
         tqdm.write(line(row))

@@ -11,7 +11,7 @@ def make_parser() -> Parser:
     parser = Parser(
         "check",
         "Run every implementation of this machine (rows of layers' tables, operators' kernels) on calls of the models, "
-        "each in a process of its own; compare with the formula in float64, forwards and backwards; time both; and "
+        "in a process apart; compare with the formula in float64, forwards and backwards; time both; and "
         "record for this user what is right and faster. On a GPU nothing else runs by default. Ends with status 1 if "
         "something is wrong.",
     )

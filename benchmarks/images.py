@@ -84,7 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    report = {**environment(torch.device("cpu")), "kernels": backend_info()["cpu"], "rows": []}
+    facts = {"kernels": backend_info()["cpu"], "seconds": args.seconds, "rows": []}
+    report = {**environment(torch.device("cpu")), **facts}
     for batch_size in tqdm(args.batch_sizes, disable=None):
         rows = rows_of(args.models, batch_size, args.seconds, not args.no_compile)
         report["rows"] += rows

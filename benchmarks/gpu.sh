@@ -96,7 +96,7 @@ PYTEST=("$PYTHON" -m pytest -p no:cacheprovider -rfE "${files[@]}" -m)
 tests() {
   local parallel=()
   "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-  run tests 160 env OMP_NUM_THREADS=2 "${PYTEST[@]}" cuda "${parallel[@]}" --junitxml="$RESULTS/gpu_tests.xml"
+  run tests 220 env OMP_NUM_THREADS=2 "${PYTEST[@]}" cuda "${parallel[@]}" --junitxml="$RESULTS/gpu_tests.xml"
 }
 
 sanitize() { # without torch's cache of memory every tensor has an allocation, whose end memcheck knows

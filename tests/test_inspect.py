@@ -1,8 +1,6 @@
 """The record of attention and gates, and their entropy."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -171,10 +169,10 @@ assert len(record["0"]) == 2
 """
 
 
-def test_compiled_models():
+def test_compiled_models(processes, tmp_path):
     """In a process of its own: what other tests compiled before decides what is compiled again."""
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, log = processes.run(folder=tmp_path, code=COMPILED)
+    assert status == 0, log
 
 
 @pytest.mark.parametrize("model", [nn.Conv2d(8, 8, 3), DDFConv2d(8, 8, 3, padding=1)], ids=["static", "DDF"])

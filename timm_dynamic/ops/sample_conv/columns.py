@@ -34,7 +34,7 @@ def empty_rows(
     O, C, *taps = kernels.shape[1:]
     few = taps != [1, 1] and Ho * Wo * C * math.prod(taps) <= _FEW
     if few or Ho * Wo < O or x.device.type == "cuda":
-        return x.new_empty((x.shape[0], Ho * Wo, kernels.shape[1]))
+        return x.new_empty((x.shape[0], Ho * Wo, O))
     return x.new_empty(0)
 
 

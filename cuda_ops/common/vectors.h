@@ -286,14 +286,16 @@ INLINE void copy_strip(A* to, int64_t to_step, const T* from, int64_t step, int6
     store<A>(to + --left * to_step, column, n);
   }
   for (int64_t j = 0; j < left; j += kStep) {
-    const int64_t first = std::min(j, left - kStep);  // the last squares overlap
+    // The last squares overlap; a single one may be cut off.
+    const int64_t first = columns < kStep ? 0 : std::min(j, left - kStep);
     Vec<A> square[kStep];
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kStep; ++r)
-      square[r] = WHOLE || r < rows ? load<A>(from + r * step + first) : Vec<A>{};
+      square[r] = WHOLE || r < rows ? load<A>(from + r * step + first, columns) : Vec<A>{};
     transpose<A>(square);
 #pragma GCC unroll 16
-    for (int64_t r = 0; r < kStep; ++r) store<A>(to + (first + r) * to_step, square[r], n);
+    for (int64_t r = 0; r < kStep; ++r)
+      if (columns >= kStep || r < columns) store<A>(to + (first + r) * to_step, square[r], n);
   }
 }
 

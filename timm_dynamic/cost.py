@@ -111,7 +111,7 @@ class ActiveCount:
 
     @property
     def share(self) -> float | None:
-        """The share of the masked blocks' multiply-accumulates that ran, which a network's budget names; None: of none."""
+        """The share of the masked blocks' multiply-accumulates that ran, which a budget names; None: there are none."""
         executed, total = self._masked_macs()
         return executed / total if total else None
 

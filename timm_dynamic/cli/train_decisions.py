@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
-import torch
 from torch import Tensor, nn
 
 from timm_dynamic.cli.arguments.files import replacing

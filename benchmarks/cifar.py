@@ -27,6 +27,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import nn
 
 import timm_dynamic
+from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.families import layers
 from timm_dynamic.timing import environment, measure, summarise
@@ -39,14 +40,25 @@ NETWORKS = {
     "static": STATIC,
     **{name: {**STATIC, "channels": list(channels)} for name, channels in WIDTHS.items()},
     **{f"dynconv_{int(100 * budget):03}": {"budget": budget} for budget in (0.7, 0.5, 0.3)},
-    **{family: STATIC for family in layers()},
+    "dynconv_050_quiet": {"budget": 0.5, "gumbel_noise": False},
+    **{family: STATIC | {"from_scratch": True} for family in layers()},
+    # Layers that begin as the static ones, as in a network that has been trained.
+    **{f"{family}_exact": STATIC for family in ("dcd", "dy")},
 }
 
 
 def create(network: str, model: str) -> nn.Module:
     """A network of the study, untrained."""
-    net = timm.create_model(model, num_classes=10, **NETWORKS[network])
-    return timm_dynamic.dynamize(net, network) if network in layers() else net
+    layer, kwargs = layer_of(network), NETWORKS[network]
+    if layer:
+        return timm.create_model("dynamized", base=model, layer=layer, num_classes=10, **kwargs)
+    return timm.create_model(model, num_classes=10, **kwargs)
+
+
+def layer_of(network: str) -> str | None:
+    """The layer that it is made dynamic with."""
+    layer = network.removesuffix("_exact")
+    return layer if layer in layers() else None
 
 
 def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None:
@@ -60,7 +72,7 @@ def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None
             command = [str(Path(sys.executable).with_name("timm-dynamic")), "train", str(data), "--config", str(CONFIG)]
             command += ["--seed", str(seed), "--output", str(runs), "--experiment", folder.name, "--resume", "auto"]
             command += ["--model-kwargs", *(f"{k}={v}".replace(" ", "") for k, v in NETWORKS[network].items())]
-            command += ["--dynamize", network] if network in layers() else []
+            command += ["--dynamize", layer_of(network)] if layer_of(network) else []
             print(time.strftime("%H:%M"), folder.name, flush=True)
             begin = time.monotonic()
             with open(folder / "log.txt", "a") as log:
@@ -79,22 +91,22 @@ def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None
 
 def load(network: str, folder: Path, model: str) -> nn.Module:
     net = create(network, model)
-    state = torch.load(folder / "last.pth.tar", map_location="cpu", weights_only=True)["state_dict"]
-    net.load_state_dict(state)
+    net.load_state_dict(read_checkpoint(folder / "last.pth.tar")["state_dict"])
     return net.eval()
 
 
 @torch.inference_mode()
-def executed_macs(net: nn.Module, data: Path, images: int = 1000) -> float:
-    """Multiply-accumulates of an image, on average of some test images: masks decide."""
+def executed(net: nn.Module, data: Path, images: int = 1000) -> dict[str, float | None]:
+    """Multiply-accumulates of an image, on average of some test images, and the share that masks leave of theirs."""
     config = resolve_data_config({}, model=net)
     dataset = create_dataset("", root=str(data), split="test")
     colours = {"mean": config["mean"], "std": config["std"]}
     loader = create_loader(dataset, config["input_size"], 100, use_prefetcher=False, **colours)
     # The folders of the classes follow each other: every tenth batch.
     batches = [x for i, (x, _) in enumerate(loader) if i % (len(dataset) // images) == 0]
-    with count_active(net):
-        return mean(count_macs(net, x).executed / len(x) for x in batches)
+    with count_active(net) as active:
+        macs = mean(count_macs(net, x).executed for x in batches)
+    return {"macs": macs, "share": active.share}
 
 
 def executions(net: nn.Module, x: torch.Tensor) -> dict[str, partial]:
@@ -117,7 +129,7 @@ def report(data: Path, runs: Path, model: str, threads: int, iterations: int, ou
         net = load(network, folders[0], model)
         row = {"network": network, "seeds": [int(folder.suffix[1:]) for folder in folders], "top1": top1}
         row |= {"top1_mean": mean(top1), "top1_std": stdev(top1) if len(top1) > 1 else None}
-        row |= {"params": sum(p.numel() for p in net.parameters()), "macs": executed_macs(net, data)}
+        row |= {"params": sum(p.numel() for p in net.parameters()), **executed(net, data)}
         row |= {"minutes": [one["minutes"] for one in finished], "last_lines": [one["last_line"] for one in finished]}
         row |= {
             "commits": sorted({str(one["commit"]) for one in finished}),

@@ -45,13 +45,8 @@ def describe(model: nn.Module, images: Tensor, labels: Tensor) -> dict:
         right = model(images).argmax(1) == labels
     macs = count_macs(model, images)
     row = {"budget": model.budget, "top1": 100 * right.double().mean().item(), "macs": macs.executed}
-    executed = total = 0
-    for name, block in active.blocks.items():
-        first, others = model.get_submodule(name).macs_per_position()
-        executed += first * block.dilated_active + others * block.active
-        total += first * block.dilated_positions + others * block.positions
-    if total:
-        row["share"] = executed / total
+    if active.blocks:
+        row["share"] = active.share
         row["positions"] = [round(block.active / block.positions, 3) for block in active.blocks.values()]
     return row
 

@@ -216,11 +216,17 @@ class TestMasks:
             torch._dynamo.reset()
             run = torch.compile(model, backend="eager") if execution == "compiled" else model
             with count_active(run) as active:
-                assert (active.images, active.skipped_macs) == (0, 0)
+                assert (active.images, active.skipped_macs, active.share) == (0, 0, None)
                 output = torch.cat([run(x[:3]), run(x[3:])])
         torch.testing.assert_close(output, expected)
         assert active.images == 5
         assert static - active.skipped_macs == pytest.approx(sum(single) / 5, rel=1e-12)
+        with count_active(model) as nothing:
+            for block in model.masked_blocks():
+                nn.init.constant_(block.masker.maskconv.fc.bias, -1e9)
+            model(x)
+        assert nothing.share == 0
+        assert active.share == pytest.approx(1 - active.skipped_macs / nothing.skipped_macs, rel=1e-12)
         assert list(active.blocks) == ["layer1.0", "layer2.0", "layer3.0"]
         assert not any(module._forward_hooks for module in model.modules())
 

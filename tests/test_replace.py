@@ -58,6 +58,20 @@ def dynamic_layers(model: nn.Module) -> dict[str, DropInConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DropInConv2d)}
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_from_scratch(layer):
+    torch.manual_seed(0)
+    static = timm.create_model("test_resnet", num_classes=10)
+    model = timm.create_model("dynamized", base="test_resnet", layer=layer, num_classes=10, from_scratch=True)
+    assert not any(getattr(one, option, False) for one in dynamic_layers(model).values() for option in type(one).exact)
+    exact = dynamize(static, layer)
+    assert exact.state_dict().keys() == model.state_dict().keys()
+    if layer not in ("ddf", "involution"):
+        x = torch.randn(8, 3, SIZE, SIZE)
+        spreads = [sum(timm_dynamic.inspect.routing_spread(one.eval(), x).values()) for one in (model, exact)]
+        assert spreads[0] > 2 * spreads[1], spreads
+
+
 # Each layer in a third of the networks, each network with a third of the layers; all in one without biases, one with.
 PAIRS = [
     (layer, network)

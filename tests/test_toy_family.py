@@ -41,7 +41,7 @@ def test_it_is_known_everywhere(toy, script, capsys):
     assert families.family_of("toy_resnet18.untrained") is toy and families.layers()["toy"] is toy.layer
     assert cli.main(["list", "--family", "toy"]) == 0
     out = capsys.readouterr().out
-    assert "--dynamize toy: ToyConv2d\n" in out
+    assert "--dynamize toy: ToyConv2d, with from_scratch\n" in out
     assert re.search(r"toy_resnet18 +12.39 M +1.81\d GMACs at 224 px +twin resnet18", out)
     table = script("tables").models_table([toy])
     assert "| `toy_resnet18` | 12.39 M | 1.81 G |" in table and "`resnet18`, 1.81 G" in table

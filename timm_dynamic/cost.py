@@ -106,12 +106,23 @@ class ActiveCount:
     @property
     def skipped_macs(self) -> float:
         """Multiply-accumulates that the masks saved, per image; 0 in a model without masks."""
-        total = 0
+        executed, total = self._masked_macs()
+        return (total - executed) / self.images if self.images else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """The share of the masked blocks' multiply-accumulates that ran, which a budget names; None: there are none."""
+        executed, total = self._masked_macs()
+        return executed / total if total else None
+
+    def _masked_macs(self) -> tuple[int, int]:
+        """Of the masked blocks, for all images: what ran, and what would have without masks."""
+        executed = total = 0
         for name, block in self.blocks.items():
             first, others = self._macs[name]
-            total += first * (block.dilated_positions - block.dilated_active)
-            total += others * (block.positions - block.active)
-        return total / self.images if self.images else 0.0
+            executed += first * block.dilated_active + others * block.active
+            total += first * block.dilated_positions + others * block.positions
+        return executed, total
 
     def _hook(self, name: str, block: SparseBranch) -> Callable:
         @torch.compiler.disable

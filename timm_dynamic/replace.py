@@ -86,7 +86,8 @@ def dynamize(
         raise ValueError(f"{cls.__name__} cannot replace {'; '.join(shown)}{more}")
     pairs = {conv: name for name, conv in reversed(list(convs.items())) if conv in replacements}
     with torch.no_grad():
-        cls.unite({name: (conv, replacements[conv]) for conv, name in reversed(list(pairs.items()))})
+        named = {name: (conv, replacements[conv]) for conv, name in reversed(list(pairs.items()))}
+        cls.unite(named, layer_kwargs.get("from_scratch", False))
     for name in names:
         if convs[name] in replacements:
             # In the mode of the module around it: a static convolution's own can be anything.
@@ -117,8 +118,10 @@ def layer_class(layer: str | type[DropInConv2d]) -> type[DropInConv2d]:
 
 def layer_options(cls: type[DropInConv2d]) -> list[str]:
     """The keyword arguments of a layer beyond those of a convolution."""
-    parameters = [p for f in (cls.__init__, cls.from_conv) for p in inspect.signature(f).parameters.values()]
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
+    functions = (cls.__init__, cls.from_conv, DropInConv2d.from_conv)
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values()]
+    names = dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return [name for name in names if name not in ("device", "dtype")]
 
 
 def _check_options(cls: type[DropInConv2d], given: dict) -> None:

@@ -157,11 +157,12 @@ def test_macs_of_a_model_with_masks(tmp_path, capsys, small_digits, flags):
     flags = ["--model", "dynconv_resnet8", *FLAGS[2:], "--checkpoint", tmp_path / "m.pth", *flags.split()]
     status, results, err = run(capsys, small_digits, *flags, "--results-file", tmp_path / "r.json")
     assert (status, err) == (0, "")
-    assert list(results) == [*KEYS, "gmacs", "gmacs_static"]
+    assert list(results) == [*KEYS, "gmacs", "gmacs_static", "executed"]
     assert len({count.executed for count in counts}) > 1
     # an image whose logits are all but zero may differ by a position, by the order of sums
     assert results["gmacs"] == pytest.approx(sum(count.executed for count in counts) / len(counts) / 1e9, rel=1e-4)
     assert results["gmacs_static"] == pytest.approx(counts[0].static / 1e9, abs=1e-6)
+    assert 0 < results["executed"] < results["gmacs"] / results["gmacs_static"]  # of which the stem is a part
     assert json.loads((tmp_path / "r.json").read_text()) == results
 
 

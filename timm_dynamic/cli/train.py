@@ -193,7 +193,7 @@ def train(args: argparse.Namespace, flags: str, device: torch.device, parts: Par
                 distribute_bn(eval_model, args.world_size, args.dist_bn == "reduce")
             tell_progress(eval_model, epoch, epochs, args)  # the averaged copy has not heard of this epoch yet
             images = FirstImages(val_loader)
-            with executed_share(eval_model, val_config["input_size"], device) as executed:
+            with executed_share(eval_model) as executed:
                 result = parts.evaluate(
                     eval_model,
                     images,

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 
-import torch
 from torch import Tensor, nn
 
 from timm_dynamic.cli.arguments.files import replacing
-from timm_dynamic.cost import count_active, count_macs, masked_blocks
+from timm_dynamic.cost import count_active, masked_blocks
 from timm_dynamic.inspect import routing_spread
 
 _IMAGES = 32
@@ -55,10 +54,11 @@ def routing_spreads(model: nn.Module, images: Tensor | None, path: Path, epoch: 
 
 
 @contextmanager
-def executed_share(model: nn.Module, input_size: tuple[int, ...], device: torch.device) -> Iterator[dict[str, float]]:
-    """A dict that has, after the block, the share of MACs that masks did not skip in it, as `executed`.
+def executed_share(model: nn.Module) -> Iterator[dict[str, float]]:
+    """A dict that has, after the block, the share of the masked blocks' MACs that ran in it, as `executed`.
 
-    Of this process's images. It stays empty for a model without masks, or a compiled one.
+    It is what a network's budget names, of this process's images. The dict stays empty for a model without masks, or a
+    compiled one.
     """
     found: dict[str, float] = {}
     if hasattr(model, "_orig_mod") or not masked_blocks(model):
@@ -66,5 +66,4 @@ def executed_share(model: nn.Module, input_size: tuple[int, ...], device: torch.
         return
     with count_active(model) as active:
         yield found
-    static = count_macs(model, torch.zeros(1, *input_size, device=device)).static
-    found["executed"] = 1 - active.skipped_macs / static
+    found["executed"] = active.share

@@ -124,9 +124,13 @@ class DropInConv2d(DynamicLayer):
 
     A subclass takes these arguments in this order, then `device` and `dtype`, then keyword arguments of its own. It has
     a parameter or `stand_in_bias` named `bias`, and none named `weight`.
+
+    Attributes:
+        exact: Keyword arguments with which a new layer can give what a convolution gives.
     """
 
     weight = stand_in_weight(conv_weight_shape)
+    exact = {}
     __jit_unused_properties__ = ["weight"]
 
     def __init__(
@@ -169,13 +173,15 @@ class DropInConv2d(DynamicLayer):
     extra_repr = nn.Conv2d.extra_repr
 
     @classmethod
-    def from_conv(cls: type[Layer], conv: nn.Conv2d, **kwargs) -> Layer:
+    def from_conv(cls: type[Layer], conv: nn.Conv2d, *, from_scratch: bool = False, **kwargs) -> Layer:
         """Build the layer that replaces `conv`: same shapes, device, dtype and mode, and its bias if it has one.
 
         What is taken from a frozen `conv` is frozen too.
 
         Args:
             conv: A convolution with `nn.Conv2d`'s own forward.
+            from_scratch: Take over nothing of its weights, for a network that is trained from the beginning: the layer
+                is then as its authors initialise it. What starts as a static layer decides less in the end.
             **kwargs: The layer's own keyword arguments.
 
         Raises:
@@ -191,8 +197,10 @@ class DropInConv2d(DynamicLayer):
             padding_mode=conv.padding_mode,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
-            **kwargs,
+            **(kwargs if from_scratch else {**cls.exact, **kwargs}),
         )
+        if from_scratch:
+            return layer.train(conv.training)
         with torch.no_grad():
             if isinstance(layer.bias, nn.Parameter):
                 layer.bias.copy_(conv.bias).requires_grad_(conv.bias.requires_grad)
@@ -204,12 +212,13 @@ class DropInConv2d(DynamicLayer):
         """Take over what can be of a convolution, without gradients; a `bias` that is a parameter is taken already."""
 
     @classmethod
-    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, Layer]]) -> None:
+    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, Layer]], from_scratch: bool) -> None:
         """Let new layers share what layers of this kind share, without gradients.
 
         Args:
             pairs: By their names in a network, in the order of its modules, the convolutions and what `from_conv` made
                 of each.
+            from_scratch: As for `from_conv`.
         """
 
 

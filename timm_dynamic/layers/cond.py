@@ -110,6 +110,7 @@ class CondConv2d(DropInConv2d):
     """
 
     family = "cond"
+    exact = {"neutral_gates": True}
     parts = ((nn.Linear, "routing_fn"), (RoutedConv2d, "experts"))
     reference_names = {"routing": "routing_fn", "cond_conv": "experts"}  # those of ParameterNet's layer
     __jit_unused_properties__ = ["weight", "bias"]
@@ -139,11 +140,6 @@ class CondConv2d(DropInConv2d):
         options = (self.kernel_size, self.stride, self.zero_padding, self.dilation, groups, bias, num_experts)
         self.routing_fn = nn.Linear(in_channels, num_experts, **dd)
         self.experts = RoutedConv2d(in_channels, out_channels, *options, **dd)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "CondConv2d":
-        """`DropInConv2d.from_conv`, with neutral gates."""
-        return super().from_conv(conv, **{"neutral_gates": True, **kwargs})
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:

@@ -53,6 +53,7 @@ class DynamicConv2d(KernelMixture):
     """
 
     family = "dy"
+    exact = {"around_mean": True}
     implementations = MIXED
     parts = (
         *((KernelAttention, "attention"), (nn.Sequential, "attention.to_scores")),
@@ -95,11 +96,6 @@ class DynamicConv2d(KernelMixture):
     def reset_parameters(self) -> None:
         """Every kernel and bias as `nn.Conv2d` would have them."""
         draw_as_conv(self.kernels_weights[0, 0].numel(), self.kernels_weights, self.kernels_bias)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "DynamicConv2d":
-        """As in the base class, with kernels around their mean."""
-        return super().from_conv(conv, **{"around_mean": True, **kwargs})
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:

@@ -57,6 +57,7 @@ class FDConv2d(AffineOutputs):
     """
 
     family = "fd"
+    exact = {"orthonormal": True}
     routing_limit = 2.0
 
     def __init__(
@@ -139,11 +140,6 @@ class FDConv2d(AffineOutputs):
         matrix = weight.permute(0, 2, 1, 3).reshape(self.rows, self.columns)
         spectrum = torch.fft.rfft2(matrix.to(accumulation_dtype(matrix))) / self.scale
         self.dft_weight.copy_(torch.view_as_real(spectrum)[None])
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "FDConv2d":
-        """As in the base class, with an orthonormal transform."""
-        return super().from_conv(conv, **{"orthonormal": True, **kwargs})
 
     def start_from(self, conv: nn.Conv2d) -> None:
         """What is before the sigmoids is zero: until it is trained, the output, but for rounding, is that of `conv`."""

@@ -116,16 +116,16 @@ class KWConv2d(AffineOutputs):
             first.normal_(std=math.sqrt(2 / max(first[:, :, 0].numel(), 1)))
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "KWConv2d":
+    def from_conv(cls, conv: nn.Conv2d, *, from_scratch: bool = False, **kwargs) -> "KWConv2d":
         """As in the base class; the cells of layers that take them from one warehouse are frozen if all layers are."""
         ratio = kwargs["warehouse"].cell_num_ratio if kwargs.get("warehouse") else kwargs.get("cell_num_ratio", 1)
-        if ratio < 1:
+        if ratio < 1 and not from_scratch:
             raise ValueError(
                 f"with a cell_num_ratio of {ratio} there are less cells than parts of the kernel, which cannot all be "
-                "that of the convolution: use an integer of at least 1, or a new network"
+                "that of the convolution: use an integer of at least 1, or from_scratch=True"
             )
-        layer = super().from_conv(conv, **kwargs)
-        layer.warehouse.cells.requires_grad_(conv.weight.requires_grad)
+        layer = super().from_conv(conv, from_scratch=from_scratch, **kwargs)
+        layer.warehouse.cells.requires_grad_(from_scratch or conv.weight.requires_grad)
         return layer
 
     @torch.jit.unused
@@ -141,16 +141,17 @@ class KWConv2d(AffineOutputs):
         attention.fc2.weight.zero_()
 
     @classmethod
-    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, "KWConv2d"]]) -> None:
+    def unite(cls, pairs: dict[str, tuple[nn.Conv2d, "KWConv2d"]], from_scratch: bool) -> None:
         """The layers of a stage take their cells from one warehouse (see `stages`)."""
         for group in stages(pairs):
             device, dtype = group[0][0].weight.device, group[0][0].weight.dtype
             ratio = group[0][1].warehouse.cell_num_ratio
             warehouse = Warehouse([conv for conv, _ in group], ratio, device=device, dtype=dtype)
-            warehouse.cells.requires_grad_(any(conv.weight.requires_grad for conv, _ in group))
+            warehouse.cells.requires_grad_(from_scratch or any(conv.weight.requires_grad for conv, _ in group))
             for conv, layer in group:
                 layer.enter(warehouse)
-                layer.start_from(conv)
+                if not from_scratch:
+                    layer.start_from(conv)
                 layer.attention.train(layer.training)
 
     def formula(self, x: Tensor) -> Tensor:

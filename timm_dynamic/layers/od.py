@@ -58,6 +58,7 @@ class ODConv2d(KernelMixture):
     """
 
     family = "od"
+    exact = {"neutral_gates": True}
     implementations = OMNI
     reference_names = {"weight": "kernels"}
 
@@ -105,11 +106,6 @@ class ODConv2d(KernelMixture):
         for bias in (self.bias, *(linear.bias for linear in linears)):
             if bias is not None:
                 nn.init.zeros_(bias)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "ODConv2d":
-        """`DropInConv2d.from_conv`, with neutral gates."""
-        return super().from_conv(conv, **{"neutral_gates": True, **kwargs})
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:

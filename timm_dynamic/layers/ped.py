@@ -72,6 +72,7 @@ class PEDConv2d(State, DropInConv2d):
     """
 
     family = "ped"
+    exact = {"neutral_gates": True}
     reference_names = {"weight": "kernel"}
     implementations = GATED
     parts = ((Heads, "attn"), *((nn.Linear, f"attn.{name}") for name in ("fc_share", "fc_inp", "fc_oup", "fc_k")))
@@ -116,11 +117,6 @@ class PEDConv2d(State, DropInConv2d):
     def reset_parameters(self) -> None:
         """Kernel and bias as `nn.Conv2d` has them."""
         draw_as_conv(self.kernel[0].numel(), self.kernel, self.bias)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs) -> "PEDConv2d":
-        """`DropInConv2d.from_conv`, with neutral gates."""
-        return super().from_conv(conv, **{"neutral_gates": True, **kwargs})
 
     @torch.jit.unused
     def start_from(self, conv: nn.Conv2d) -> None:

@@ -36,7 +36,7 @@ def make_dynamic(
         raise ValueError(f"num_kernels must have a number for each of {len(names)} convolutions, got {len(numbers)}")
     for name, number in zip(names, numbers, strict=True):
         conv = model.get_submodule(name)
-        layer = DynamicConv2d.from_conv(conv, num_kernels=number, reduction=reduction, around_mean=False)
+        layer = DynamicConv2d.from_conv(conv, from_scratch=True, num_kernels=number, reduction=reduction)
         fan_out = layer.out_channels * layer.kernels_weights[0, 0, 0].numel() // layer.groups
         nn.init.normal_(layer.kernels_weights, std=(2 / fan_out) ** 0.5)
         model.set_submodule(name, layer)

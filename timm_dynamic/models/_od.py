@@ -50,9 +50,7 @@ def make_dynamic(
     check_steps(anneal_steps)
     for name in names:
         conv = model.get_submodule(name)
-        options = {"num_kernels": num_kernels, "reduction": reduction, "neutral_gates": False}
-        layer = ODConv2d.from_conv(conv, **options)
-        layer.reset_parameters()
+        layer = ODConv2d.from_conv(conv, from_scratch=True, num_kernels=num_kernels, reduction=reduction)
         model.set_submodule(name, layer)
     if isinstance(model.get_classifier(), nn.Linear):
         nn.init.normal_(model.get_classifier().weight, std=0.01)

@@ -39,8 +39,7 @@ class CondBasicBlock(BasicBlock):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name in ("conv1", "conv2"):
-            layer = CondConv2d.from_conv(getattr(self, name), neutral_gates=False)
-            layer.routing_fn.reset_parameters()
+            layer = CondConv2d.from_conv(getattr(self, name), from_scratch=True)
             fan_out = layer.experts.weight[0].numel() // layer.in_channels
             nn.init.normal_(layer.experts.weight, std=(2 / fan_out) ** 0.5)
             setattr(self, name, layer)

@@ -31,7 +31,6 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.task = DynamicTask(timm.create_model(model, num_classes=num_classes), nn.CrossEntropyLoss())
-        timm_dynamic.set_progress(self.model, 0, 1)  # begins schedules, so that an averaged copy saves how far they are
 
     @property
     def model(self) -> nn.Module:

@@ -54,24 +54,26 @@ class RecordContract:
 
 @pytest.mark.usefixtures("nothing_drawn_on_meta")
 class ModelContract:
-    """What computes. Needs a fixture `name` of such a classifier, too."""
+    """What computes. Needs a fixture `name` of such a classifier, too, with the scope of the module."""
 
     @pytest.fixture(autouse=True)
     def _seed(self):
         torch.manual_seed(0)
 
-    @pytest.fixture
+    @pytest.fixture(scope="module")
     def create(self, name):
         """`timm.create_model` of it."""
         return functools.partial(timm.create_model, name)
 
+    @pytest.fixture(scope="module")
+    def made(self, create):
+        torch.manual_seed(0)
+        return create().eval()
+
     @pytest.fixture
-    def model(self, name, create, made={}):  # noqa: B006
+    def model(self, made):
         """What `create` makes, made once, in eval mode."""
-        if name not in made:
-            made.clear()
-            made[name] = create().eval()
-        return copy.deepcopy(made[name])
+        return copy.deepcopy(made)
 
     def test_a_training_step_reaches_every_parameter(self, create):
         model = create(num_classes=7, drop_path_rate=0.05, drop_rate=0.1).train()

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from toy_rows import Doubled
 
 from timm_dynamic import dispatch
+from timm_dynamic.layers import DCDConv2d
 from timm_dynamic.ops import kernels, records
 
 X = torch.randn(2, 4, 3, 3)
@@ -86,6 +88,15 @@ def test_use(layer):
 def test_use_of_what_cannot_run(layer, name, x, message):
     with dispatch.use(doubled=name), torch.no_grad(), pytest.raises(ValueError, match=message):
         layer(x)
+
+
+def test_use_around_a_backward_pass_that_runs_layers_again():
+    layer, x, gradients = DCDConv2d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 5, requires_grad=True), []
+    for again in (False, True):
+        with dispatch.use(dcd="formula"):
+            y = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            gradients.append(torch.autograd.grad(y.square().sum(), x))
+    torch.testing.assert_close(*gradients)
 
 
 def test_use_of_everything_that_is_no_choice():

@@ -297,7 +297,7 @@ def test_temperature_is_1_until_progress_is_set():
     model = dynamize(copy.deepcopy(network("resnet")), "dy")
     x = torch.randn(2, 3, SIZE, SIZE)
     model.train()(x)
-    assert all(layer.temperature() is None for layer in dynamic_layers(model).values())
+    assert all(layer.temperature() == 1 for layer in dynamic_layers(model).values())
     timm_dynamic.set_progress(model, 0, 90)
     assert all(layer.temperature() == 30 for layer in dynamic_layers(model).values())
 

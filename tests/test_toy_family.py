@@ -25,7 +25,7 @@ def toy():
 
 
 class TestModels(RecordContract, ModelContract):
-    @pytest.fixture(params=["toy_resnet18", "test_toy_resnet"])
+    @pytest.fixture(scope="module", params=["toy_resnet18", "test_toy_resnet"])
     def name(self, request):
         return request.param
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from timm_dynamic.layers.progress import KEY, check_done, has_progress
+from timm_dynamic.layers.progress import KEY, check_done
 from timm_dynamic.version import __version__
 
 _logger = logging.getLogger(__name__)
@@ -194,7 +194,8 @@ def filter_fn_of(name: str) -> Callable | None:
 
 
 def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
-    expected, optional = model.state_dict(), {KEY} if has_progress(model) else ()
+    expected = model.state_dict()
+    optional = {key for key in expected if key.endswith(KEY)}
     wrong_shape = [
         f"{key} {str(list(state[key].shape))[:60]} instead of {list(value.shape)}"
         for key, value in expected.items()
@@ -202,7 +203,7 @@ def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
     ]
     kinds = {
         "missing": [key for key in expected if key not in state and key not in optional],
-        "unexpected": [key for key in state if key not in expected and key not in optional],
+        "unexpected": [key for key in state if key not in expected],
         "of another shape": wrong_shape,
     }
     if any(kinds.values()):

@@ -165,6 +165,9 @@ def use(everything: str | None = None, /, **choices: str) -> AbstractContextMana
         y = model(x)
     ```
 
+    Gradient checkpointing runs layers again in the backward pass, which has to choose alike: call `backward()` in the
+    context too, and on a GPU, where autograd has threads, under `torch.autograd.set_multithreading_enabled(False)`.
+
     Args:
         everything: For all layers and operators; `"formula"`: plain PyTorch; `"kernel"`: as usual, but with what nobody
             has measured on this device too.

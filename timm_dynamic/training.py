@@ -47,7 +47,8 @@ def _owner(model: nn.Module, paths: list[list[str]]) -> list[str]:
 def set_progress(model: nn.Module, epoch: float, epochs: float) -> None:
     """Tell the layers with a schedule of their own how far training is; call it before every epoch, or more often.
 
-    A checkpoint of the model holds it. Call it on an averaged copy of the model too, if that is evaluated.
+    A checkpoint of the model holds it. Averaged copies take it over with the buffers (timm's and PyTorch's do); call it
+    on others too, if they are evaluated.
 
     Args:
         model: Any model, wrapped or not.

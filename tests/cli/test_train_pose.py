@@ -187,7 +187,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(capsys):
     "flags",
     [
         "--amp --amp-dtype bfloat16 --channels-last --grad-checkpointing -vb 2 --flip-test --model-ema --workers 1",
-        "--val-split= --opt sgd --clip-grad 1 --model-kwargs num_features=8 num_stacks=2 budget=-1",
+        "-b 47 --val-split= --opt sgd --clip-grad 1 --model-kwargs num_features=8 num_stacks=2 budget=-1",
     ],
 )
 def test_flags(capsys, flags):
@@ -275,6 +275,7 @@ def spoil(kind):
         ),
         ("--model-kwargs num_joints=5", "", "dynconv_hourglass has 5 joints, MPII 16: leave out num_joints"),
         ("--in-chans 1", "", "the images have three channels: leave out --in-chans"),
+        ("-b 49", "", "--batch-size 49 on 1 processes is more than the 48 persons in train"),
         ("--img-size 100", "", "images must have sides that are multiples of 64, got 100 x 100"),
         ("--eval-metric top1", "", "argument --eval-metric: invalid choice: 'top1'"),
     ],

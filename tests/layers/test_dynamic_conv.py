@@ -103,6 +103,7 @@ class TestConstruction:
             "attention.to_scores.0.bias": [5],
             "attention.to_scores.2.weight": [5, 5],
             "attention.to_scores.2.bias": [5],
+            "progress.done": [],
         }
 
     def test_narrow_layers_have_an_attention(self):

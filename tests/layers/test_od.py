@@ -104,7 +104,7 @@ def test_one_sample_in_training():
 def test_the_temperature_falls_with_every_forward():
     """As in the authors' script: 1 + 29 (N - t) / N in the t-th, from 1."""
     layer, x = ODConv2d(4, 4, 1).train(), torch.randn(2, 4, 3, 3)
-    assert layer.temperature() is None
+    assert layer.temperature() == 1
     layer.progress.begin(10)
     temperatures = []
     for _ in range(12):

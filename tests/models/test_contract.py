@@ -47,7 +47,7 @@ class TestRecords(RecordContract):
 
 @pytest.mark.parametrize("name", SMALL, scope="module")  # one model after the other, so that each is made once
 class TestModels(ModelContract):
-    @pytest.fixture
+    @pytest.fixture(scope="module")
     def create(self, name):
         return functools.partial(timm.create_model, name, **SMALL[name])
 

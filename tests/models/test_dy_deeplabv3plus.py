@@ -12,6 +12,7 @@ from timm.utils.onnx import onnx_export, onnx_forward
 from torch import nn
 
 import timm_dynamic
+from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.hub import PACKAGE_WEIGHTS
 from timm_dynamic.layers import DynamicConv2d
 
@@ -241,16 +242,25 @@ class TestContract:
 class TestTemperature:
     def temperatures(self, model):
         layers = [layer for layer in model.modules() if isinstance(layer, DynamicConv2d)]
-        found = {None if (t := layer.temperature()) is None else round(float(t), 4) for layer in layers}
+        found = {round(layer.temperature().item(), 4) for layer in layers}
         assert len(found) == 1
         return found.pop()
 
     def test_by_epochs(self):
         model = tiny()
-        assert self.temperatures(model) is None
+        assert self.temperatures(model) == 1
         for epoch, expected in ((0, 30), (1, round(30 - 29 / 9, 4)), (9, 1), (50, 1)):
             timm_dynamic.set_progress(model, epoch, 100)
             assert self.temperatures(model) == expected
+
+    def test_a_file_without_it(self, tmp_path):
+        """Nor of the backbone's, which has its own."""
+        model = tiny(backbone="test_dy_resnet", anneal_steps=4).eval()
+        state = {key: value for key, value in model.state_dict().items() if "progress" not in key}
+        assert len(state) == len(model.state_dict()) - 2
+        save_file(state, tmp_path / "model.safetensors")
+        load_checkpoint(model, tmp_path / "model.safetensors")
+        assert self.temperatures(model) == 1
 
     def test_by_steps(self):
         """Of a dynamic backbone and a new classifier too; a copy follows its own count."""

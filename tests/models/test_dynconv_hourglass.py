@@ -293,6 +293,13 @@ class TestContract:
         with pytest.raises(ValueError, match=message):
             tiny(**kwargs)
 
+    def test_weights_without_some_blocks(self, tmp_path):
+        """No such network can be made: the missing keys are named."""
+        model = tiny()
+        torch.save({key: v for key, v in model.state_dict().items() if ".res." not in key}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match="keys missing .stacks.0.res.0"):
+            load_checkpoint(model, tmp_path / "weights.pth")
+
     def test_weights_of_another_network(self, tmp_path):
         """An error that says which; other joints are a new head."""
         torch.save(authors_state(16, 1, 2, 5, True), tmp_path / "weights.pth")

@@ -10,8 +10,10 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from timm_dynamic import auxiliary_loss, dynamize, set_progress
+from timm_dynamic.layers import MaskUnit, ODConv2d
 from timm_dynamic.layers.progress import KEY, Progress
 
 FAMILIES = {
@@ -79,7 +81,7 @@ class TestCheckpoints:
         set_progress(model, 1, 10)
         state = {key: value for key, value in model.state_dict().items() if key != KEY}
         model.load_state_dict(state)
-        assert progress(model)() == 1 and KEY not in model.state_dict()
+        assert progress(model)() == 1
         if family == "dynconv":
             state = torch.get_rng_state()
             for block in model.masked_blocks():
@@ -194,14 +196,22 @@ class TestCopiesAndDevices:
         assert progress(ema.module)() == progress(model)()
         assert progress(ema.module) is not progress(model)
 
-    def test_averaging_a_model_whose_copy_does_not_know(self, family):
+    def test_copies_from_before_it_began(self, family):
+        """They follow it, through buffers or through state dicts side by side, and so does what loads what they save.
+
+        Also where the weights came without it.
+        """
         model = build(family)
         model.load_state_dict({key: value for key, value in model.state_dict().items() if key != KEY})
-        ema = ModelEmaV3(model, decay=0.0)
+        ema, averaged = ModelEmaV3(model, decay=0.0), AveragedModel(model)
         set_progress(model, 3, 10)
-        ema.update(model)
-        for key, value in ema.module.state_dict().items():
-            assert torch.equal(value, model.state_dict()[key]), key
+        ema.update(model), averaged.update_parameters(model)
+        expected = output(model, False)
+        for one in (ema.module, averaged.module):
+            other = build(family)
+            other.load_state_dict(saved(one))
+            assert list(one.state_dict()) == list(model.state_dict())
+            assert torch.equal(output(one, False), expected) and torch.equal(output(other, False), expected)
 
     def test_copies(self, family):
         model = build(family, 8)
@@ -246,6 +256,20 @@ class TestCopiesAndDevices:
         with torch.inference_mode():
             set_progress(model, 4, 10)
         model(X).sum().backward()
+
+
+@pytest.mark.parametrize("layer", [lambda: MaskUnit(8), lambda: ODConv2d(8, 8, 3)])
+@pytest.mark.parametrize("epoch", [None, 3])
+def test_a_layer_by_itself(layer, epoch):
+    """Whether the schedule has begun or not."""
+    x, outputs, layer, other = torch.randn(2, 8, 6, 6), [], layer(), layer()
+    if epoch is not None:
+        set_progress(layer, epoch, 10)
+    other.load_state_dict(saved(layer))
+    for one in (layer, other):
+        torch.manual_seed(0)
+        outputs.append(one(x))
+    assert torch.equal(*outputs)
 
 
 def test_dynamized_network():

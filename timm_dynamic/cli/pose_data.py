@@ -201,8 +201,14 @@ def build_loaders(
     augmentation = Augmentation(args.scale_factor, args.rotation_factor, args.rotation_prob, args.hflip)
     val_set = open_persons(args, args.val_split, val_config) if args.val_split else None
     train_set = open_persons(args, args.train_split, config, augmentation)
+    if len(train_set) < args.batch_size * args.world_size:
+        raise ValueError(
+            f"--batch-size {args.batch_size} on {args.world_size} processes is more than the {len(train_set)} persons "
+            f"in {args.train_split}"
+        )
     sampler = DistributedSampler(train_set) if args.distributed else None
-    loader = make_loader(train_set, args, device, args.batch_size, sampler=sampler, shuffle=sampler is None)
+    options = {"sampler": sampler, "shuffle": sampler is None, "drop_last": True}  # as in timm's loaders
+    loader = make_loader(train_set, args, device, args.batch_size, **options)
     if val_set is None:
         return loader, None
     sampler = OrderedDistributedSampler(val_set) if args.distributed else None

@@ -125,9 +125,9 @@ class DynamicConv2d(KernelMixture):
         biases = self.kernels_bias
         return biases if biases is None else biases[0] if self.around_mean else biases.mean(0)
 
-    def temperature(self) -> Tensor | None:
-        """Of the attention's softmax, now; None: 1, and nobody has asked for another one."""
-        return self.hottest + (1 - self.hottest) * self.progress(self.training) if self.progress.known else None
+    def temperature(self) -> Tensor:
+        """Of the attention's softmax, now."""
+        return self.progress.between(self.hottest, 1.0, self.training)
 
     def formula(self, x: Tensor) -> Tensor:
         if self.training and not torch.jit.is_scripting():

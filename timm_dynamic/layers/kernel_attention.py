@@ -32,14 +32,14 @@ class KernelAttention(nn.Module):
             nn.Linear(in_channels, hidden, **dd), nn.ReLU(), nn.Linear(hidden, num_kernels, **dd)
         )
 
-    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temperature: Tensor) -> Tensor:
         pooled = average(x)
         if torch.jit.is_scripting():
             scores = self.to_scores(pooled.to(x.dtype))
         else:
             with no_autocast(x):
                 scores = in_dtype_of(pooled, self.to_scores)
-        return F.softmax(scores if temperature is None else scores / temperature, 1)
+        return F.softmax(scores / temperature, 1)
 
 
 class OmniAttention(nn.Module):

@@ -168,13 +168,13 @@ class KWConv2d(AffineOutputs):
         else:
             scores = in_dtype_of(pooled, self.attention)
         coefficients = scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
-        return self.towards_first(coefficients) if self.training and self.progress.known else coefficients
+        return coefficients if torch.jit.is_scripting() or not self.training else self.towards_first(coefficients)
 
     @torch.jit.unused
     def towards_first(self, coefficients: Tensor) -> Tensor:
         """By tau."""
-        tau = (1 - self.progress(True)).to(coefficients.dtype)
-        return (1 - tau) * coefficients + tau * self.first_coefficients().to(coefficients)
+        tau = self.progress.between(1.0, 0.0, True).to(coefficients.dtype)
+        return torch.lerp(coefficients, self.first_coefficients().to(coefficients), tau)
 
     @torch.jit.unused
     def first_coefficients(self) -> Tensor:

@@ -125,9 +125,9 @@ class ODConv2d(KernelMixture):
             kernels += 2**gates * conv.weight - kernels.mean(0)
         self.kernels.copy_(kernels).requires_grad_(conv.weight.requires_grad)
 
-    def temperature(self) -> Tensor | None:
-        """Of all scores, now; None: 1, and nobody has asked for another one."""
-        return self.hottest + (1 - self.hottest) * self.progress() if self.progress.known else None
+    def temperature(self) -> Tensor:
+        """Of all scores, now."""
+        return self.progress.between(self.hottest, 1.0)
 
     def formula(self, x: Tensor) -> Tensor:
         if self.training and not torch.jit.is_scripting():
@@ -146,18 +146,16 @@ class ODConv2d(KernelMixture):
         self, inputs: Tensor, outputs: Tensor | None, taps: Tensor | None, kernels: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """`factors`, of the attention's scores."""
-        pi = None if kernels is None else F.softmax(self.cool(kernels), 1)
+        temperature = self.temperature()
+        pi = None if kernels is None else F.softmax(kernels / temperature, 1)
         if pi is not None and self.neutral_gates:
             pi = around_mean(pi, torch.ones_like(pi[:, :1]))
-        a_tap = None if taps is None else self.gate(taps)
-        return pi, self.gate(inputs), a_tap, None if outputs is None else self.gate(outputs)
-
-    def cool(self, scores: Tensor) -> Tensor:
-        temperature = self.temperature()
-        return scores if temperature is None else scores / temperature
+        a_tap = None if taps is None else self.gate(taps / temperature)
+        a_out = None if outputs is None else self.gate(outputs / temperature)
+        return pi, self.gate(inputs / temperature), a_tap, a_out
 
     def gate(self, scores: Tensor) -> Tensor:
-        gates = torch.sigmoid(self.cool(scores))
+        gates = torch.sigmoid(scores)
         return 2 * gates if self.neutral_gates else gates
 
     def routing(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How far a schedule is, such as that of a temperature: one `Progress` for a model, which its layers share.
 
 Every layer has it as its submodule `progress`. So it goes wherever layers go: into feature extractors, copies, other
-devices. A state dict has it once, as `progress.done`, last (see `share_progress`).
+devices. A state dict has it once, as `progress.done`, last (see `share_progress`). What depends on it is computed from
+that tensor in every forward: whoever copies or averages tensors copies the schedule.
 
 It can count training forwards by itself. No one place sees each of them once: users replace and freeze stems, feature
 extractors call no method of the model, checkpointing runs blocks twice. So all layers count: the first one that runs
@@ -49,20 +50,17 @@ def share_of_training(epoch: float, epochs: float) -> float:
 class Progress(SharedPart, State):
     """The share of a schedule that is done, from 0 to 1, as a tensor, so that torch.compile need not compile again.
 
-    It is what `timm_dynamic.set_progress` makes it, or grows with every training forward. A state dict without it means
-    that the schedule is over.
+    It is what `timm_dynamic.set_progress` makes it, or grows with every training forward. Loading a state dict without
+    it means that the schedule is over.
 
     Args:
         over: Whether the schedule is over until somebody begins it.
         share: The share that is done, from `epoch` and `epochs` of `timm_dynamic.set_progress`.
-
-    Attributes:
-        known: False: nobody has begun or set it, and state dicts leave it out.
     """
 
     def __init__(self, over: bool = False, share: Callable[[float, float], float] = share_of_training, device=None):
         super().__init__()
-        self.share, self.shared, self.known, self.counts = share, False, False, False
+        self.share, self.shared, self.counts = share, False, False
         self.end = _END  # for TorchScript
         self.register_state("done", torch.tensor(_END if over else 0, device="cpu"), device)
         self.register_state("step", torch.tensor(0, device="cpu"), device)  # of each training forward
@@ -82,7 +80,6 @@ class Progress(SharedPart, State):
 
     def _set(self, done: float) -> None:
         self.done.fill_(round(done))  # in place: a tensor made in inference mode is none for autograd
-        self.known = True
 
     @torch.jit.unused
     def count(self, layer: int) -> None:
@@ -100,18 +97,20 @@ class Progress(SharedPart, State):
 
     def forward(self, training: bool = False) -> Tensor:
         """The share, float64. In training, the forward of now has been counted already, and is not done."""
+        return self.between(0.0, 1.0, training)
+
+    def between(self, first: float, last: float, training: bool = False) -> Tensor:
+        """A number that goes from `first` to `last` in proportion to the share, of few operations: every layer asks."""
         done = self.done - self.step if training else self.done
-        return done.clamp(0, self.end).double() / self.end
+        return torch.rsub(done.clamp(0, self.end).double(), first, alpha=(first - last) / self.end)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if self.known:
-            destination[f"{prefix}done"] = self.done.detach()
+        destination[f"{prefix}done"] = self.done.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         done = state_dict.get(f"{prefix}done")
         if done is None:
             self._set(_END)
-            self.known = False
             return
         try:
             check_done(done)
@@ -130,11 +129,6 @@ def check_done(done: Tensor) -> None:
         raise ValueError(f"progress must be one number from 0 to {2 * _END}, got {done}")
 
 
-def has_progress(model: nn.Module) -> bool:
-    """Whether some layer of a model has a schedule."""
-    return any(isinstance(module, Progress) for module in model.modules())
-
-
 def recomputing() -> bool:
     """Whether the backward pass runs a layer again, for gradient checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -150,8 +144,7 @@ def may_be_changed(buffer: Tensor) -> bool:
 def share_progress(model: nn.Module) -> Progress | None:
     """Let all layers of a model that have a `progress`, and share it with none yet, have one together.
 
-    State dicts of the model have it as `KEY`: last, because averaging goes through those of a model and of its copy
-    side by side, and one of the two may not know its progress yet.
+    State dicts of the model have it as `KEY`, last.
 
     Args:
         model: Changed.

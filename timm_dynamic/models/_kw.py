@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import KWConv2d, Warehouse
-from timm_dynamic.layers.progress import KEY, share_progress
+from timm_dynamic.layers.progress import share_progress
 from timm_dynamic.layers.warehouse import put_first, save_warehouses_once
 from timm_dynamic.models._cfg import imagenet_cfg
 
@@ -78,7 +78,7 @@ def _in_place_of(conv: nn.Conv2d, **options) -> KWConv2d:
 
 def load_authors(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoints, with our names of the warehouses; ours as they are."""
-    if state_dict.keys() <= {*model.state_dict(), KEY}:
+    if state_dict.keys() <= model.state_dict().keys():
         return state_dict
     found = {}
     for key, value in extract_state_dict(state_dict).items():

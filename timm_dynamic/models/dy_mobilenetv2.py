@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 
@@ -62,7 +61,7 @@ class DyMobileNetV2(EfficientNet):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s MobileNetV2: the usual names, within sequences called `layers`."""
-    if not state_dict.keys() <= {*model.state_dict(), KEY}:
+    if not state_dict.keys() <= model.state_dict().keys():
         state_dict = extract_state_dict(state_dict)
         state_dict = {timm_name(key.replace("layers.", "")): value for key, value in state_dict.items()}
     return state_dict

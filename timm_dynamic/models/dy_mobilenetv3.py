@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 
 __all__ = ["DyMobileNetV3"]
@@ -75,7 +74,7 @@ class DyMobileNetV3(MobileNetV3):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints with our key names, in any wrapper."""
-    if not state_dict.keys() <= {*model.state_dict(), KEY}:
+    if not state_dict.keys() <= model.state_dict().keys():
         state_dict = extract_state_dict(state_dict)
     return state_dict
 

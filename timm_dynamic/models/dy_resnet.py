@@ -15,7 +15,6 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
@@ -99,7 +98,7 @@ _AUTHORS_NAMES = (
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s ResNets, which are those with `small_stem`."""
-    if not state_dict.keys() <= {*model.state_dict(), KEY}:
+    if not state_dict.keys() <= model.state_dict().keys():
         state_dict = extract_state_dict(state_dict)
         for pattern, ours in _AUTHORS_NAMES:
             state_dict = {re.sub(pattern, ours, key): value for key, value in state_dict.items()}

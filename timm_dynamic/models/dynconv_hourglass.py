@@ -323,7 +323,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: DynConvHourglass) ->
     score = state.get("stacks.0.score.weight")
     if score is not None and score.ndim == 4:
         theirs, ours = structure_of(state), structure_of(model.state_dict())
-        other = {key: value for key, value in theirs.items() if value != ours[key] and key != "num_joints"}
+        other = {key: value for key, value in theirs.items() if value not in (0, ours[key]) and key != "num_joints"}
         if other:
             arguments = " ".join(f"{key}={value}" for key, value in other.items())
             raise ValueError(f"these weights are of another network: create it with {arguments} (--model-kwargs)")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args, timm_name
 from timm_dynamic.models._od import load_authors, make_dynamic, od_cfgs, reported
 
@@ -56,7 +55,7 @@ class ODMobileNetV2(EfficientNet):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoints: torchvision's names, but for the kernels'."""
-    if state_dict.keys() <= {*model.state_dict(), KEY}:
+    if state_dict.keys() <= model.state_dict().keys():
         return state_dict
     return load_authors(state_dict, model, _timm_name)
 

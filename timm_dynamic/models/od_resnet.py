@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import ODConv2d
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._cfg import digits_cfg
 from timm_dynamic.models._od import load_authors, make_dynamic, od_cfg, od_cfgs, reported
 from timm_dynamic.models._resnet import TINY, use_small_stem
@@ -71,7 +70,7 @@ class ODResNet(ResNet):
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoints: timm's names, but for the kernels'."""
-    return state_dict if state_dict.keys() <= {*model.state_dict(), KEY} else load_authors(state_dict, model)
+    return state_dict if state_dict.keys() <= model.state_dict().keys() else load_authors(state_dict, model)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args) -> ODResNet:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._mobilenetv2 import timm_name
 from timm_dynamic.models.dy_deeplabv3plus import DyDeepLabV3Plus, create_deeplab, deeplab_cfg
 
@@ -90,7 +89,7 @@ _AUTHORS_NAMES = (
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s DeepLabV3+, dynamic or static; they hold the backbone twice."""
-    if state_dict.keys() <= {*model.state_dict(), KEY}:
+    if state_dict.keys() <= model.state_dict().keys():
         return state_dict
     return {_our_name(key): value for key, value in extract_state_dict(state_dict).items()}
 

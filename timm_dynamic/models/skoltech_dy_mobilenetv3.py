@@ -20,7 +20,6 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.layers.progress import KEY
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 
 __all__ = ["SkoltechDyMobileNetV3"]
@@ -127,7 +126,7 @@ def _initialise(layer: nn.Module) -> None:
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Checkpoints of T. Ardelean et al.'s MobileNetV3, dynamic or static; squeeze-and-excitation is linear there."""
-    if state_dict.keys() <= {*model.state_dict(), KEY}:
+    if state_dict.keys() <= model.state_dict().keys():
         return state_dict
     names, state = _authors_names(model), {}
     for key, value in extract_state_dict(state_dict).items():

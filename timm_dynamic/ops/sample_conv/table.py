@@ -64,10 +64,9 @@ def _cannot_mix(layer, x: Tensor) -> str | None:
 
 def _mix(layer, x: Tensor) -> Tensor:
     squeeze, _, expand = layer.attention.to_scores
-    temperature = layer.temperature()
     (attention,) = torch.ops.timm_dynamic.pooled_heads(
         *(x, squeeze.weight, squeeze.bias, [expand.weight], [expand.bias]),
-        *("softmax", 1.0 if temperature is None else float(temperature)),
+        *("softmax", float(layer.temperature())),
     )
     attention = layer.coefficients(attention)
     bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)

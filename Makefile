@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/timm-dynamic validate demo/digits --model test_ddf_resnet.digits --pretrained --workers 2 \
 		--results-file demo/validate.csv
 	OMP_NUM_THREADS=1 ./distributed_train.sh 2 demo/digits --config configs/test_ddf_resnet.digits.yaml --epochs 2 \
-		--workers 0 --output demo/train
+		--warmup-epochs 0 --workers 0 --output demo/train
 	$(BIN)/timm-dynamic benchmark --models ddf_mul_resnet50 --baseline static --batch-size 1 \
 		--json demo/latency.json --plot demo/latency.png
 	@echo "Left under demo/: digits, validate.csv, train (checkpoints, summary.csv), latency.json, latency.png"

@@ -58,6 +58,13 @@ def dynamic_layers(model: nn.Module) -> dict[str, DropInConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DropInConv2d)}
 
 
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if FAMILIES[layer].keeps is None])
+def test_outputs_of_layers_without_the_weights_stay_in_range(layer):
+    """In evaluation, behind norms that know the static network: products of activations could overflow."""
+    model = dynamize(timm.create_model("resnet18", zero_init_last=False).eval(), layer)
+    assert model(torch.randn(2, 3, SIZE, SIZE)).abs().max() < 1e4
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_from_scratch(layer):
     torch.manual_seed(0)

@@ -209,7 +209,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             model(x)
     finally:
         _observer.reset(token)
-    return Explanation("\n".join(lines))
+    return Explanation("\n".join(lines) or "no layer of this model chooses between implementations")
 
 
 def _lines(name: str, layer: nn.Module, x: Tensor, chosen: Implementation | None) -> list[str]:

@@ -109,7 +109,8 @@ class TestSparseIsDense:
         block = BLOCKS[name]()
         extra = {key for key in block.state_dict() if key.startswith("masker.")}
         parts = ["maskconv"] if name == "inverted, ReLU" else ["maskconv.fc", "maskconv.conv"]
-        assert extra == {f"masker.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+        names = {f"masker.{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+        assert extra == {*names, "masker.progress.done"}
         other, x = make(name, torch.float32), torch.randn(2, 24, 6, 6)
         load_reference(block, other.state_dict())
         assert torch.equal(run(block.eval(), x), run(other, x))

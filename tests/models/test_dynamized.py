@@ -130,6 +130,7 @@ def test_pretrained_weights_of_the_base():
         ({}, "dynamized needs base=NAME"),
         ({"base": "test_resnet"}, "dynamized needs layer=NAME"),
         ({"base": "test_resnat", "layer": "dcd"}, "unknown base 'test_resnat'; did you mean test_resnet"),
+        ({"base": "test_resnet", "layer": "dy", "num_kernel": 8}, "'num_kernel'; did you mean num_kernels?"),
         ({"base": "test_resnet", "layer": "dcc"}, "got 'dcc'; did you mean dcd?"),
         ({"base": "test_vit", "layer": "dcd"}, "by default, none of the 1 convolutions of test_vit is replaced"),
         ({"base": "test_resnet", "layer": "dcd", "where": "layer9.*"}, "where='layer9.*' matches no convolution"),

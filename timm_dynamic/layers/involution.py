@@ -98,6 +98,12 @@ class Involution2d(DropInConv2d):
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.conv2.conv.bias)
 
+    @torch.jit.unused
+    def start_from(self, conv: nn.Conv2d) -> None:
+        """Every filter is an average at first, whatever the input's size: products of activations could overflow."""
+        nn.init.zeros_(self.conv2.conv.weight)
+        nn.init.constant_(self.conv2.conv.bias, self.kernel_size[0] ** -2)
+
     def formula(self, x: Tensor) -> Tensor:
         K, stride = self.kernel_size[0], self.stride[0]
         pooled = x if stride == 1 else F.avg_pool2d(x, stride, ceil_mode=True)

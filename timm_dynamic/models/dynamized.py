@@ -5,6 +5,7 @@ checkpoints, repositories on the Hub.
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,14 @@ def dynamized(
         recipe.base_kwargs.update({key: v for key, v in said.items() if v is not None and key not in kwargs})
     cfg |= pretrained_cfg_overlay or {}
     elsewhere = any(cfg.get(key) for key in WEIGHT_SOURCES)  # weights that are not the base's
-    base_model = recipe.make_base(pretrained=pretrained and not elsewhere, cache_dir=cache_dir)
+    try:
+        base_model = recipe.make_base(pretrained=pretrained and not elsewhere, cache_dir=cache_dir)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if not unknown:
+            raise
+        hint = did_you_mean(unknown[1], layer_options(layer_class(layer)), f"see {base} in timm")
+        raise ValueError(f"neither {base} nor {layer} has an argument {unknown[1]!r}; {hint}") from error
     base_cfg = {key: value for key, value in base_model.pretrained_cfg.items() if key not in WEIGHT_SOURCES}
     model = recipe.dynamize(base_model)
     model.recipe = recipe

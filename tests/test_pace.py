@@ -50,7 +50,7 @@ def gated(layer, x):
 
 
 def mixed(layer, x):
-    return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.attention(x)), layer.kernels_weights)
+    return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.attention(x, layer.temperature())), layer.kernels_weights)
 
 
 def omni(layer, x):

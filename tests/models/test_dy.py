@@ -136,7 +136,7 @@ class TestAnnealing:
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def temperatures(self, model):
-        return {float(1 if layer.temperature() is None else layer.temperature()) for layer in dynamic(model).values()}
+        return {float(layer.temperature()) for layer in dynamic(model).values()}
 
     def test_not_unless_asked_for(self):
         model = timm.create_model(TINY).train()

@@ -50,7 +50,8 @@ def gated(layer, x):
 
 
 def mixed(layer, x):
-    return torch.einsum("bn,noikl->boikl", layer.coefficients(layer.attention(x, layer.temperature())), layer.kernels_weights)
+    attention = layer.coefficients(layer.attention(x, layer.temperature()))
+    return torch.einsum("bn,noikl->boikl", attention, layer.kernels_weights)
 
 
 def omni(layer, x):

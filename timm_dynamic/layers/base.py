@@ -181,7 +181,7 @@ class DropInConv2d(DynamicLayer):
         Args:
             conv: A convolution with `nn.Conv2d`'s own forward.
             from_scratch: Take over nothing of its weights, for a network that is trained from the beginning: the layer
-                is then as its authors initialise it. What starts as a static layer decides less in the end.
+                is then as its authors initialise it.
             **kwargs: The layer's own keyword arguments.
 
         Raises:

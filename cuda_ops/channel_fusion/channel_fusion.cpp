@@ -11,7 +11,9 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
+#include "channel_fusion/mixtures.h"
 #include "channel_fusion/products.h"
 #include "common/arguments.h"
 #include "common/parallel.h"
@@ -19,15 +21,6 @@
 namespace timm_dynamic {
 
 constexpr int64_t kPacked = 1 << 16;  // elements of a block of positions, to stay in the cache
-constexpr int64_t kTogether = 4;     // samples whose weights are mixed in one pass over the kernels
-constexpr int64_t kMixBlock = 1024;  // elements of a kernel, the unit of mixing
-
-// The weights of B samples, `size` elements each.
-struct Mixture {
-  int64_t B, N, size;
-  const float *attention, *kernels;
-  float* weight;
-};
 
 // With D_b = [grad_b; dz_b] [x_b; v_b]^T, over positions:
 // dweight = sum_b scale_b D_b, dscale_b = sum_c weight D_b, dp = sum_b D_b, dq = sum_b D_b
@@ -42,7 +35,6 @@ struct ProductGrads {
 struct ProductKernels {
   void (*products)(const Products&, int64_t begin, int64_t end);
   void (*grads)(const ProductGrads&, int64_t begin, int64_t end);
-  void (*mix)(const Mixture&, int64_t begin, int64_t end);
   int64_t step, rows, lanes;  // positions that `block` is a multiple of; rows, columns at once
 };
 
@@ -69,40 +61,55 @@ void run_products(Products op) {
 
 namespace {
 
-// As `op`, with a weight for every sample, that are there for a few samples at a time.
-void run_mixed(Products op, const float* attention, const float* kernels, int64_t N,
-               const Tensor& x) {
-  const int64_t B = op.B, size = op.O * op.C;
-  const Tensor weight = empty(x, {std::min(B, kTogether), size});
-  const auto mix = CHOOSE_KERNELS(product_kernels()).mix;
-  const Mixture mixture = {0, N, size, nullptr, kernels, mutable_floats(weight)};
-  op.weight = mixture.weight, op.weight_stride = size;
-  for (int64_t first = 0; first < B; first += kTogether) {
-    op.B = std::min(kTogether, B - first);
-    Mixture some = mixture;
-    some.B = op.B, some.attention = attention + first * N;
-    parallel((size + kMixBlock - 1) / kMixBlock, op.B * N * kMixBlock / 8,
-             [&](int64_t begin, int64_t end) { mix(some, begin, end); });
-    run_products(op);
-    op.x += op.B * op.C * op.positions, op.out += op.B * op.O * op.positions;
-    if (op.in_scale) op.in_scale += op.B * op.C;
-    if (op.out_scale) op.out_scale += op.B * op.O;
-    if (op.v) op.v += op.B * op.L * op.positions;
-    if (op.shift) op.shift += op.B * op.shift_stride;
-  }
+using Pair = std::vector<int64_t>;
+
+// With a mixture of kernels, [N, O, C, Kh, Kw], for every sample.
+Tensor mixtures(const Tensor& x, const Tensor& kernels, const std::optional<Tensor>& attention,
+                const std::optional<Tensor>& pairs, const std::optional<Tensor>& a_out,
+                const std::optional<Tensor>& shift, double low, double high, const Pair& stride,
+                const Pair& padding, const Pair& dilation) {
+  Mixtures op = {};
+  op.B = x.size(0), op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
+  op.N = kernels.size(0), op.O = kernels.size(1), op.Kh = kernels.size(3), op.Kw = kernels.size(4);
+  STD_TORCH_CHECK(kernels.size(2) == op.C && (attention || op.N == 1), "kernels must be [N, O, ",
+                  op.C, ", Kh, Kw], one or with an attention, got ", shape_text(kernels));
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "stride, padding and dilation are pairs");
+  op.stride_y = stride[0], op.stride_x = stride[1];
+  op.padding_y = padding[0], op.padding_x = padding[1];
+  op.dilation_y = dilation[0], op.dilation_x = dilation[1];
+  op.Ho = (op.H + 2 * op.padding_y - op.dilation_y * (op.Kh - 1) - 1) / op.stride_y + 1;
+  op.Wo = (op.W + 2 * op.padding_x - op.dilation_x * (op.Kw - 1) - 1) / op.stride_x + 1;
+  STD_TORCH_CHECK(op.Ho > 0 && op.Wo > 0, "x ", shape_text(x), " is too small for kernels ",
+                  shape_text(kernels));
+  const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo});
+  op.x = floats(x), op.out = mutable_floats(out);
+  op.kernels = parameter("weight", kernels, kernels.numel(), x);
+  op.attention = optional_parameter("attention", attention, op.B * op.N, x);
+  op.pairs = optional_parameter("in_scale", pairs, op.B * op.whole_depth(), x);
+  op.a_out = optional_parameter("out_scale", a_out, op.B * op.O, x);
+  const bool shared = shift && shift->dim() == 2 && shift->size(0) == 1;
+  op.shift = optional_parameter("shift", shift, (shared ? 1 : op.B) * op.O, x);
+  op.shift_stride = shared ? 0 : op.O;
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  run_mixtures(op);
+  return out;
 }
 
 Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& attention,
                       const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale,
                       const std::optional<Tensor>& p, const std::optional<Tensor>& v,
-                      const std::optional<Tensor>& shift, double low, double high) {
+                      const std::optional<Tensor>& shift, double low, double high,
+                      const Pair& stride, const Pair& padding, const Pair& dilation) {
   check_maps("x", x);
+  if (weight.dim() == 5)
+    return mixtures(x, weight, attention, in_scale, out_scale, shift, low, high, stride, padding,
+                    dilation);
   const bool one = weight.dim() == 2;
   const int64_t B = x.size(0), C = x.size(1), positions = x.size(2) * x.size(3);
-  const int64_t N = attention && attention->dim() == 2 ? attention->size(1) : B;
-  STD_TORCH_CHECK(one ? !attention && weight.size(1) == C
-                      : weight.dim() == 3 && weight.size(0) == N && weight.size(2) == C,
-                  "weight must be [O, C], or [", N, ", O, C] for x ", shape_text(x), ", got ",
+  STD_TORCH_CHECK(one ? weight.size(1) == C
+                      : weight.dim() == 3 && weight.size(0) == B && weight.size(2) == C,
+                  "weight must be [O, C], or [", B, ", O, C] for x ", shape_text(x), ", got ",
                   shape_text(weight));
   const int64_t O = weight.size(one ? 0 : 1);
   const Tensor out = empty(x, {B, O, x.size(2), x.size(3)});
@@ -124,10 +131,7 @@ Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional
     op.shift_stride = shared ? 0 : O;
   }
   op.low = static_cast<float>(low), op.high = static_cast<float>(high);
-  if (attention)
-    run_mixed(op, parameter("attention", *attention, B * N, x), op.weight, N, x);
-  else
-    run_products(op);
+  run_products(op);
   return out;
 }
 

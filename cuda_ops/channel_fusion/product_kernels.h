@@ -165,32 +165,8 @@ inline void scaled_grads(const ProductGrads& op, int64_t begin, int64_t end) {
   }
 }
 
-// Elements [begin, end) of the weights of kSamples samples, or of the B <= kSamples there are.
-template <int64_t kSamples>
-INLINE void mix_elements(const Mixture& op, int64_t begin, int64_t end) {
-  for (int64_t at = begin; at < end; at += kLanes<float>) {
-    Vec<float> sums[kSamples] = {};
-    for (int64_t n = 0; n < op.N; ++n) {
-      const Vec<float> values = load<float>(op.kernels + n * op.size + at, end - at);
-      for (int64_t b = 0; b < kSamples; ++b)
-        sums[b] += broadcast(op.attention[std::min(b, op.B - 1) * op.N + n]) * values;
-    }
-    for (int64_t b = 0; b < std::min(kSamples, op.B); ++b)
-      store<float>(op.weight + b * op.size + at, sums[b], end - at);
-  }
-}
-
-// Units are blocks of the kernels' elements.
-inline void mix(const Mixture& op, int64_t begin, int64_t end) {
-  const int64_t last = std::min(end * kMixBlock, op.size);
-  if (op.B == 1)
-    mix_elements<1>(op, begin * kMixBlock, last);
-  else
-    mix_elements<kTogether>(op, begin * kMixBlock, last);
-}
-
 inline ProductKernels product_kernels() {
-  return {scaled_products, scaled_grads, mix, kStrip, kOutputs, kLanes<float>};
+  return {scaled_products, scaled_grads, kStrip, kOutputs, kLanes<float>};
 }
 
 }  // namespace timm_dynamic::ISA

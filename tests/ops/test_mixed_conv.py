@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_dynamic
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.sample_conv import columns, samples, training
-from timm_dynamic.ops.sample_conv.shapes import memory_format
+from timm_dynamic.ops.shapes import memory_format
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from timm_dynamic.ops.kernels import runs_kernel
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
 from timm_dynamic.ops.registration import register
+from timm_dynamic.ops.shapes import Pair, columns_of, output_size
 
 NO_LIMITS = (-math.inf, math.inf)
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, bool]  # weight, bias, mean, variance, eps, training
@@ -75,21 +76,30 @@ def _definition(
     shift: Tensor | None,
     low: float,
     high: float,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
 ) -> Tensor:
     """Of the registered operator: `clamp(out_scale * (weight . (in_scale * x)) + p . v + shift, low, high)`.
 
     Args:
         x: `[B, C, H, W]`.
-        weight: `[O, C]`; `[B, O, C]`, one for every sample; or with `attention` `[N, O, C]`, to be mixed.
-        attention: `[B, N]`.
-        in_scale, out_scale: `[B, C]` and `[B, O]`.
-        p, v: `[O, L]` and `[B, L, H * W]`.
+        weight: `[O, C]`; `[B, O, C]`, one for every sample; or `[N, O, C, Kh, Kw]`, to be mixed for every sample and
+            to read the columns of `x` at a stride, with padding and dilation.
+        attention: `[B, N]`, of the mixtures; may be missing where N is 1.
+        in_scale, out_scale: `[B, C]`, of a mixture `[B, C * Kh * Kw]`, and `[B, O]`.
+        p, v: `[O, L]` and `[B, L, H * W]`; not for mixtures.
         shift: `[B, O]` or `[1, O]`.
         low, high: Limits of the result.
+        stride, padding, dilation: Of the convolution with a mixture.
     """
+    size = x.shape[2:]
+    if weight.ndim == 5:
+        x = columns_of(x, tuple(weight.shape[3:]), stride, padding, dilation)
+        size = x.shape[2:]
+        mixed = weight[0] if attention is None else torch.matmul(attention, weight.flatten(1))
+        weight = mixed.reshape(-1, weight.shape[1], x.shape[1])
     columns = x.flatten(2)
-    if attention is not None:
-        weight = torch.matmul(attention, weight.flatten(1)).view(-1, *weight.shape[1:])
     out = torch.matmul(weight, columns if in_scale is None else columns * in_scale[:, :, None])
     if out_scale is not None:
         out = out * out_scale[:, :, None]
@@ -98,7 +108,7 @@ def _definition(
     if shift is not None:
         out = out + shift[:, :, None]
     out = out if (low, high) == NO_LIMITS else out.clamp(low, high)
-    return out.view(len(x), weight.shape[-2], *x.shape[2:])
+    return out.view(len(x), weight.shape[-2], *size)
 
 
 def _definition_of_gradients(
@@ -193,6 +203,8 @@ def _definition_of_inference(
 
 
 def _fake(x, weight, *others):
+    if weight.ndim == 5:
+        return x.new_empty(x.shape[0], weight.shape[1], *output_size(x.shape[2:], weight.shape[3:], *others[-3:]))
     return x.new_empty(x.shape[0], weight.shape[-2], *x.shape[2:])
 
 
@@ -206,15 +218,16 @@ def _fake_inference(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, 
 
 
 def _flops(x, weight, attention=None, in_scale=None, out_scale=None, p=None, *args, out_shape=None, **kwargs) -> int:
-    B, C, H, W = x
-    mixing = 0 if attention is None else 2 * math.prod(attention) * weight[-2] * C
-    return 2 * B * weight[-2] * H * W * (C + (p[-1] if p else 0)) + mixing
+    mixtures = len(weight) == 5
+    mixing = 2 * math.prod(attention) * math.prod(weight[1:]) if attention else 0
+    depth = math.prod(weight[2:]) if mixtures else weight[-1] + (p[-1] if p else 0)
+    return 2 * math.prod(out_shape) * depth + mixing
 
 
 register(
     "channel_fusion",
     "(Tensor x, Tensor weight, Tensor? attention, Tensor? in_scale, Tensor? out_scale, Tensor? p, Tensor? v, "
-    "Tensor? shift, float low, float high) -> Tensor",
+    "Tensor? shift, float low, float high, int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor",
     _definition,
     _fake,
     flops=_flops,

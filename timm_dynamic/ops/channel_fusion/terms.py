@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.products import linear
-from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format, output_size
+from timm_dynamic.ops.shapes import Pair, memory_format, output_size
 
 _IN_CACHE = 2**18  # numbers of a map
 _LARGE_MAP = 2**15  # numbers of a sample's

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
-from timm_dynamic.ops.sample_conv.shapes import memory_format
+from timm_dynamic.ops.shapes import memory_format
 
 
 def _parameters(layer) -> tuple[Tensor, ...]:

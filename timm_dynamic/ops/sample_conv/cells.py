@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_dynamic.ops.sample_conv.samples import convolve
-from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
+from timm_dynamic.ops.shapes import Pair, memory_format
 
 # Elements of the kernels that are there at a time, or those of two samples. Four times as many: 1.24 of the time
 # (kw1x_resnet18 at batch 16, one thread of a CPU, November 2026).

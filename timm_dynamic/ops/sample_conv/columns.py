@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.products import linear
-from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format, output_size, tap_views
+from timm_dynamic.ops.shapes import Pair, memory_format, output_size, tap_views
 
 # Columns of a sample with so many elements are gated however few its weights are: 0.8 of the training step of ResNet-8
 # for CIFAR-10 at batch 128 (one thread of an AMD EPYC, November 2026).

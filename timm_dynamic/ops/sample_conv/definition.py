@@ -18,7 +18,7 @@ from timm_dynamic.ops.registration import register
 from timm_dynamic.ops.sample_conv import exported, training
 from timm_dynamic.ops.sample_conv.columns import empty_rows
 from timm_dynamic.ops.sample_conv.samples import convolve, convolve_groups, mix
-from timm_dynamic.ops.sample_conv.shapes import Pair, columns_of, gate_groups, output_size
+from timm_dynamic.ops.shapes import Pair, columns_of, gate_groups, output_size
 
 
 def mixed_conv2d(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.sample_conv.samples import mix
-from timm_dynamic.ops.sample_conv.shapes import Pair, output_size
+from timm_dynamic.ops.shapes import Pair, output_size
 from timm_dynamic.ops.scan import scan
 
 Limits = tuple[float, float]

@@ -7,7 +7,7 @@ from torch import Tensor
 from timm_dynamic.ops.dynamic_filter.functions import ddf
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.products import by_onednn, linear
-from timm_dynamic.ops.sample_conv.shapes import Pair, memory_format
+from timm_dynamic.ops.shapes import Pair, memory_format
 
 # Up to so many weights a sample, the samples run as the groups of one convolution. Above, oneDNN's grouped convolution
 # falls behind a call per sample, soon by several times (benchmarks/roof_cases.py, per_sample_conv2d, on a CPU).

@@ -11,8 +11,8 @@ from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
 from timm_dynamic.ops.sample_conv.columns import in_weight_order
-from timm_dynamic.ops.sample_conv.shapes import gate_groups
-from timm_dynamic.ops.sample_conv.training import factors, forward, is_product, product
+from timm_dynamic.ops.shapes import gate_groups
+from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
 
 
 def _cannot(layer, x: Tensor, linears) -> str | None:
@@ -115,10 +115,9 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
     x = layer.pad(x)
     options = (layer.stride, layer.zero_padding, layer.dilation)
     limits = layer.limits or NO_LIMITS
-    if is_product(x, attention, kernels, layer.zero_padding, layer.groups):
-        sy, sx = layer.stride
+    if is_fused(x, attention, kernels, layer.zero_padding, layer.groups):
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-        return product(x[:, :, ::sy, ::sx].contiguous(), attention, kernels, pairs, a_out, bias, *limits)
+        return fused(x, attention, kernels, pairs, a_out, *options, bias, *limits)
     if attention is None and len(x) == 1 and not in_weight_order(1, x.shape[2] * x.shape[3], layer.out_channels):
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         weight = kernels[0] * pairs.view(kernels.shape[2:])

@@ -15,7 +15,7 @@ from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.precision import no_autocast
 from timm_dynamic.ops.sample_conv import columns
 from timm_dynamic.ops.sample_conv.samples import convolve, gradients, is_pointwise, mix, multiply
-from timm_dynamic.ops.sample_conv.shapes import memory_format, output_size
+from timm_dynamic.ops.shapes import memory_format, output_size
 
 # Mixed weights that are there at a time. At least four samples are mixed together, as every mixing reads all kernels
 # (benchmarks/roof_cases.py, mixed_conv2d, on a CPU).
@@ -34,9 +34,8 @@ def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         if rows.ndim == 3 and len(x):
             return columns.forward(x, kernels[0], pairs, a_out, rows, stride, padding, dilation), rows
-        if is_product(x, attention, kernels, padding, groups):
-            x = x[:, :, :: stride[0], :: stride[1]].contiguous()
-            return product(x, attention, kernels, pairs, a_out), rows
+        if is_fused(x, attention, kernels, padding, groups):
+            return fused(x, attention, kernels, pairs, a_out, stride, padding, dilation), rows
         pointwise = is_pointwise(kernels, padding, groups)
         for part, weights in _weights(x, attention, kernels, pairs, a_out):
             weight = weights.to(x.dtype)
@@ -135,10 +134,11 @@ def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, T
     return (a_in[:, :, None] * a_tap[:, None]).flatten(1).contiguous(), a_out.contiguous()
 
 
-def is_product(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, groups: int) -> bool:
-    """Whether the CPU kernel of `channel_fusion` runs it; a stride is applied to `x` before."""
+def is_fused(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, groups: int) -> bool:
+    """Whether the CPU kernel of `channel_fusion` runs it."""
     return (
-        is_pointwise(kernels, padding, groups)
+        groups == 1
+        and (attention is not None or is_pointwise(kernels, padding, groups))
         and x.device.type == "cpu"
         and x.dtype == kernels.dtype == torch.float32
         and (attention is None or attention.dtype == torch.float32)
@@ -149,13 +149,18 @@ def is_product(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, gr
     )
 
 
-def product(x, attention, kernels, pairs, a_out, shift=None, low=NO_LIMITS[0], high=NO_LIMITS[1]) -> Tensor:
-    """The 1x1 convolution of a contiguous `x`, plus `shift`, within limits; without autograd."""
-    kernels = kernels.flatten(2)
-    weight = kernels[0] if attention is None else kernels
-    attention = None if attention is None else attention.contiguous()
+def fused(
+    x, attention, kernels, pairs, a_out, stride, padding, dilation, shift=None, low=NO_LIMITS[0], high=NO_LIMITS[1]
+) -> Tensor:
+    """The convolution, plus `shift`, within limits; without autograd."""
+    options = (stride, padding, dilation)
+    if attention is None:  # and a 1x1 convolution
+        x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
+    else:
+        attention = attention.contiguous()
+    gates = (pairs, a_out, None, None, shift, low, high)
     with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
-        return torch.ops.timm_dynamic.channel_fusion(x, weight, attention, pairs, a_out, None, None, shift, low, high)
+        return torch.ops.timm_dynamic.channel_fusion(x.contiguous(), kernels, attention, *gates, *options)
 
 
 def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:

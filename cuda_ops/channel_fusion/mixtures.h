@@ -1,0 +1,31 @@
+// Convolutions of every sample with a mixture of kernels: what channel_fusion.cpp asks for.
+#pragma once
+
+#include <cstdint>
+
+namespace timm_dynamic {
+
+// out[b] = clamp(a_out[b] * conv2d(x[b], pairs[b] * sum_n attention[b,n] kernels[n]) + shift[b])
+// Maps are float32 NCHW; pairs is [B, C * Kh * Kw], the elements of a kernel but for its outputs.
+// Pointers may be null: an attention of 1 (N is 1 then), gates of 1, no shift. The shift's stride
+// between samples may be 0.
+struct Mixtures {
+  int64_t B, N, C, O, H, W, Ho, Wo, Kh, Kw;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  const float *x, *attention, *kernels, *pairs, *a_out, *shift;
+  int64_t shift_stride;
+  float low, high;
+  float* out;
+  // Of a unit of work: the samples, or the rows of one's output, and the parts of the outputs; and
+  // how many of a kernel's C * Kh * Kw elements are computed before the next ones.
+  int64_t samples, rows, row_blocks, parts, depth;
+
+  int64_t taps() const { return Kh * Kw; }
+  int64_t whole_depth() const { return C * taps(); }
+  int64_t positions() const { return Ho * Wo; }
+};
+
+// The sizes of units are set here.
+void run_mixtures(Mixtures op);
+
+}  // namespace timm_dynamic

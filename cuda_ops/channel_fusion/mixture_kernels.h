@@ -1,80 +1,69 @@
+// CPU kernels of mixtures.cpp, for one instruction set; see common/vectors.h for what the includer
+// defines.
+
 #include "channel_fusion/strips.h"
 
 namespace timm_dynamic::ISA {
 
-// The columns of a sample, of `depth` elements of the kernels: what each reads at `rows` rows of
-// the output.
-struct Columns {
-  const Mixtures& op;
-  int64_t b, row, rows;
-  std::unique_ptr<float[]> padded, line;  // a channel with its padding; a row of columns
-  int64_t channel = -1;
+// What a kernel's elements read at `rows` rows of the output.
+class Columns {
+ public:
+  Columns(const Mixtures& op, int64_t rows)
+      : op_(op),
+        rows_(rows),
+        height_((rows - 1) * op.stride_y + (op.Kh - 1) * op.dilation_y + 1),
+        width_(op.W + 2 * op.padding_x),
+        whole_(op.taps() == 1 && op.stride_y == 1 && op.stride_x == 1 && op.padding_y == 0 &&
+               op.padding_x == 0),
+        padded_(std::make_unique_for_overwrite<float[]>(height_ * width_ + kLanes<float>)),
+        line_(std::make_unique_for_overwrite<float[]>(rows * op.Wo + kLanes<float>)) {}
 
-  int64_t width() const { return op.W + 2 * op.padding_x; }
-  int64_t height() const { return (rows - 1) * op.stride_y + (op.Kh - 1) * op.dilation_y + 1; }
-  int64_t positions() const { return rows * op.Wo; }
-  bool direct() const {
-    return op.taps() == 1 && op.padding_x == 0 && op.padding_y == 0;
-  }
-
-  explicit Columns(const Mixtures& op, int64_t rows) : op(op), b(0), row(0), rows(rows) {
-    padded = std::make_unique<float[]>(height() * width() + 2 * kLanes<float>);
-    line = std::make_unique<float[]>(rows * op.Wo + kLanes<float>);
-  }
-
-  void take(int64_t c) {
-    if (channel == c) return;
-    channel = c;
-    const float* const from = op.x + (b * op.C + c) * op.H * op.W;
-    const int64_t top = row * op.stride_y - op.padding_y;
-    for (int64_t y = 0; y < height(); ++y) {
-      float* const to = padded.get() + y * width();
-      const bool inside = top + y >= 0 && top + y < op.H;
-      if (!inside) {
-        std::fill(to, to + width(), 0.0f);
-        continue;
-      }
-      std::fill(to, to + op.padding_x, 0.0f);
-      const float* const source = from + (top + y) * op.W;
-      for (int64_t i = 0; i < op.W; i += kLanes<float>)
-        store<float>(to + op.padding_x + i, load<float>(source + i, op.W - i), op.W - i);
-      std::fill(to + op.padding_x + op.W, to + width(), 0.0f);
-    }
-  }
-
-  // Row k of the columns.
-  const float* get(int64_t k) {
-    if (direct() && op.stride_x == 1 && op.stride_y == 1)
-      return op.x + (b * op.C + k) * op.H * op.W + row * op.W;
-    const int64_t c = k / op.taps(), tap = k % op.taps();
-    const int64_t ky = tap / op.Kw * op.dilation_y, kx = tap % op.Kw * op.dilation_x;
-    take(c);
-    load_rows<float>(line.get(), op.Wo, padded.get() + ky * width() + kx, op.stride_y * width(),
-                     op.stride_x, rows, op.Wo);
-    return line.get();
-  }
-
-  void pack(int64_t first, int64_t depth, float* packed) {
-    channel = -1;
+  // Of elements [first, first + depth), of a sample from row `row` on, in the order of `strips`,
+  // each [depth, vectors], or [positions, depth].
+  void pack(int64_t b, int64_t row, int64_t first, int64_t depth, float* packed) {
     for (int64_t k = 0; k < depth; ++k) {
-      const float* const from = get(first + k);
-      strips(positions(), [&](int64_t at, int64_t n, int vectors) {
-        float* const to = packed + at * depth + k * (vectors ? vectors * kLanes<float> : 1);
-        for (int v = 0; v < vectors; ++v)
-          store<float>(to + v * kLanes<float>,
-                       load<float>(from + at + v * kLanes<float>, n - v * kLanes<float>));
+      const int64_t c = (first + k) / op_.taps(), tap = (first + k) % op_.taps();
+      const float* line = op_.x + (b * op_.C + c) * op_.H * op_.W + row * op_.W;
+      if (!whole_) {
+        if (k == 0 || tap == 0) pad(op_.x + (b * op_.C + c) * op_.H * op_.W, row);
+        const int64_t y = tap / op_.Kw * op_.dilation_y, x = tap % op_.Kw * op_.dilation_x;
+        load_rows<float>(line_.get(), op_.Wo, padded_.get() + y * width_ + x,
+                         op_.stride_y * width_, op_.stride_x, rows_, op_.Wo);
+        line = line_.get();
+      }
+      strips(rows_ * op_.Wo, [&](int64_t at, int64_t n, int vectors) {
+        float* const to = packed + at * depth + k * vectors * kLanes<float>;
+        for (int64_t skip = 0; skip < vectors * kLanes<float>; skip += kLanes<float>)
+          store<float>(to + skip, load<float>(line + at + skip, n - skip));
         if (!vectors)
-          for (int64_t i = 0; i < n; ++i) packed[(at + i) * depth + k] = from[at + i];
+          for (int64_t i = 0; i < n; ++i) to[i * depth + k] = line[at + i];
       });
     }
   }
+
+ private:
+  // The rows of a channel that are read, with its padding.
+  void pad(const float* channel, int64_t row) {
+    float* to = padded_.get();
+    for (int64_t i = 0; i < height_; ++i, to += width_) {
+      const int64_t y = row * op_.stride_y - op_.padding_y + i;
+      std::fill_n(to, width_, 0.0f);
+      if (y >= 0 && y < op_.H) std::copy_n(channel + y * op_.W, op_.W, to + op_.padding_x);
+    }
+  }
+
+  const Mixtures& op_;
+  const int64_t rows_, height_, width_;
+  const bool whole_;  // the map is what they read
+  const std::unique_ptr<float[]> padded_, line_;
 };
 
-// kVectors vectors of a row of the mixtures of kSamples samples, `pitch` apart in `panel`.
+// kCount vectors of a row of the mixtures of kSamples samples, `pitch` apart in `panel`. Pairs are
+// null, or gates of the row's elements.
 template <int kSamples, int kCount>
 INLINE void mix_vectors(const float* kernel, int64_t size, int64_t N, const float* coefficients,
-                        const float* const (&pairs)[kSamples], float* panel, int64_t pitch,
-                        int64_t count) {
+                        const float* const (&pairs)[kSamples], int64_t first, float* panel,
+                        int64_t pitch, int64_t count) {
   Vec<float> sums[kSamples][kCount] = {};
   for (int64_t n = 0; n < N; ++n)
     for (int v = 0; v < kCount; ++v) {
@@ -85,83 +74,109 @@ INLINE void mix_vectors(const float* kernel, int64_t size, int64_t N, const floa
   for (int s = 0; s < kSamples; ++s)
     for (int v = 0; v < kCount; ++v) {
       const int64_t skip = v * kLanes<float>;
-      if (pairs[s]) sums[s][v] *= load<float>(pairs[s] + skip, count - skip);
+      if (pairs[s]) sums[s][v] *= load<float>(pairs[s] + first + skip, count - skip);
       store<float>(panel + s * pitch + skip, sums[s][v], count - skip);
     }
 }
 
 // Rows [row, row + rows) and elements [first, first + depth) of the gated mixtures of kSamples
-// samples from b on.
+// samples from b on, each [kPanel, depth].
 template <int kSamples>
 INLINE void mix_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows, int64_t first,
                        int64_t depth, float* coefficients, float* panel) {
   constexpr int kCount = 4;
   constexpr int64_t kStep = kCount * kLanes<float>;
   const int64_t whole = op.whole_depth(), size = op.O * whole, pitch = kPanel * depth;
-  for (int64_t r = 0; r < rows; ++r, panel += depth) {
-    const float* const kernel = op.kernels + (row + r) * whole + first;
-    for (int s = 0; s < kSamples; ++s)
-      for (int64_t n = 0; n < op.N; ++n)
-        coefficients[s * op.N + n] = (op.a_out ? op.a_out[(b + s) * op.O + row + r] : 1.0f) *
-                                     (op.attention ? op.attention[(b + s) * op.N + n] : 1.0f);
+  for (int64_t r = row; r < row + rows; ++r, panel += depth) {
+    const float* const kernel = op.kernels + r * whole + first;
     const float* pairs[kSamples];
-    for (int s = 0; s < kSamples; ++s) pairs[s] = op.pairs ? op.pairs + (b + s) * whole + first : nullptr;
-    int64_t k = 0;
-    for (; k + kStep <= depth; k += kStep) {
-      mix_vectors<kSamples, kCount>(kernel + k, size, op.N, coefficients, pairs, panel + k, pitch, kStep);
-      for (int s = 0; s < kSamples; ++s) if (pairs[s]) pairs[s] += kStep;
+    for (int64_t s = 0; s < kSamples; ++s) {
+      pairs[s] = op.pairs ? op.pairs + (b + s) * whole + first : nullptr;
+      const float gate = op.a_out ? op.a_out[(b + s) * op.O + r] : 1.0f;
+      for (int64_t n = 0; n < op.N; ++n)
+        coefficients[s * op.N + n] =
+            gate * (op.attention ? op.attention[(b + s) * op.N + n] : 1.0f);
     }
-    for (; k < depth; k += kLanes<float>) {
-      mix_vectors<kSamples, 1>(kernel + k, size, op.N, coefficients, pairs, panel + k, pitch, depth - k);
-      for (int s = 0; s < kSamples; ++s) if (pairs[s]) pairs[s] += kLanes<float>;
+    int64_t k = 0;
+    for (; k + kStep <= depth; k += kStep)
+      mix_vectors<kSamples, kCount>(kernel + k, size, op.N, coefficients, pairs, k, panel + k,
+                                    pitch, kStep);
+    for (; k < depth; k += kLanes<float>)
+      mix_vectors<kSamples, 1>(kernel + k, size, op.N, coefficients, pairs, k, panel + k, pitch,
+                               depth - k);
+  }
+}
+
+// Where a block of the mixtures meets columns: sample, row of the output, and whether it is the
+// first or the last one in depth.
+struct Block {
+  int64_t b, row, depth;
+  bool first, last;
+};
+
+// Adds a block's sums to what is in `out`. kWhole: they are of kOutputs rows and whole vectors.
+template <int kWidth, bool kWhole>
+INLINE void add_sums(const Mixtures& op, const Block& block, int64_t row, int64_t rows,
+                     const Sums<kWidth>& sums, float* out, int64_t count) {
+  const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kOutputs; ++r, out += op.positions()) {
+    if (!kWhole && r >= rows) return;
+    const bool shifted = block.first && op.shift;
+    const Vec<float> shift =
+        broadcast(shifted ? op.shift[block.b * op.shift_stride + row + r] : 0.0f);
+#pragma GCC unroll 8
+    for (int v = 0; v < kWidth; ++v) {
+      const int64_t skip = v * kLanes<float>, n = kWhole ? kLanes<float> : count - skip;
+      Vec<float> y = sums[r][v];
+      y += block.first ? shift : load<float>(out + skip, n);
+      if (block.last) {
+        y = y < low ? low : y;  // NaN stays NaN
+        y = y > high ? high : y;
+      }
+      store<float>(out + skip, y, n);
     }
   }
 }
 
+// Rows [row, row + rows) at `count` <= kWidth vectors of positions, to out; panel is [rows, depth],
+// x [depth, kWidth vectors].
 template <int kWidth>
-INLINE void mixture_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows, bool first,
-                          bool last, const float* panel, int64_t depth, const float* x, float* out,
-                          int64_t pitch, int64_t count) {
+INLINE void mixture_strip(const Mixtures& op, const Block& block, int64_t row, int64_t rows,
+                          const float* panel, const float* x, float* out, int64_t count) {
+  if (!block.first)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int v = 0; v < kWidth; ++v)
+        __builtin_prefetch(out + r * op.positions() + v * kLanes<float>, 1);
   const float* matrix[kOutputs];
-  take_rows(matrix, panel, rows, depth);
+  take_rows(matrix, panel, rows, block.depth);
   Sums<kWidth> sums = {};
-  accumulate<kWidth>(sums, matrix, depth, x);
-  for (int64_t r = 0; r < rows; ++r, out += pitch)
-    for (int v = 0; v < kWidth; ++v) {
-      const int64_t skip = v * kLanes<float>;
-      Vec<float> y = sums[r][v];
-      if (!first) y += load<float>(out + skip, count - skip);
-      if (last) {
-        if (op.shift) y += broadcast(op.shift[b * op.shift_stride + row + r]);
-        const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
-        y = y < low ? low : y;
-        y = y > high ? high : y;
-      }
-      store<float>(out + skip, y, count - skip);
-    }
+  accumulate<kWidth>(sums, matrix, block.depth, x);
+  if (rows == kOutputs && count == kWidth * kLanes<float>)
+    add_sums<kWidth, true>(op, block, row, rows, sums, out, count);
+  else
+    add_sums<kWidth, false>(op, block, row, rows, sums, out, count);
 }
 
-INLINE void mixture_singles(const Mixtures& op, int64_t b, int64_t row, int64_t rows, bool first,
-                            bool last, const float* panel, int64_t depth, const float* x,
-                            float* out, int64_t pitch, int64_t count) {
+// The same at few positions; x is [count, depth].
+INLINE void mixture_singles(const Mixtures& op, const Block& block, int64_t row, int64_t rows,
+                            const float* panel, const float* x, float* out, int64_t count) {
+  const int64_t depth = block.depth, n = kLanes<float>;
   const float* matrix[kOutputs];
   take_rows(matrix, panel, rows, depth);
   for (int64_t i = 0; i < count; ++i, x += depth) {
     Vec<float> sums[kOutputs][2] = {};
-    int64_t k = 0;
-    for (; k + 2 * kLanes<float> <= depth; k += 2 * kLanes<float>)
-      for (int64_t r = 0; r < kOutputs; ++r)
-        for (int v = 0; v < 2; ++v)
-          sums[r][v] += load<float>(matrix[r] + k + v * kLanes<float>) *
-                        load<float>(x + k + v * kLanes<float>);
-    for (; k < depth; k += kLanes<float>)
-      for (int64_t r = 0; r < kOutputs; ++r)
-        sums[r][0] += load<float>(matrix[r] + k, depth - k) * load<float>(x + k, depth - k);
+    for (int64_t k = 0; k < depth; k += 2 * n)
+      for (int v = 0; v < 2; ++v) {
+        const Vec<float> values = load<float>(x + k + v * n, depth - k - v * n);
+        for (int64_t r = 0; r < kOutputs; ++r)
+          sums[r][v] += load<float>(matrix[r] + k + v * n, depth - k - v * n) * values;
+      }
     for (int64_t r = 0; r < rows; ++r) {
-      float& y = out[r * pitch + i];
-      y = (first ? 0.0f : y) + sum_lanes(sums[r][0] + sums[r][1]);
-      if (last) {
-        if (op.shift) y += op.shift[b * op.shift_stride + row + r];
+      float& y = out[r * op.positions() + i];
+      if (block.first) y = op.shift ? op.shift[block.b * op.shift_stride + row + r] : 0.0f;
+      y += sum_lanes(sums[r][0] + sums[r][1]);
+      if (block.last) {
         y = y < op.low ? op.low : y;
         y = y > op.high ? op.high : y;
       }
@@ -169,54 +184,49 @@ INLINE void mixture_singles(const Mixtures& op, int64_t b, int64_t row, int64_t 
   }
 }
 
+// A block of the mixture of a sample with its columns.
+INLINE void multiply_panel(const Mixtures& op, const Block& block, int64_t row, int64_t rows,
+                           const float* panel, const float* columns, int64_t positions,
+                           float* out) {
+  strips(positions, [&](int64_t at, int64_t n, int vectors) {
+    const auto run = vectors == 3   ? mixture_strip<3>
+                     : vectors == 2 ? mixture_strip<2>
+                     : vectors == 1 ? mixture_strip<1>
+                                    : mixture_singles;
+    for (int64_t r = 0; r < rows; r += kOutputs)
+      run(op, block, row + r, std::min(kOutputs, rows - r), panel + r * block.depth,
+          columns + at * block.depth, out + r * op.positions() + at, n);
+  });
+}
+
 // Units are (samples or rows of one, part of the outputs).
 inline void mixtures(const Mixtures& op, int64_t begin, int64_t end) {
-  const int64_t whole = op.whole_depth(), most = op.rows * op.Wo;
-  const int64_t pitch = op.Ho * op.Wo;
-  const int64_t padded = (most + kStrip - 1) / kStrip * kStrip;
-  const auto packed =
-      std::make_unique_for_overwrite<float[]>(op.samples * op.depth * padded + kLanes<float>);
-  const auto panel = std::make_unique_for_overwrite<float[]>(2 * kPanel * op.depth + kLanes<float>);
+  const int64_t whole = op.whole_depth(), panels = (op.O + kPanel - 1) / kPanel;
+  const int64_t size = op.depth * ((op.rows * op.Wo + kStrip - 1) / kStrip * kStrip);
+  const auto packed = std::make_unique_for_overwrite<float[]>(op.samples * size);
+  const auto mixed = std::make_unique_for_overwrite<float[]>(2 * kPanel * op.depth);
   const auto coefficients = std::make_unique_for_overwrite<float[]>(2 * op.N);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t unit = i / op.parts, part = i % op.parts;
-    const int64_t b0 = unit / op.row_blocks * op.samples;
-    const int64_t samples = std::min(op.samples, op.B - b0);
-    const int64_t y0 = unit % op.row_blocks * op.rows, rows = std::min(op.rows, op.Ho - y0);
-    const int64_t positions = rows * op.Wo;
-    const int64_t groups = (op.O + kPanel - 1) / kPanel;
-    const int64_t o0 = part * groups / op.parts * kPanel;
-    const int64_t o1 = std::min((part + 1) * groups / op.parts * kPanel, op.O);
+    const int64_t b = unit / op.row_blocks * op.samples, samples = std::min(op.samples, op.B - b);
+    const int64_t y = unit % op.row_blocks * op.rows, rows = std::min(op.rows, op.Ho - y);
+    const int64_t last = std::min((part + 1) * panels / op.parts * kPanel, op.O);
     Columns columns(op, rows);
-    columns.row = y0;
-    for (int64_t k0 = 0; k0 < whole; k0 += op.depth) {
-      const int64_t depth = std::min(op.depth, whole - k0);
-      const bool first = k0 == 0, last = k0 + depth == whole;
-      for (int64_t s = 0; s < samples; ++s) {
-        columns.b = b0 + s;
-        columns.pack(k0, depth, packed.get() + s * op.depth * padded);
-      }
-      for (int64_t o = o0; o < o1; o += kPanel) {
-        const int64_t outputs = std::min(kPanel, o1 - o);
+    for (int64_t k = 0; k < whole; k += op.depth) {
+      Block block = {0, y, std::min(op.depth, whole - k), k == 0, k + op.depth >= whole};
+      for (int64_t s = 0; s < samples; ++s)
+        columns.pack(b + s, y, k, block.depth, packed.get() + s * size);
+      for (int64_t row = part * panels / op.parts * kPanel; row < last; row += kPanel) {
+        const int64_t outputs = std::min(kPanel, last - row);
         for (int64_t s = 0; s < samples; ++s) {
-          const int64_t b = b0 + s, half = s % 2 * kPanel * depth;
-          if (s % 2 == 0) {
-            if (s + 1 < samples)
-              mix_panels<2>(op, b, o, outputs, k0, depth, coefficients.get(), panel.get());
-            else
-              mix_panels<1>(op, b, o, outputs, k0, depth, coefficients.get(), panel.get());
+          block.b = b + s;
+          if (s % 2 == 0) {  // for two at a time: each reads the kernels
+            const auto mix = s + 1 < samples ? mix_panels<2> : mix_panels<1>;
+            mix(op, block.b, row, outputs, k, block.depth, coefficients.get(), mixed.get());
           }
-          strips(positions, [&](int64_t at, int64_t n, int vectors) {
-            const auto run = vectors == 3   ? mixture_strip<3>
-                             : vectors == 2 ? mixture_strip<2>
-                             : vectors == 1 ? mixture_strip<1>
-                                            : mixture_singles;
-            for (int64_t r = 0; r < outputs; r += kOutputs)
-              run(op, b, o + r, std::min(kOutputs, outputs - r), first, last,
-                  panel.get() + half + r * depth, depth,
-                  packed.get() + s * op.depth * padded + at * depth,
-                  op.out + (b * op.O + o + r) * pitch + y0 * op.Wo + at, pitch, n);
-          });
+          multiply_panel(op, block, row, outputs, mixed.get() + s % 2 * kPanel * block.depth,
+                         packed.get() + s * size, rows * op.Wo,
+                         op.out + (block.b * op.O + row) * op.positions() + y * op.Wo);
         }
       }
     }

@@ -17,7 +17,7 @@ OPS = torch.ops.timm_dynamic
 INF = math.inf
 SCHEMAS = {
     "channel_fusion": "(Tensor x, Tensor weight, Tensor? attention, Tensor? in_scale, Tensor? out_scale, Tensor? p, "
-    "Tensor? v, Tensor? shift, float low, float high) -> Tensor",
+    "Tensor? v, Tensor? shift, float low, float high, int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor",
     "channel_fusion_backward": "(Tensor grad, Tensor dz, Tensor x, Tensor v, Tensor scale, Tensor weight) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     "dcd_conv": "(Tensor x, Tensor[] heads, Tensor q, Tensor[] norm1, Tensor[] norm2, float eps1, float eps2, "
@@ -51,9 +51,7 @@ def double(arguments):
     return type(arguments)(map(double, arguments)) if isinstance(arguments, (list, tuple)) else arguments
 
 
-def channel_fusion(x, weight, attention, in_scale, out_scale, p, v, shift, low, high):
-    if attention is not None:
-        weight = torch.einsum("bn,noc->boc", attention, weight)
+def channel_fusion(x, weight, in_scale, out_scale, p, v, shift, low, high):
     columns = x.flatten(2)
     out = torch.matmul(weight, columns if in_scale is None else columns * in_scale[:, :, None])
     if out_scale is not None:
@@ -68,19 +66,52 @@ def channel_fusion(x, weight, attention, in_scale, out_scale, p, v, shift, low, 
 SHAPES = [(1, 3, 5, 1, 1), (2, 17, 9, 5, 7), (9, 8, 33, 3, 4), (1, 130, 66, 14, 14), (5, 40, 24, 28, 28)]
 
 
-@pytest.mark.parametrize("kind", ["one weight", "mixture", "a weight each"])
+@pytest.mark.parametrize("each", [False, True], ids=["one weight", "a weight each"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_channel_fusion(shape, kind):
+def test_channel_fusion(shape, each):
     B, C, Co, H, W = shape
-    L, N = 6, 4
-    weight = torch.randn(*{"one weight": (), "mixture": (N,), "a weight each": (B,)}[kind], Co, C)
-    attention = torch.rand(B, N) if kind == "mixture" else None
+    L = 6
+    weight = torch.randn(*(B,) * each, Co, C)
     extras = (torch.randn(B, C), torch.randn(B, Co), torch.randn(Co, L), torch.randn(B, L, H * W))
     for used, shift, limits in itertools.product([0, 1], [None, 1, B], [(-INF, INF), (0.0, 6.0)]):
         options = extras if used else (None,) * 4
-        args = (torch.randn(B, C, H, W), weight, attention, *options)
-        args += (None if shift is None else torch.randn(shift, Co), *limits)
-        check(OPS.channel_fusion(*args), channel_fusion(*double(args)))
+        maps, others = (torch.randn(B, C, H, W), weight), (*options, None if shift is None else torch.randn(shift, Co))
+        expected = channel_fusion(*double(maps), *double(others), *limits)
+        check(OPS.channel_fusion(*maps, None, *others, *limits), expected)
+
+
+# (B, N, C, O, kernel, H, W, stride, padding, dilation): maps of some samples at a time, and in parts of one's; depths
+# of some blocks.
+MIXTURES = {
+    "1x1": (3, 4, 300, 21, (1, 1), 5, 7, (1, 1), (0, 0), (1, 1)),
+    "1x1, strided": (2, 3, 9, 40, (1, 1), 9, 7, (2, 3), (0, 0), (1, 1)),
+    "1x1, padded": (2, 3, 9, 5, (1, 1), 4, 3, (1, 2), (1, 2), (1, 1)),
+    "one pixel": (5, 2, 3, 17, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1)),
+    "small maps": (37, 4, 65, 18, (3, 3), 7, 7, (1, 1), (1, 1), (1, 1)),
+    "small maps, strided": (3, 5, 35, 33, (3, 3), 14, 14, (2, 2), (1, 1), (1, 1)),
+    "large map": (1, 4, 5, 20, (3, 3), 41, 50, (1, 1), (1, 1), (1, 1)),
+    "large map, oblong and dilated": (2, 4, 6, 3, (5, 2), 70, 45, (1, 2), (0, 3), (3, 2)),
+    "wide": (2, 1, 3, 4, (3, 3), 3, 900, (1, 1), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_mixtures(case):
+    B, N, C, Co, kernel, H, W, *options = MIXTURES[case]
+    x, kernels, attention = torch.randn(B, C, H, W), torch.randn(N, Co, C, *kernel), torch.rand(B, N)
+    kernels *= kernels[0, 0].numel() ** -0.5
+    weights = torch.einsum("bn,noikl->boikl", attention.double(), kernels.double())
+    pairs, a_out = torch.randn(B, kernels[0, 0].numel()), torch.randn(B, Co)
+    gated = weights * pairs.view(B, 1, C, *kernel) * a_out.view(B, Co, 1, 1, 1)
+    for gates, used, shift, limits in (
+        ((None, None), weights, None, (-INF, INF)),
+        ((pairs, None), weights * pairs.view(B, 1, C, *kernel), torch.randn(1, Co), (-0.5, INF)),
+        ((pairs, a_out), gated, torch.randn(B, Co), (-1.0, 1.0)),
+    ):
+        each = zip(x.double().split(1), used, strict=True)
+        expected = torch.cat([F.conv2d(one, weight, None, *options) for one, weight in each])
+        expected = (expected if shift is None else expected + shift[:, :, None, None]).clamp(*limits)
+        check(OPS.channel_fusion(x, kernels, attention, *gates, None, None, shift, *limits, *options), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

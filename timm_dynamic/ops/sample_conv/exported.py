@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.sample_conv.samples import mix
-from timm_dynamic.ops.shapes import Pair, output_size
 from timm_dynamic.ops.scan import scan
+from timm_dynamic.ops.shapes import Pair, output_size
 
 Limits = tuple[float, float]
 

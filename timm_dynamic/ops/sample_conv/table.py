@@ -11,8 +11,8 @@ from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
 from timm_dynamic.ops.sample_conv.columns import in_weight_order
-from timm_dynamic.ops.shapes import gate_groups
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
+from timm_dynamic.ops.shapes import gate_groups
 
 
 def _cannot(layer, x: Tensor, linears) -> str | None:

@@ -1,8 +1,9 @@
 """What `mixed_conv2d` runs, forwards and backwards: below autograd, so that only what is returned can be kept.
 
 With `pairs[b,(i,k)] = a_in[b,i] * a_tap[b,k]`, the gates of a sample's weight are the products of `a_out[b]` and
-`pairs[b]`. The weights are there for some samples at a time, and made again for the backward pass. Where positions are
-rare beside output channels, and there is one kernel, the input is gated instead: see `columns`.
+`pairs[b]`. The weights are there for some samples at a time, and made again for the backward pass; the CPU kernel of
+`channel_fusion` needs a block of one alone. Where positions are rare beside output channels, and there is one kernel,
+the input is gated instead: see `columns`.
 """
 
 from collections.abc import Iterator

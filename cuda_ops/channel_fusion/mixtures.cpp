@@ -32,10 +32,10 @@ struct MixtureKernels {
 
 namespace timm_dynamic {
 
-// Positions of a unit, and elements of its columns: these, 1 MB, are read again for every block of
-// outputs. A depth of 128 costs 1.2 of the time, more positions or outputs save none (512 channels
-// at 7x7 and 256 at 14x14, batch 16, one thread of an AMD EPYC with AVX2, November 2026).
-constexpr int64_t kPositions = 784, kColumns = 1 << 18;
+// Positions of a unit, and elements of its columns: these, 2 MB, are read again for every block of
+// outputs. A third of the depth costs 1.1 of the time; other numbers of positions or outputs save
+// none (512 channels at 7x7, 256 at 14x14, one thread of an AMD EPYC with AVX2, November 2026).
+constexpr int64_t kPositions = 784, kColumns = 1 << 19;
 
 void run_mixtures(Mixtures op) {
   const MixtureKernels kernels = CHOOSE_KERNELS(mixture_kernels());
@@ -44,7 +44,7 @@ void run_mixtures(Mixtures op) {
   op.rows = std::clamp<int64_t>(kPositions / op.Wo, 1, op.Ho);
   op.row_blocks = ceil_of(op.Ho, op.rows);
   const int64_t depth = kColumns / (op.samples * op.rows * op.Wo);
-  const int64_t blocks = ceil_of(op.whole_depth(), std::clamp<int64_t>(depth, 256, 1152));
+  const int64_t blocks = ceil_of(op.whole_depth(), std::clamp<int64_t>(depth, 576, 1152));
   op.depth = ceil_of(ceil_of(op.whole_depth(), blocks), kernels.lanes) * kernels.lanes;
   // Few units: the outputs are divided too, so that threads have equal shares.
   const int64_t units = ceil_of(op.B, op.samples) * op.row_blocks;

@@ -1,6 +1,7 @@
 """What several test files need: the golden cases, a small image folder."""
 
 import functools
+import gc
 import importlib
 from contextlib import nullcontext
 
@@ -11,6 +12,12 @@ from golden import DATA, Golden
 from processes import Processes
 
 import timm_dynamic
+
+
+def pytest_collection_finish():
+    """What is there by now stays, and need not be looked at by every collection of what a test leaves."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ import timm_dynamic
 
 
 def pytest_collection_finish():
-    """What is there by now stays, and need not be looked at by every collection of what a test leaves."""
+    """What is there by now stays: collections, of which there are fewer, need look at what tests leave alone."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session")

@@ -145,8 +145,7 @@ def _export_gates(layer, x: Tensor) -> Tensor:
 
 def _export_mixture(layer, x: Tensor) -> Tensor:
     attention = layer.coefficients(layer.attention(x, layer.temperature()))
-    bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
-    return _export(layer, x, attention, layer.kernels_weights, None, None, None, bias)
+    return _export(layer, x, attention, layer.kernels_weights, None, None, None, layer.kernels_bias)
 
 
 def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:

@@ -46,8 +46,8 @@ def _multiply(layer, x: Tensor) -> Tensor:
         bias = bias + scale * layer.conv.bias
 
     def convolve_sample(x: Tensor, scale: Tensor, mixed: Tensor, bias: Tensor, weight: Tensor, q: Tensor) -> Tensor:
-        weight = weight * scale[0, :, None] + torch.matmul(mixed[0], q)
-        return _limit(layer, F.conv2d(x, weight[:, :, None, None], bias[0]))
+        weight = weight * scale.mT + torch.matmul(mixed, q).squeeze(0)
+        return _limit(layer, F.conv2d(x, weight[:, :, None, None], bias.flatten()))
 
     samples = {"x": x, "scale": scale, "mixed": torch.matmul(p, matrix), "bias": bias}
     return scan(convolve_sample, samples, {"weight": layer.conv.weight.flatten(1), "q": layer.q.weight.flatten(1)})

@@ -60,11 +60,12 @@ def mixed_conv2d(
         a_out: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        weight = kernels[0] if attention is None else mix(attention, kernels)[0]
-        bias = bias if attention is None or bias is None else torch.matmul(attention, bias)[0]
+        # Not indexed: the runtime copies what an index takes.
+        weight = (kernels if attention is None else mix(attention, kernels)).squeeze(0)
+        bias = bias if attention is None or bias is None else torch.matmul(attention, bias).flatten()
         weight = weight if gates is None else weight * gates
         if a_out is not None and (positions is None or kernels.shape[2:].numel() <= positions):  # whichever is smaller
-            weight, a_out = weight * a_out[0, :, None, None, None], None
+            weight, a_out = weight * a_out.view(-1, 1, 1, 1), None
         if a_out is None:
             y = F.conv2d(x, weight, bias, *options, groups)
         else:
@@ -80,7 +81,7 @@ def sample_conv2d(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilati
     """As `timm_dynamic.ops.sample_conv2d`."""
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight[0], None, stride, padding, dilation, groups)
+        return F.conv2d(x, weight.squeeze(0), None, stride, padding, dilation, groups)
 
     return scan(convolve, {"x": x, "weight": weight}, {})
 

@@ -139,7 +139,7 @@ def _cannot_export_gates(layer, x: Tensor) -> str | None:
 
 
 def _export_gates(layer, x: Tensor) -> Tensor:
-    a_in, a_out, a_tap = (gates[0] for gates in layer.factors(average(x)))
+    a_in, a_out, a_tap = map(layer.gate, layer.attn(average(x)))  # `factors` has ranks, and so twelve nodes more
     return _export(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, layer.bias)
 
 

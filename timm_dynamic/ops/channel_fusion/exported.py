@@ -21,7 +21,7 @@ from timm_dynamic.ops.scan import scan
 
 # A convolution of ONNX runs in the runtime's own layout if its input channels fill blocks of 16, on some CPUs of 8.
 _BLOCK = 16
-# Positions for a latent channel from which one matrix a sample is faster: 784 for 22 are enough, 196 for 16 are not.
+# Positions for a latent channel from which one matrix a sample is faster: 196 for 8 are enough, for 16 they are not.
 _MANY = 24
 
 

@@ -6,7 +6,8 @@ from module_cases import LAYERS, NETWORKS, make_layer, make_network, randomise, 
 from timm.utils.onnx import onnx_export, onnx_forward
 from torch import nn
 
-from timm_dynamic.layers import CARAFE, CoTLayer, LSConv
+from timm_dynamic import optimize
+from timm_dynamic.layers import CARAFE, CoTLayer, DCDConv2d, DynamicConv2d, LSConv, PEDConv2d
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
@@ -27,7 +28,7 @@ class SideBySide(nn.ModuleDict):
 def assert_same_in_onnxruntime(layers, references):
     """Of each layer, by name: its outputs there are those of its reference here, at other batch sizes too."""
     shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.onnx.export(SideBySide(layers), (X[:2],), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program = torch.onnx.export(SideBySide(layers).eval(), (X[:2],), dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     for batch in (1, 4):
         outputs = session.run(None, {session.get_inputs()[0].name: X[:batch].numpy()})
@@ -57,3 +58,25 @@ def test_networks(family, tmp_path):
         x = torch.randn(batch, *model.default_cfg["input_size"])
         output = torch.from_numpy(onnx_forward(path, x))
         torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+
+
+# Layers whose graphs have another shape than those above.
+OPTIMIZED = {
+    "a 1x1 convolution of many positions": lambda: DCDConv2d(8, 12, 1, latent_dim=1),
+    "a depthwise convolution of few positions": lambda: DynamicConv2d(8, 8, 3, padding=1, groups=8),
+    "more outputs than positions": lambda: PEDConv2d(8, 16, (3, 1), stride=(2, 3), padding=(2, 1), dilation=(2, 1)),
+}
+
+
+@torch.no_grad()
+def test_optimized_layers():
+    torch.manual_seed(0)
+    models = {}
+    for name, make in OPTIMIZED.items():
+        layer = make()
+        models[name] = nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU6()).eval()
+        for norm in models[name].modules():
+            if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                for t in (norm.weight, norm.bias, norm.running_mean):
+                    t.normal_()
+    assert_same_in_onnxruntime({name: optimize(model, X) for name, model in models.items()}, models)

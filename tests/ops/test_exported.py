@@ -44,6 +44,7 @@ def test_mixed_conv2d(outputs, groups, attends, gates):
     arguments = (x, attention, kernels, *factors, (2, 1), (1, 0), (1, 1), groups)
     expected = mixing._definition(*arguments)
     torch.testing.assert_close(mixing_exported.mixed_conv2d(*arguments), expected, rtol=1e-5, atol=1e-4)
-    bias = torch.randn(outputs)
+    bias = torch.randn(2, outputs) if attends else torch.randn(outputs)
     found = mixing_exported.mixed_conv2d(*arguments, bias=bias, limits=(0.0, 6.0))
-    torch.testing.assert_close(found, (expected + bias[:, None, None]).clamp(0, 6), rtol=1e-5, atol=1e-4)
+    shift = attention @ bias if attends else bias[None]
+    torch.testing.assert_close(found, (expected + shift[:, :, None, None]).clamp(0, 6), rtol=1e-5, atol=1e-4)

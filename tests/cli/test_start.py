@@ -1,12 +1,14 @@
 """The program `timm-dynamic` answers at once: torch is imported when work begins."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 
-from timm_dynamic import cli
+from timm_dynamic import cli, counts
 
 ROOT = Path(__file__).parents[2]
 START = [sys.executable, ROOT / "timm_dynamic_start.py"]
@@ -16,6 +18,7 @@ MISTAKES = {
     "validate nowhere": "no such data folder: nowhere",
     "inspect nowhere --model x": "no such image or data folder: nowhere",
     "push resnet18 nowhere me/x": "no checkpoint at nowhere",
+    "list --family dcdd": "--family dcdd: no such family; did you mean dcd",
     "valdate": "unknown command 'valdate'; did you mean validate, validate_pose?",
 }
 
@@ -56,6 +59,18 @@ def test_a_reader_that_has_seen_enough():
 
 def test_work():
     """The package is whole when a command runs."""
-    done = subprocess.run([*START, "list", "--family", "ped", "--names"], capture_output=True, text=True)
+    done = subprocess.run([*START, "list", "--family", "ped"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ped_resnet18" in done.stdout and "--dynamize ped: PEDConv2d" in done.stdout
+    assert re.search(
+        r"ped_resnet18 +12.14 M +1.81\d GMACs at 224 px +twin resnet18 +weights in1k \(to conv", done.stdout
+    )
+
+
+def test_list_builds_no_model(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it builds a model")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    assert cli.main(["list"]) == 0
+    assert capsys.readouterr().out.count(" GMACs at ") == sum(map(len, counts.read().values()))

@@ -192,7 +192,7 @@ def reported_list(families: Iterable[Family], text: str) -> str:
     lines = []
     for family in families:
         found = {key.removesuffix(".in1k"): value for key, value in family.reported.items() if "cifar" not in key}
-        if found and f"\n| {family.title} " not in text and f"\n| {family.title} (" not in text:
+        if found and not re.search(rf"^\| {family.title}\b", text, re.MULTILINE):
             lines.append(f"- {family.title}: {', '.join(f'`{model}` {value:g}' for model, value in found.items())}")
     return "\n" + "\n".join(lines) + "\n"
 

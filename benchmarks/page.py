@@ -5,6 +5,7 @@ from pathlib import Path
 
 from page_best import best_text
 from page_cifar import cifar_text
+from page_grouped import grouped_text
 from page_images import images_text
 from page_models import models_text
 from page_rejected import rejected_text
@@ -159,6 +160,8 @@ def main() -> None:
     for name in MODELS:
         if report := load_if_there(name):
             page += models_text(report, name, machine(report), HERE / "results")
+    if report := load_if_there("grouped_cpu.json"):
+        page += grouped_text(report, "grouped_cpu.json", machine(report))
     if report := load_if_there("images_cpu.json"):
         page += images_text(report, "images_cpu.json", machine(report))
     for path in sorted(HERE.glob("results/sparse_*.json")):

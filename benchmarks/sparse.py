@@ -1,7 +1,7 @@
 """Times spatially sparse networks against the share of active positions, with masks of a given shape.
 
     python benchmarks/sparse.py [--device cpu|cuda] [--dtype float32|bfloat16] [--threads N] [--models NAME ...] \
-        [--quick] [--output FILE.json]
+        [--batch-sizes N ...] [--quick] [--output FILE.json]
 
 The mask units run, but their masks are replaced: one blob, or scattered positions. Beside the sparse executor run, in
 turn: the same network with every position computed ("folded dense"), and the static twin, or the network without masks
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="default: 1 and 8; on a GPU 1, 32 and 128")
     parser.add_argument("--quick", action="store_true", help="a blob at 0.3 and 1.0 only")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
     output = args.output or Path(__file__).parent / "results" / f"sparse_{args.device}.json"
     to = {"device": device, "dtype": getattr(torch, args.dtype)}
     report = {**environment(device), "kernels": backend_info()[args.device], "dtype": args.dtype, "rows": []}
-    batches = (1, 8) if args.device == "cpu" else (1, 32, 128)
+    batches = args.batch_sizes or ((1, 8) if args.device == "cpu" else (1, 32, 128))
     with tqdm(total=len(args.models) * len(batches) * (2 if args.quick else 20), disable=None) as bar:
         for name in args.models:
             for batch_size in batches:

@@ -22,7 +22,6 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
-_PLAIN = (Tensor, nn.Parameter)
 # Called with every layer, its input and what runs, by `explain`.
 _Observer = Callable[[nn.Module, Tensor, Implementation | None], None]
 _observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
@@ -105,11 +104,8 @@ def _unusual(layer: nn.Module, x: Tensor) -> str | None:
     """Why the parts of a layer must be called, not read, or its operations be PyTorch's; in words, or None."""
     if kernels.exports_to_onnx():
         return changed_part(layer)
-    if (reason := kernels.unusual(x)) is not None:
-        return reason
-    if kernels.is_watched():
-        return "a dispatch mode looks at the operations"
-    return changed_part(layer, x)
+    watched = "a dispatch mode looks at the operations" if kernels.is_watched() else None
+    return kernels.unusual(x) or watched or changed_part(layer, x)
 
 
 def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
@@ -140,7 +136,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
-    if type(parameter) not in _PLAIN and not kernels.exports_to_onnx():  # by tensors that have no numbers
+    if type(parameter) not in (Tensor, nn.Parameter) and not kernels.exports_to_onnx():  # which uses fake tensors
         return f"a {type(parameter).__name__}"
     if x is not None and (parameter.device != x.device or (parameter.dtype != x.dtype and not is_autocast(x))):
         return f"parameters of {parameter.dtype} on {parameter.device}, the input is {x.dtype} on {x.device}"

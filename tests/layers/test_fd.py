@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_dynamic import dynamize
 from timm_dynamic.layers import FDConv2d
-from timm_dynamic.layers.fd_parts import low_pass, with_real_edges
+from timm_dynamic.layers.fd_parts import BandModulation, with_real_edges
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_bands_are_those_of_64_positions(size):
     for part, highest in ((2, 15), (4, 8), (8, 4)):
         mask = (torch.maximum(rows, columns) < 0.5 / part + 1e-8).float()
         wanted = F.interpolate(mask[None, None], (size[0], size[1] // 2 + 1))[0, 0]
-        assert torch.equal(low_pass(torch.empty(1, 1, *size), highest), wanted)
+        assert torch.equal(BandModulation(1).low_pass(torch.empty(1, 1, *size), highest), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -122,3 +122,11 @@ def test_parameters_of_16_bits(dtype):
     assert norm.running_mean.dtype == dtype and norm.running_mean.any() and norm.num_batches_tracked == 1
     expected = copy.deepcopy(layer).float().eval()(x.float())
     torch.testing.assert_close(layer.eval()(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_torchscript(kernel_size):
+    layer, x = FDConv2d(8, 6, kernel_size, padding=kernel_size // 2).eval(), torch.randn(2, 8, 7, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

@@ -150,8 +150,9 @@ class FDConv2d(AffineOutputs):
                 parameter.zero_()
 
     def formula(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:  # which MKL's Fourier transform refuses
-            return self.formula(F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)))[:0]
+        if not torch.jit.is_scripting():
+            if x.shape[0] == 0:  # which MKL's Fourier transform refuses
+                return self.formula(F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)))[:0]
         kernels = self.factors_of(average(x))
         x = x if self.FBM is None else self.FBM(x)
         return self.finish(
@@ -161,13 +162,16 @@ class FDConv2d(AffineOutputs):
     def factors(self, pooled: Tensor) -> Tensor:
         """The kernels, `[B, O, I, Kh, Kw]`."""
         (height, width), outputs, inputs = self.kernel_size, self.out_channels, self.in_channels
-        c, f, *s, g = in_dtype_of(pooled, self.KSM_Global)
-        spectrum = g[:, self.frequency_group.long(), None] * (self.scale * self.dft_weight.to(pooled.dtype))
+        if torch.jit.is_scripting():
+            gates, local = self.KSM_Global(pooled), self.KSM_Local(pooled)
+        else:
+            gates, local = (in_dtype_of(pooled, part) for part in (self.KSM_Global, self.KSM_Local))
+        spectrum = gates[-1][:, self.frequency_group.long(), None] * (self.scale * self.dft_weight.to(pooled.dtype))
         matrix = torch.fft.irfft2(torch.view_as_complex(with_real_edges(spectrum)), s=(self.rows, self.columns))
         kernels = matrix.view(-1, outputs, height, inputs, width).permute(0, 1, 3, 2, 4)
-        local = in_dtype_of(pooled, self.KSM_Local).unflatten(1, (outputs, height, width)).permute(0, 1, 4, 2, 3)
-        kernels = kernels * local * f[:, :, None, None, None] * c[:, None, :, None, None]
-        return kernels * s[0].unflatten(1, (1, 1, height, width)) if s else kernels
+        local = local.unflatten(1, (outputs, height, width)).permute(0, 1, 4, 2, 3)
+        kernels = kernels * local * gates[1][:, :, None, None, None] * gates[0][:, None, :, None, None]
+        return kernels * gates[2].unflatten(1, (1, 1, height, width)) if len(gates) == 4 else kernels
 
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: the gates of inputs, outputs, taps and groups, one after the other, `[B, n]`."""

@@ -45,13 +45,22 @@ class GlobalGates(nn.Module):
         self.spatial_fc = nn.Conv2d(hidden, taps, 1, **dd) if taps > 1 else None
         self.kernel_fc = nn.Conv2d(hidden, groups, 1, **dd)
 
+    @torch.jit.unused
     def heads(self) -> list[nn.Conv2d]:
         heads = (self.channel_fc, self.filter_fc, self.spatial_fc, self.kernel_fc)
         return [head for head in heads if head is not None]
 
     def forward(self, pooled: Tensor) -> list[Tensor]:
-        z = self.relu(normalize_pooled(self.bn, self.fc(pooled[:, :, None, None])))
-        return [2 * torch.sigmoid(head(z)).flatten(1) for head in self.heads()]
+        z = self.fc(pooled[:, :, None, None])
+        if torch.jit.is_scripting():
+            z = self.relu(self.bn(z))
+        else:
+            z = self.relu(normalize_pooled(self.bn, z))
+        scores = [self.channel_fc(z), self.filter_fc(z)]
+        if self.spatial_fc is not None:
+            scores.append(self.spatial_fc(z))
+        scores.append(self.kernel_fc(z))
+        return [2 * torch.sigmoid(one).flatten(1) for one in scores]
 
 
 class LocalGates(nn.Module):
@@ -76,26 +85,38 @@ class BandModulation(nn.Module):
     def __init__(self, channels: int, **dd):
         super().__init__()
         self.freq_weight_conv_list = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1, **dd) for _ in _HIGHEST)
+        self.highest, self.size = _HIGHEST, _MASK_SIZE  # for TorchScript
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = [2 * torch.sigmoid(conv(x).to(accumulation_dtype(x))) for conv in self.freq_weight_conv_list]
-        with no_autocast(x):
-            low = x.to(accumulation_dtype(x))
-            y, spectrum = 0, torch.fft.rfft2(low, norm="ortho")
-            for weight, highest in zip(weights, _HIGHEST, strict=True):
-                higher, low = low, torch.fft.irfft2(spectrum * low_pass(x, highest), s=x.shape[2:], norm="ortho")
-                y = y + weight * (higher - low)
-            return (y + low).to(x.dtype)
+        weights = []
+        for conv in self.freq_weight_conv_list:
+            weights.append(2 * torch.sigmoid(conv(x).to(accumulation_dtype(x))))
+        if torch.jit.is_scripting():
+            return self.modulate(x, weights)
+        else:
+            with no_autocast(x):
+                return self.modulate(x, weights)
+
+    def modulate(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """The sum of the bands, each times its weight."""
+        low = x.to(accumulation_dtype(x))
+        y, spectrum = torch.zeros_like(low), torch.fft.rfft2(low, norm="ortho")
+        for i, highest in enumerate(self.highest):
+            higher = low
+            low = torch.fft.irfft2(spectrum * self.low_pass(low, highest), s=x.shape[2:], norm="ortho")
+            y = y + weights[i] * (higher - low)
+        return (y + low).to(x.dtype)
+
+    def low_pass(self, x: Tensor, highest: int) -> Tensor:
+        """1 for the frequencies of a map's half spectrum, `[H, W // 2 + 1]`, that stand for low ones of 64 x 64."""
+        rows = nearest(x.shape[2], self.size, x)
+        columns = nearest(x.shape[3] // 2 + 1, self.size // 2 + 1, x)
+        return ((torch.minimum(rows, self.size - rows) <= highest)[:, None] & (columns <= highest)).to(x.dtype)
 
 
-def low_pass(x: Tensor, highest: int) -> Tensor:
-    """1 for the frequencies of a map's half spectrum, `[H, W // 2 + 1]`, that stand for those of 64 x 64 up to one."""
-    rows, columns = (
-        (torch.arange(n, dtype=torch.float32, device=x.device) * (size / n)).floor()
-        for n, size in ((x.shape[2], _MASK_SIZE), (x.shape[3] // 2 + 1, _MASK_SIZE // 2 + 1))
-    )
-    mask = (torch.minimum(rows, _MASK_SIZE - rows) <= highest)[:, None] & (columns <= highest)
-    return mask.to(accumulation_dtype(x))
+def nearest(n: int, size: int, like: Tensor) -> Tensor:
+    """Which of `size` frequencies each of n stands for."""
+    return (torch.arange(n, dtype=torch.float32, device=like.device) * (size / n)).floor()
 
 
 def with_real_edges(spectrum: Tensor) -> Tensor:
@@ -104,6 +125,6 @@ def with_real_edges(spectrum: Tensor) -> Tensor:
     What is not symmetric in them, libraries treat in different ways.
     """
     edges = spectrum[:, :, :: spectrum.shape[2] - 1]
-    mirrored = edges.flip(1).roll(1, 1) * edges.new_tensor([1.0, -1.0])
+    mirrored = edges.flip(1).roll(1, 1) * torch.tensor([1.0, -1.0], dtype=edges.dtype, device=edges.device)
     edges = (edges + mirrored) / 2
     return torch.cat([edges[:, :, :1], spectrum[:, :, 1:-1], edges[:, :, 1:]], 2)

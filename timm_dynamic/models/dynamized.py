@@ -73,7 +73,7 @@ def dynamized(
     """A convolutional network of timm, made dynamic by `timm_dynamic.dynamize`.
 
     Its `load_state_dict` takes weights of the static network, too, and so does `checkpoint_path` of `create_model`:
-    strictly, they are those of the base before it was changed.
+    they are loaded into the base before it is changed.
 
     Args:
         pretrained: Take the weights of the base, which the dynamic network goes on from. (Those of a repository or a
@@ -148,19 +148,25 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     return {**model.recipe.dynamize(base).state_dict(), **others}
 
 
-def _take_either(model: nn.Module, state: dict[str, Tensor], prefix: str, _, strict: bool, *__) -> None:
+def _take_either(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
     """Make weights of the base, in a state dict that is loaded into this network, those of the network.
 
+    PyTorch says to no hook whether it loads strictly: what could be a part of the weights is left to it.
+
     Raises:
-        ValueError: They are of neither.
+        ValueError: They are of another network, or of other shapes.
     """
-    if prefix or not strict or _shapes(state) == _shapes(model.state_dict()):
+    expected = model.state_dict()
+    if prefix or _shapes(state) == _shapes(expected):
         return
     found = checkpoint_filter_fn(dict(state), model)
-    try:
-        check_fits(found, model)
-    except ValueError as error:
-        raise ValueError(f"these weights do not load into {model.recipe}: {error}") from error
+    unknown = [key for key in found if key not in expected]
+    others = [key for key in _names(found) if key in expected and found[key].shape != expected[key].shape]
+    if others or 2 * len(unknown) > len(found):
+        try:
+            check_fits(found, model)
+        except ValueError as error:
+            raise ValueError(f"these weights do not load into {model.recipe}: {error}") from error
     state.clear()
     state.update(found)
 

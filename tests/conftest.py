@@ -1,6 +1,7 @@
 """What several test files need: the golden cases, a small image folder."""
 
 import functools
+import gc
 import importlib
 from contextlib import nullcontext
 
@@ -11,6 +12,13 @@ from golden import DATA, Golden
 from processes import Processes
 
 import timm_dynamic
+
+
+def pytest_collection_finish():
+    """What is there by now stays: collections, of which there are fewer, need look at what tests leave alone."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session")

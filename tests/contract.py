@@ -26,8 +26,7 @@ def image(*size, batch=1, channels=3):
     return torch.randn(batch, channels, *size)
 
 
-@pytest.mark.usefixtures("nothing_drawn_on_meta")
-class RecordContract:
+class NameContract:
     """What costs nothing. Needs a fixture `name`: of a classifier that is registered in timm."""
 
     def test_registration(self, name):
@@ -42,6 +41,11 @@ class RecordContract:
             cfg = timm.get_pretrained_cfg(tag)
             assert cfg.hf_hub_id in (None, f"timm-dynamic/{tag}") or cfg.hf_hub_filename  # a file of the authors'
             assert cfg.paper_ids or cfg.paper_name
+
+
+@pytest.mark.usefixtures("nothing_drawn_on_meta")
+class CfgContract:
+    """Needs such a fixture, too; a deeper network of the same file has the same cfg."""
 
     def test_default_cfg_describes_the_model(self, name):
         model = timm.create_model(name, device="meta")

@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
+from shallow import shallow
 from torch import nn
 
 from timm_dynamic import optimize
 from timm_dynamic.layers.progress import Progress
+from timm_dynamic.models._mobilenetv2 import _STAGES
 
 # Small networks of every kind of block: model, its arguments, size of its images.
 SMALL = {
@@ -21,10 +23,16 @@ def image(kind="basic", batch=2, dtype=torch.float64):
     return torch.randn(batch, 3, SMALL[kind][2], SMALL[kind][2], dtype=dtype)
 
 
-def build(kind="basic", **kwargs):
-    """In float64 and in eval mode, its norms not as new."""
+def create(kind="basic", **kwargs):
+    """As timm makes it, in float64."""
     name, options, _ = SMALL[kind]
-    model = timm.create_model(name, **{**options, **kwargs}).double()
+    blocks = shallow(_STAGES, 2) if kind == "inverted" else {}  # the second of a stage has a mask
+    return timm.create_model(name, **{**options, **blocks, **kwargs}).double()
+
+
+def build(kind="basic", **kwargs):
+    """In eval mode, its norms not as new."""
+    model = create(kind, **kwargs)
     with torch.no_grad():
         for _ in range(3):
             model(image(kind, 4))

@@ -40,11 +40,11 @@ def settle(model, x):
     return model.eval()
 
 
-def make_layer(family, channels=8, outputs=8, kernel_size=3, dtype=None, **kwargs):
+def make_layer(family, channels=8, outputs=8, kernel_size=3, dtype=None, stride=1, **kwargs):
     """As `from_conv` makes it, but for parts that are neutral."""
     torch.manual_seed(0)
     record = FAMILIES[family]
-    conv = nn.Conv2d(channels, outputs, kernel_size, padding=kernel_size // 2, dtype=dtype)
+    conv = nn.Conv2d(channels, outputs, kernel_size, stride, kernel_size // 2, dtype=dtype)
     exact = {key: value for key, value in record.exact.items() if key == "noise_std"}
     return settle(randomise(record.layer.from_conv(conv, **exact, **kwargs)), images(4, channels, 6, dtype))
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Optimizers import torch._dynamo, which takes longer than the training of most tests.
 SERVER = """
-import json, os, signal, sys, traceback
+import gc, json, os, signal, sys, traceback
 import torch, torch._dynamo
 import timm_dynamic.cli.train, timm_dynamic.cli.train_segmentation
 from timm_dynamic import cli
@@ -34,6 +34,7 @@ def work(job):
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 
+gc.freeze()
 for line in sys.stdin:
     started = [os.fork() or work(job) for job in json.loads(line)]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]), flush=True)

@@ -231,7 +231,7 @@ class TestThreads:
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import torch
+from pairs import in_turns
 from timm.models import VGG
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -90,8 +91,10 @@ PAIRS = [
 
 @pytest.mark.parametrize(("layer", "family"), [pair for pair in PAIRS if FAMILIES[pair[0]].keeps is not None])
 def test_the_output_is_kept(family, layer):
+    """In float64; faster ways to run a layer, in float32, are in two of the networks."""
     x, keeps = torch.randn(3, 3, SIZE, SIZE), FAMILIES[layer].keeps
-    for dtype, tolerance in ((torch.float64, max(keeps, 1e-9)), (torch.float32, max(keeps, 1e-3))):
+    precisions = ((torch.float64, max(keeps, 1e-9)), (torch.float32, max(keeps, 1e-3)))
+    for dtype, tolerance in precisions if family in ("resnet", "vgg") else precisions[:1]:
         static = copy.deepcopy(network(family)).to(dtype)
         model = dynamize(copy.deepcopy(static), layer)
         assert len(dynamic_layers(model)) >= (
@@ -309,8 +312,7 @@ def test_temperature_is_1_until_progress_is_set():
     assert all(layer.temperature() == 30 for layer in dynamic_layers(model).values())
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("family", ["resnet", "convnext", "efficientnet"])
+@pytest.mark.parametrize(("layer", "family"), in_turns(LAYERS, ["resnet", "convnext", "efficientnet"]))
 def test_checkpoint(tmp_path, family, layer):
     model, x = dynamize(copy.deepcopy(network(family)), layer), torch.randn(2, 3, SIZE, SIZE)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "a.pth")

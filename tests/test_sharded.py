@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_dynamic.families import FAMILIES
 from timm_dynamic.layers import Warehouse
 from timm_dynamic.layers.base import DynamicLayer
-
-EVERY_NETWORK = pytest.mark.parametrize("family", NETWORKS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +44,7 @@ def shard(model, how):
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [(f, how) for i, f in enumerate(NETWORKS) for how in ("layers", "leaves", "blocks" if i % 2 else "root")],
+    [(f, how) for i, f in enumerate(NETWORKS) for how in ("leaves", ("layers", "blocks", "root")[i % 3])],
 )
 def test_fully_sharded(family, how):
     # In float32 a rounding may be the other side of a ReLU.
@@ -69,8 +68,10 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-@pytest.mark.parametrize("static_graph", [False, True])
-@EVERY_NETWORK
+@pytest.mark.parametrize(
+    ("family", "static_graph"),
+    [(f, static) for f in NETWORKS for static in ((False, True) if FAMILIES[f].terms else (False,))],
+)
 def test_distributed_data_parallel(family, static_graph):
     model, x = make_network(family).train(), images(4)
     wrapped = DistributedDataParallel(copy.deepcopy(model), static_graph=static_graph)

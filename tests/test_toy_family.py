@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from contract import FamilyContract, ModelContract, RecordContract
+from contract import CfgContract, FamilyContract, ModelContract, NameContract
 from timm.models import _registry
 
 from timm_dynamic import cli, counts, families
@@ -24,10 +24,16 @@ def toy():
     del sys.modules["toy_family"]
 
 
-class TestModels(RecordContract, ModelContract):
-    @pytest.fixture(scope="module", params=["toy_resnet18", "test_toy_resnet"])
+class TestRecords(NameContract, CfgContract):
+    @pytest.fixture(params=["toy_resnet18", "test_toy_resnet"])
     def name(self, request):
         return request.param
+
+
+class TestModels(ModelContract):
+    @pytest.fixture(scope="module")
+    def name(self):
+        return "test_toy_resnet"
 
 
 class TestFamily(FamilyContract):

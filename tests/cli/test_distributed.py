@@ -4,7 +4,6 @@ import csv
 import itertools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,34 @@ def assert_as_one_process(rows: list[dict], last: dict, one_rows: list[dict], on
     assert one_rows[0]["train_loss"] > one_rows[1]["train_loss"]
 
 
+# What torchrun does with its arguments, but that its workers are forked.
+TORCHRUN = """
+import os
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+from timm_dynamic import cli
+
+for name in list(os.environ):  # of the test's processes
+    if name.endswith(("RANK", "WORLD_SIZE")) or name.startswith(("TORCHELASTIC", "MASTER_")):
+        del os.environ[name]
+os.environ.update({environment})
+config, python, (_, *program) = config_from_args(parse_args({argv}))
+assert program[:3] == ["-m", "timm_dynamic.cli", "train"], program
+config.start_method = "fork"
+
+def train():
+    assert cli.main(program[2:]) == 0
+
+elastic_launch(config, train)()
+"""
+
+
 def test_two_nodes_and_two_processes_and_one(monkeypatch, processes):
     """The example for Slurm, whose two nodes are this machine: to the bit as two processes, and as one."""
     scripts = {
         "scontrol": 'test "$*" = "show hostnames node[1-2]"; printf "localhost\nnode2\n"',
-        "srun": "while [[ $1 == --* ]]; do shift; done\n"
-        'for node in 0 1; do SLURM_PROCID=$node SLURM_NTASKS=2 SLURM_LOCALID=0 "$@" & done; wait -n; wait -n',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
+        "torchrun": "printf '%s\\n' \"$@\" > torchrun.txt",
     }
     for name, text in scripts.items():
         Path(name).write_text(f"#!/usr/bin/env bash\nset -e\n{text}\n")
@@ -98,16 +119,16 @@ def test_two_nodes_and_two_processes_and_one(monkeypatch, processes):
     }
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path.cwd()}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path.cwd()}:{os.environ['PATH']}",
         **{f"SLURM_{key}": value for key, value in slurm.items()},
-        "PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100",  # torchrun's flags
-        "PET_LOCAL_ADDR": "localhost",
     }
     command = ["bash", str(ROOT / "examples/slurm.sbatch"), *flags, "-b", "4", "--experiment", "slurm"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    argv = Path("torchrun.txt").read_text().splitlines()
+    more = {"PET_RDZV_CONF": "is_host=false,keep_alive_max_attempt=100", "PET_LOCAL_ADDR": "localhost"}  # its flags
+    logs = processes.ranks(code=TORCHRUN.format(argv=argv, environment=more))
+    assert [status for status, _ in logs] == [0, 0], logs
     del store
     logs = processes.ranks(["train", *flags, "-b", "4", "--experiment", "processes"])
     assert [status for status, _ in logs] == [0, 0], logs

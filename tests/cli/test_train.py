@@ -91,8 +91,12 @@ def test_classes_are_those_of_the_data_or_of_the_weights(capsys, caplog):
 
 
 def test_learns(capsys):
-    """40 images are learned by heart."""
-    _, rows, _ = train(capsys, "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --val-split train")
+    """40 images are learned by heart. Classes without validation images do not shift the others."""
+    shutil.copytree("data/train", "gap/train")
+    shutil.copytree("data/train", "gap/val", ignore=lambda folder, names: {"0", "4"} & set(names))
+    Path("data").unlink()
+    Path("gap").rename("data")
+    _, rows, _ = train(capsys, "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug")
     assert rows[-1]["train_loss"] < 0.3 < rows[0]["train_loss"] and rows[-1]["eval_top1"] > 90
 
 
@@ -106,11 +110,10 @@ def test_learns(capsys):
     ],
 )
 def test_resume_ends_where_an_uninterrupted_run_does(capsys, flags):
-    flags += " --epochs 3"
     _, rows, last = train(capsys, flags)
     _, resumed_rows, resumed = train(capsys, f"{flags} --experiment b --resume out/run/checkpoint-0.pth.tar")
     assert resumed_rows == rows[1:]
-    assert resumed["epoch"] == last["epoch"] == 2
+    assert resumed["epoch"] == last["epoch"] == 1
     for key in ("state_dict", "state_dict_ema"):
         assert_same(last.get(key, {}), resumed.get(key, {}))
 
@@ -319,7 +322,6 @@ def test_gradient_accumulation_is_a_larger_batch(capsys, batch, accumulated):
     [
         "--amp --amp-dtype bfloat16",
         "--channels-last",
-        "--torchcompile eager",
         "--grad-checkpointing",
         "--grad-accum-steps 3",
         "--clip-grad 0.1 --clip-mode agc",
@@ -361,12 +363,3 @@ def test_distributed_usage(argv):
     done = subprocess.run([ROOT / "distributed_train.sh", *argv], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("usage: distributed_train.sh N DATA")
-
-
-def test_validation_classes_are_numbered_as_in_training(capsys):
-    """A class without validation images does not shift the others."""
-    shutil.copytree("data/train", "gap/train")
-    shutil.copytree("data/train", "gap/val", ignore=lambda folder, names: {"0", "4"} & set(names))
-    flags = "--epochs 12 --opt adamw --lr 3e-3 --smoothing 0 --no-aug --data-dir gap".split()
-    assert cli.main(["train", *TRAIN_FLAGS, *flags]) == 0
-    assert read_summary()[-1]["eval_top1"] > 90

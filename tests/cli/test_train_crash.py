@@ -124,13 +124,13 @@ def newest_epoch(folder):
     [
         "--model dynconv_resnet8 --model-ema --model-ema-decay 0.9 --model-ema-warmup --mixup 0.2 --cutmix 1 "
         "--sched-on-updates --lr-noise 0.2 0.9 --reprob 0.3 --checkpoint-hist 2",
-        "--model test_ped_resnet --opt lookahead_adamw --lr 1e-3 --amp --workers 2 --drop-path 0.2 "
-        "--aa rand-m7-mstd0.5-inc1 --mixup 0.2 --mixup-off-epoch 2",
+        "--model test_ped_resnet --opt lookahead_adamw --lr 1e-3 --amp --workers 1 --drop-path 0.2 "
+        "--aa rand-m7-mstd0.5-inc1 --mixup 0.2 --mixup-off-epoch 1",
     ],
 )
 def test_killed_again_and_again(run, flags):
     """At events drawn at random from what the run does in about an epoch, until it has come to its end."""
-    flags += " --epochs 3"
+    flags += " --epochs 2"
     expected = finish(run, "whole", flags)
     draw, epoch, killed = random.Random(0), -1, 0
     while True:

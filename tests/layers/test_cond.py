@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from shallow import shallow
 from timm.layers import CondConv2d as TimmCondConv2d
 from torch import nn
 
 import timm_dynamic
 from timm_dynamic.layers import CondConv2d, RoutedConv2d, load_reference
+from timm_dynamic.models.cond_efficientnet import _STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,8 @@ def test_graphs():
         for graph in graphs:
             for inputs in (x, x[:3]):
                 torch.testing.assert_close(graph(inputs), layer(inputs), rtol=1e-4, atol=1e-5)
-        network, x = timm.create_model("cond_efficientnet_b0_4e").eval(), torch.randn(2, 3, 48, 48)
+        network = timm.create_model("cond_efficientnet_b0_4e", **shallow(_STAGES)).eval()
+        x = torch.randn(2, 3, 48, 48)
         expected = network(x)
         torch.testing.assert_close(torch.jit.script(network)(x), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(torch.compile(network, backend="eager", fullgraph=True)(x), expected)
@@ -106,18 +109,30 @@ def test_timms_layer(case, bias):
     torch.testing.assert_close(ours.absorb(scale, shift)(x, r), expected)
 
 
-@pytest.mark.parametrize(("name", "size"), [("b0_4e", 64), ("b0_8e", 64), ("b1_8e", 48)])
-def test_timms_networks(name, size):
-    """Ours load their weights, and give their outputs; so does what `optimize` makes of them, without other keys."""
-    static = timm.create_model(f"tf_efficientnet_cc_{name}").eval()
-    ours = timm.create_model(f"cond_efficientnet_{name}").eval()
+def networks(name, device=None):
+    """timm's, and ours with its weights."""
+    static = timm.create_model(f"tf_efficientnet_cc_{name}", device=device).eval()
+    ours = timm.create_model(f"cond_efficientnet_{name}", device=device).eval()
     ours.load_state_dict(static.state_dict())
-    x = torch.randn(2, 3, size, size)
+    return static, ours
+
+
+@pytest.mark.parametrize("name", ["b0_8e", "b1_8e"])
+def test_modules_of_timms_networks(name, nothing_drawn_on_meta):
+    static, ours = networks(name, "meta")
+    assert ours.feature_info == static.feature_info
+    for layer, one in zip(static.modules(), ours.modules(), strict=True):
+        assert isinstance(one, type(layer)) and one.extra_repr() == layer.extra_repr()
+
+
+def test_timms_networks():
+    """Ours load their weights, and give their outputs; so does what `optimize` makes of them, without other keys."""
+    static, ours = networks("b0_4e")
+    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = static.double()(x.double())
         torch.testing.assert_close(ours.double()(x.double()), expected, rtol=1e-9, atol=1e-9)
-        if name == "b0_4e":
-            fast = timm_dynamic.optimize(static.float(), x)
-            assert "24 convolutions of timm with routed experts in our form" in str(fast.report)
-            torch.testing.assert_close(fast(x).double(), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
-            assert not any(isinstance(one, RoutedConv2d) for one in static.modules())
+        fast = timm_dynamic.optimize(static.float(), x)
+        assert "24 convolutions of timm with routed experts in our form" in str(fast.report)
+        torch.testing.assert_close(fast(x).double(), expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+        assert not any(isinstance(one, RoutedConv2d) for one in static.modules())

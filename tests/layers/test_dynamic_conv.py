@@ -284,26 +284,6 @@ class TestInOtherHands:
             x = torch.randn(batch, 8, 5, 5)
             torch.testing.assert_close(program.module()(x), layer(x))
 
-    @torch.no_grad()
-    def test_onnx_with_a_dynamic_batch(self, tmp_path):
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-        model = nn.Sequential(
-            DynamicConv2d(8, 16, 1, 2),
-            DynamicConv2d(16, 16, 3, padding=1, groups=16),
-            DynamicConv2d(16, 4, 3, groups=2),
-        ).eval()
-        shapes = ({0: torch.export.Dim("batch", min=1)},)
-        program = torch.onnx.export(
-            model, (torch.randn(2, 8, 9, 9),), dynamo=True, dynamic_shapes=shapes, verbose=False
-        )
-        program.save(tmp_path / "model.onnx")
-        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-        for batch in (1, 3):
-            x = torch.randn(batch, 8, 9, 9)
-            (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
-
     def test_script(self):
         layer, x = DynamicConv2d(8, 8, 3, padding="same"), torch.randn(2, 8, 5, 5)
         torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

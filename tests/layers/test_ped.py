@@ -230,10 +230,14 @@ class TestReconstructionLoss:
                 layer.zero_grad()
         torch.testing.assert_close([p.grad for p in layer.parameters()], expected)
 
-    def test_compiled(self):
+    def test_compiled_and_checkpointed(self):
         layer = like(nn.Conv2d(8, 8, 3, padding=1), noise_std=0)
         other = copy.deepcopy(layer)
-        torch.compile(layer, backend="aot_eager", fullgraph=True)(X).square().mean().backward()
+
+        def run(x):
+            return checkpoint(layer, x, use_reentrant=False)
+
+        torch.compile(run, backend="aot_eager", fullgraph=True)(X).square().mean().backward()
         other(X).square().mean().backward()
         torch.testing.assert_close([p.grad for p in layer.parameters()], [p.grad for p in other.parameters()])
         torch.testing.assert_close(auxiliary_loss(layer), auxiliary_loss(other))

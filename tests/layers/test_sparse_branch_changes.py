@@ -162,8 +162,9 @@ class TestOptimized:
         torch.testing.assert_close(run(form.float(), x.float()), expected.float(), rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
-    def test_graphs(self):
-        form, x = optimized(make("bottleneck, stride 2")), torch.randn(2, 24, 9, 9).double()
+    @pytest.mark.parametrize("name", ["bottleneck, stride 2", "inverted"])
+    def test_graphs(self, name):
+        form, x = optimized(make(name)), torch.randn(2, 24, 9, 9).double()
         expected = run(form, x)
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(form, backend="eager", fullgraph=True)(x), expected)

@@ -1,13 +1,17 @@
 """The contract of all models of all families."""
 
 import functools
+import re
 
 import pytest
 import timm
-from contract import ModelContract, RecordContract
+from contract import CfgContract, ModelContract, NameContract
+from shallow import shallow
 from timm.models import model_entrypoint
 
 from timm_dynamic.families import FAMILIES
+from timm_dynamic.models import cond_efficientnet
+from timm_dynamic.models._mobilenetv2 import _STAGES
 
 # Those of segmentation and pose have no pooled features and no classifier of one label an image: their files in
 # tests/models.
@@ -15,33 +19,39 @@ MODELS = [n for family in FAMILIES.values() for n in family.models if "deeplab" 
 
 # What computes runs in one network of each kind, with arguments that make it small: others are deeper or wider only.
 RESNET = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)}
+ONE_A_STAGE, TWO_A_STAGE = functools.partial(shallow, _STAGES), functools.partial(shallow, _STAGES, 2)
 SMALL = {
     **{family.tiny: {} for family in FAMILIES.values()},
-    "cond_efficientnet_b0_4e": {},
+    "cond_efficientnet_b0_4e": lambda: shallow(cond_efficientnet._STAGES),
     "cotnext50_2x48d": {"layers": (1, 1, 1, 1)},
-    "dcd_mobilenetv2_035": {},
+    "dcd_mobilenetv2_035": ONE_A_STAGE,
     "dcd_resnet50": RESNET,
     "ddf_add_resnet50": RESNET,
-    "dy_mobilenetv2_035": {},
+    "dy_mobilenetv2_035": ONE_A_STAGE,
     "dy_mobilenetv3_small_025": {},
     "dy_resnet50": RESNET,
-    "dynconv_mobilenetv2_050": {},
+    "dynconv_mobilenetv2_050": TWO_A_STAGE,  # the first has no mask
     "dynconv_resnet18": RESNET,
     "dynconv_resnet50": RESNET,
-    "kw1d2x_mobilenetv2_050": {},
+    "kw1d2x_mobilenetv2_050": ONE_A_STAGE,
     "kw1d2x_resnet50": RESNET,
     "kw1x_convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)},
-    "lsnet_t_distill": {},
-    "od_mobilenetv2_050": {},
+    "lsnet_t_distill": {"embed_dim": (16, 32, 48, 64), "depth": (0, 2, 2, 2)},
+    "od_mobilenetv2_050": ONE_A_STAGE,
     "od_resnet50": RESNET,
-    "ped_mobilenetv2": {},
+    "ped_mobilenetv2": ONE_A_STAGE,
     "ped_resnet50": RESNET,
     "skoltech_dy_mobilenetv3_small_025": {},
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
-class TestRecords(RecordContract):
+class TestNames(NameContract):
+    pass
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not re.search("1(01|52)(_|$)", name)])
+class TestCfgs(CfgContract):
     pass
 
 
@@ -49,7 +59,8 @@ class TestRecords(RecordContract):
 class TestModels(ModelContract):
     @pytest.fixture(scope="module")
     def create(self, name):
-        return functools.partial(timm.create_model, name, **SMALL[name])
+        options = SMALL[name]
+        return lambda **kwargs: timm.create_model(name, **(options() if callable(options) else options), **kwargs)
 
 
 def test_every_model_of_the_package_has_a_family():

@@ -150,8 +150,7 @@ class TestStatic:
         assert all(p.grad is not None for p in model.parameters())
 
     @every_kind
-    @pytest.mark.parametrize("wrapper", [None, "state_dict"])
-    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize(("wrapper", "prefix"), [(None, "module."), ("state_dict", "")])
     def test_weights_go_both_ways(self, kind, wrapper, prefix):
         masked, static = build(kind), build(kind, budget=-1)
 

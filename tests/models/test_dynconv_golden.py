@@ -7,7 +7,8 @@ import torch
 from dynconv_networks import run
 from golden import set_schedule
 
-from timm_dynamic import auxiliary_loss, optimize
+from timm_dynamic import auxiliary_loss, count_macs, optimize
+from timm_dynamic.cost import count_active
 
 
 def observe(model):
@@ -37,8 +38,9 @@ def model(loaded):
     return copy.deepcopy(loaded)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "optimized"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
 def test_masks_in_evaluation(case, model, dtype, optimized):
     model, x = model.to(dtype).eval(), case.input().to(dtype)
     if optimized:
@@ -62,6 +64,19 @@ def test_masks_and_terms_in_training(case, model):
         "network_budget": pytest.approx(weight * terms["loss_sp_network"], rel=1e-6),
         "block_budget": pytest.approx(weight * terms["loss_sp_block"], rel=1e-6),
     }
+
+
+def test_macs(case, model):
+    """Of an image, and the mean of a batch; and the positions that they are counted from."""
+    x, expected = case.input(), case.case["eval"]["macs"]
+    assert count_macs(model, x[-1:]).executed == expected["per_image"][-1]
+    counted = count_macs(model, x)
+    assert counted.executed == expected["batch_average"] < counted.static
+    with torch.no_grad(), count_active(model.eval()) as active:
+        model(x)
+    for block, masks in zip(active.blocks.values(), case.case["eval"]["masks"], strict=True):
+        assert block.active == sum(masks["hard_active"])
+        assert block.dilated_active == sum(masks["dilated_active"])
 
 
 def test_macs_per_position(case, model):

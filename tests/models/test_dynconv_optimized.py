@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from dynconv_networks import assert_same_in_all_executions, build, every_kind, image, run
+from torch import nn
 
 from timm_dynamic import backend_info, count_macs, explain, optimize, use
 from timm_dynamic.ops.sparse import table
@@ -37,6 +38,8 @@ class TestOptimized:
     def test_what_runs(self, kind):
         """Sparse without asking, but for what the user sets."""
         model, x = build(kind).float(), image(kind).float()
+        for block in model.masked_blocks():  # a mask of nothing would run at any limit
+            nn.init.zeros_(block.masker.maskconv.fc.weight)
         fast = optimize(model, x)
         blocks = len(fast.masked_blocks())
         for execution, max_active, runs in (("auto", None, blocks), ("auto", 0.0, 0), ("sparse", 0.0, blocks)):
@@ -47,18 +50,6 @@ class TestOptimized:
         fast.execution = "dense"
         with use(dynconv="sparse"), pytest.raises(ValueError, match="its execution is 'dense'"):
             fast(x)
-
-    @torch.no_grad()
-    def test_graphs(self, kind):
-        model, x = build(kind), image(kind)
-        fast, expected = optimize(model, x), run(model, x, "dense")
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), expected)
-        torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated
-            for graph in (torch.jit.script(fast), torch.jit.trace(fast, x)):
-                torch.testing.assert_close(graph(x), expected)
 
     @torch.no_grad()
     def test_half_precision(self, kind):
@@ -79,6 +70,20 @@ class TestOptimized:
         calls.clear()
         torch.testing.assert_close(run(fast, x, "sparse"), run(model, x, "dense"))
         assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_graphs():
+    """Of the other blocks: tests/layers/test_sparse_branch_changes.py."""
+    model, x = build(), image()
+    fast, expected = optimize(model, x), run(model, x, "dense")
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        for graph in (torch.jit.script(fast), torch.jit.trace(fast, x)):
+            torch.testing.assert_close(graph(x), expected)
 
 
 @pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason="there are no CPU kernels here")

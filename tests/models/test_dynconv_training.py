@@ -3,10 +3,9 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from dynconv_networks import SMALL, build, every_kind, image
+from dynconv_networks import build, create, every_kind, image
 
 from timm_dynamic import auxiliary_loss, set_progress
 from timm_dynamic.layers.budget import Budget
@@ -75,7 +74,7 @@ class TestTraining:
         torch.testing.assert_close(gradients(other, x), gradients(model, x))
 
     def test_terms(self, kind):
-        model, x = timm.create_model(SMALL[kind][0], **SMALL[kind][1]).double(), image(kind)
+        model, x = create(kind), image(kind)
         zero = {"network_budget": torch.tensor(0.0).double(), "block_budget": torch.tensor(0.0).double()}
         torch.testing.assert_close(auxiliary_loss(model), zero)
         model.eval()(x)
@@ -89,8 +88,7 @@ class TestTraining:
         output.sum().backward()
 
     def test_features_train_with_a_budget(self, kind):
-        name, options, _ = SMALL[kind]
-        model = timm.create_model(name, **options, features_only=True, out_indices=(1, 2)).double()
+        model = create(kind, features_only=True, out_indices=(1, 2))
         for _ in range(2):
             sum(feature.square().mean() for feature in model(image(kind))).backward()
         assert all(p.grad is not None for p in model.parameters())

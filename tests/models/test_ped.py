@@ -1,14 +1,11 @@
 """PED networks: the authors' numbers, and what is theirs beyond what every model can do."""
 
-import copy
 import itertools
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 
-from timm_dynamic import auxiliary_loss
 from timm_dynamic.families import static_twin
 from timm_dynamic.layers import PEDConv2d
 from timm_dynamic.models.ped_resnet import checkpoint_filter_fn
@@ -23,20 +20,6 @@ def _seed():
 
 def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, PEDConv2d)}
-
-
-def test_terms_of_the_authors(golden, tmp_path):
-    """That of every layer; adding them to the loss changes no gradient (tests/test_golden.py does without)."""
-    case = golden("ped_resnet18")
-    train, model = case.case["train"], case.network(tmp_path).double().train()
-    task_loss = F.cross_entropy(model(case.input("train").double()), torch.tensor(train["targets"]))
-    terms, per_layer = auxiliary_loss(model), train["loss_terms"]["im_loss_per_layer"]
-    assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {name.replace(".attn", ".reconstruction"): 0.001 * value for name, value in per_layer.items()}, rel=1e-6
-    )
-    (task_loss + sum(terms.values())).backward()
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-    assert norms == pytest.approx(case.grad_norms(model, train), rel=1e-6)
 
 
 def test_which_convolutions_are_dynamic():
@@ -104,28 +87,7 @@ class TestCheckpoints:
         model.load_state_dict(filtered)
 
 
-class TestTheTinyModel:
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-    def make(self, **kwargs):
-        return timm.create_model(TINY, zero_init_last=False, **kwargs)
-
-    def gradients(self, model, compiled=None):
-        torch.manual_seed(1)
-        (model if compiled is None else compiled)(self.x).square().mean().backward()
-        return {name: p.grad for name, p in model.named_parameters()}
-
-    def test_compiled_and_checkpointed(self):
-        model = self.make(layers=(1, 1, 0, 0), channels=(16, 24, 24, 24))
-        others = [copy.deepcopy(model) for _ in range(2)]
-        expected = self.gradients(model)
-        others[0].set_grad_checkpointing()
-        torch.testing.assert_close(self.gradients(others[0]), expected)
-        others[1].set_grad_checkpointing()
-        compiled = torch.compile(others[1], backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(self.gradients(others[1], compiled), expected, rtol=1e-3, atol=1e-5)
-
-    def test_features_train_what_they_use(self):
-        model = timm.create_model(TINY, features_only=True, out_indices=(1, 2))
-        sum(f.square().mean() for f in model(self.x)).backward()
-        assert all(p.grad is not None for p in model.parameters())
+def test_features_train_what_they_use():
+    model = timm.create_model(TINY, features_only=True, out_indices=(1, 2))
+    sum(f.square().mean() for f in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -53,7 +53,7 @@ def saved(model):
 
 @every_family
 class TestCheckpoints:
-    @pytest.mark.parametrize("epoch", [0, 0.5, 3, 5, 10])
+    @pytest.mark.parametrize("epoch", [0, 3, 10])
     def test_set_progress(self, family, epoch):
         model = build(family)
         set_progress(model, epoch, 10)
@@ -66,9 +66,8 @@ class TestCheckpoints:
     @pytest.mark.parametrize("steps", [None, 4])
     def test_steps(self, family, steps):
         """Also in a plain model, which does not count."""
-        model = build(family, 4)
+        model, other = build(family, 4), build(family, steps)
         for _ in range(6):
-            other = build(family, steps)
             other.load_state_dict(saved(model))
             assert progress(other)() == progress(model)()
             assert torch.equal(output(other, False), output(model, False))
@@ -171,7 +170,7 @@ class TestCounting:
 
 def test_compiled_with_checkpointing():
     """The blocks, which count, run twice."""
-    model = build("dy", 8)
+    model = build("dy", 8, layers=(1, 1, 0, 0), channels=(16, 24, 24, 24))
     model.set_grad_checkpointing()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

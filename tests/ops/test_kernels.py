@@ -1,9 +1,7 @@
-"""The loading of the compiled kernels."""
+"""The loading of the compiled kernels. tests/cli/test_start.py switches them off."""
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,13 +24,6 @@ def test_a_missing_binary_is_said_once_and_costs_nothing_else(monkeypatch):
         first, second = ddf(*INPUTS), ddf(*INPUTS)
     assert len(warned) == 1
     assert first[0, 0, 1, 1] == 9 and torch.equal(first, second)
-
-
-def test_kernels_can_be_switched_off():
-    code = "import timm_dynamic; print(timm_dynamic.backend_info()['cpu'])"
-    env = {**os.environ, "TIMM_DYNAMIC_KERNELS": "0"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "not loaded: TIMM_DYNAMIC_KERNELS=0"
 
 
 def test_broken_binary_is_a_reason_not_an_error(monkeypatch, tmp_path):

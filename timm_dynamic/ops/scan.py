@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 
-def scan(function: Callable[..., Tensor], samples: dict[str, Tensor], others: dict[str, Tensor]) -> Tensor:
+def scan(
+    function: Callable[..., Tensor], samples: dict[str, Tensor | None], others: dict[str, Tensor | None]
+) -> Tensor:
     """`function` of every sample, as a batch of one.
 
     Args:
-        function: Of all tensors, by their names; its result is of a batch of one.
+        function: Of all tensors that are not None, by their names; its result is of a batch of one.
         samples: `[B, ...]`, of which it gets `[1, ...]`.
         others: What it gets as it is.
 
     Returns:
         All results, `[B, ...]`.
     """
+    samples, others = ({name: t for name, t in some.items() if t is not None} for some in (samples, others))
     names = [*samples, *others]
 
     def step(nothing: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:

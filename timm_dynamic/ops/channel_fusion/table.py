@@ -122,5 +122,5 @@ TABLE = (
     Implementation(
         "training in one piece", _train, dtypes=(torch.float32, torch.float64), gradients=True, cannot=_cannot_train
     ),
-    Implementation("two products", exported.convolve, ("cpu", "cuda"), exported=True, cannot=_cannot_export),
+    Implementation("a product or two terms", exported.convolve, ("cpu", "cuda"), exported=True, cannot=_cannot_export),
 )

@@ -139,14 +139,13 @@ def _cannot_export_gates(layer, x: Tensor) -> str | None:
 
 
 def _export_gates(layer, x: Tensor) -> Tensor:
-    a_in, a_out, a_tap = (gates[0] for gates in layer.factors(average(x)))
+    a_in, a_out, a_tap = map(layer.gate, layer.attn(average(x)))  # `factors` has ranks, and so twelve nodes more
     return _export(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, layer.bias)
 
 
 def _export_mixture(layer, x: Tensor) -> Tensor:
     attention = layer.coefficients(layer.attention(x, layer.temperature()))
-    bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
-    return _export(layer, x, attention, layer.kernels_weights, None, None, None, bias)
+    return _export(layer, x, attention, layer.kernels_weights, None, None, None, layer.kernels_bias)
 
 
 def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:

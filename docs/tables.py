@@ -2,7 +2,8 @@
 
     python docs/tables.py
 
-A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`. Parameters and MACs are counted, on the meta device.
+A part stands between `<!-- NAME -->` and `<!-- end of NAME -->`. Parameters and MACs are counted, on the meta device;
+those of our models go to `timm_dynamic/counts.json` first, where `timm-dynamic list` has them from.
 """
 
 import functools
@@ -16,10 +17,12 @@ from pathlib import Path
 
 import timm
 import torch
+from recipes import recipes
 from timm.models import model_entrypoint
 
 import timm_dynamic
-from timm_dynamic import layers, ops
+from timm_dynamic import counts, layers, ops
+from timm_dynamic.counts import Count
 from timm_dynamic.families import FAMILIES, Family
 from timm_dynamic.layers.base import DynamicLayer
 
@@ -78,9 +81,9 @@ def _cost(family: Family) -> str:
     """Parameters and MACs as ratios to those of the static twin, of one model; without a twin, the smallest model's."""
     ours = next((model for model in (*family.timed, *family.twins) if model in family.twins), None)
     if ours is None:
-        counts = {model: _count(model) for model in family.models if model != family.tiny or len(family.models) == 1}
-        ours = min(counts, key=lambda model: counts[model][0])
-        return f"`{ours}`: {counts[ours][0] / 1e6:.1f} M parameters, {_giga(counts[ours][1])} MACs"
+        others = [model for model in family.models if model != family.tiny] or family.models
+        ours = min(others, key=lambda model: _count(model).parameters)
+        return f"`{ours}`: {_count(ours).parameters / 1e6:.1f} M parameters, {_giga(_count(ours).macs)} MACs"
     (parameters, macs, _), (of_twin, macs_of_twin, _) = _count(ours), _count(family.twins[ours])
     return f"`{ours}`: {parameters / of_twin:.2f}x parameters, {macs / macs_of_twin:.2f}x MACs"
 
@@ -173,6 +176,27 @@ def _machine(report: dict) -> str:
     return f"\n{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['date'][:10]}.\n"
 
 
+def fused_layers(families: Iterable[Family]) -> str:
+    """The layers that have something faster than their formula, but for ONNX."""
+    found = [layer for layer in _dynamic_layers(families) if any(not row.exported for row in layer.implementations)]
+    return f"{', '.join(f'`{layer.__name__}`' for layer in found)}."
+
+
+def routing_table(families: Iterable[Family]) -> str:
+    """What `record` gives of each family."""
+    return table("family | what is recorded", ((family.title, family.routing or "nothing") for family in families))
+
+
+def reported_list(families: Iterable[Family], text: str) -> str:
+    """The authors' accuracies on ImageNet of families that the table of a page, its text, does not have."""
+    lines = []
+    for family in families:
+        found = {key.removesuffix(".in1k"): value for key, value in family.reported.items() if "cifar" not in key}
+        if found and not re.search(rf"^\| {family.title}\b", text, re.MULTILINE):
+            lines.append(f"- {family.title}: {', '.join(f'`{model}` {value:g}' for model, value in found.items())}")
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def layers_table(families: Iterable[Family]) -> str:
     """How the layers of all families run, and what decides."""
     rows = []
@@ -238,13 +262,25 @@ def _row(model: str, family: Family) -> list[str]:
 
 
 @functools.cache
-def _count(model: str) -> tuple[int, int, int]:
-    """Parameters, multiply-accumulates per image, and its side: 224 for timm's models, as in our cfgs."""
+def _count(model: str) -> Count:
+    """As counted before for our models, or now."""
+    known = (models[model] for models in counts.read().values() if model in models)
+    return next(known, None) or count(model)
+
+
+def count(model: str) -> Count:
+    """Of a model of timm for 224 px, of ours for the size in its cfg."""
     network = timm.create_model(model, device="meta")
     of_timm = model_entrypoint(model).__module__.startswith("timm.models.")
     size = (3, 224, 224) if of_timm else network.default_cfg["input_size"]
     macs = timm_dynamic.count_macs(network, torch.empty(1, *size, device="meta"))
-    return sum(p.numel() for p in network.parameters()), macs.static + macs.linear, size[-1]
+    return Count(sum(p.numel() for p in network.parameters()), macs.static + macs.linear, size[-1])
+
+
+def counted(families: Iterable[Family]) -> str:
+    """The text of counts.json, of all models of the families."""
+    found = {family.name: {model: count(model) for model in family.models} for family in families}
+    return re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(found, indent=1)) + "\n"
 
 
 def _giga(macs: int) -> str:
@@ -279,12 +315,17 @@ def written() -> dict[Path, dict[str, str]]:
         "docs/layers.md": {"classes": layers_pages(families)},
         "docs/api.md": {"public_operators": operators_pages()},
         "docs/sparse.md": {"sparse": sparse_table(), "budgets": budgets_table()},
+        "docs/training.md": {"recipes": table("family | configurations | data | recipe", recipes())},
+        "docs/choosing.md": {"reported": reported_list(families, (ROOT / "docs" / "choosing.md").read_text())},
+        "docs/inspect.md": {"routing": routing_table(families)},
+        "docs/deployment.md": {"faster": fused_layers(families)},
         "docs/architecture.md": {"layers": layers_table(families), "operators": operators_table()},
     }
     return {ROOT / name: of_it for name, of_it in texts.items()}
 
 
 def main() -> None:
+    counts.FILE.write_text(counted(sorted(FAMILIES.values(), key=lambda family: family.name)))
     for path, texts in written().items():
         text = path.read_text()
         for name, before in parts(text).items():

@@ -19,6 +19,7 @@ import timm_dynamic
 from timm_dynamic import cli
 from timm_dynamic.card import model_card
 from timm_dynamic.layers.base import DropInConv2d
+from timm_dynamic.replace import layer_options
 
 
 def image(*size, batch=1, channels=3):
@@ -186,6 +187,9 @@ class FamilyContract:
             assert ours.feature_info == static.feature_info
         with pytest.raises(ValueError, match="test_resnet has no static twin"):
             timm_dynamic.families.static_twin("test_resnet")
+        for find in (timm_dynamic.families.static_twin, timm_dynamic.families.family_of):
+            with pytest.raises(ValueError, match=f"give the name of a model, .* {family.tiny!r} for this one; got a"):
+                find(timm.create_model(family.tiny, device="meta"))
 
     def test_training_without_noise_repeats_itself(self, family):
         model, x = timm.create_model(family.tiny, **family.exact), image(64, 64, batch=2)
@@ -232,6 +236,18 @@ class FamilyContract:
         flags = ["--models", "test_resnet", "--baseline", "static", "--num-warm-iter", "1", "--num-bench-iter", "1"]
         if family.layer is not None and family.keeps is not None:
             assert cli.main(["benchmark", *flags, "--dynamize", family.name, "--img-size", "32"]) == 0
+
+    def test_options_of_another_type(self, family):
+        """Of the layer, and of its models: one line."""
+        options = layer_options(family.layer) if family.layer is not None else []
+        wrong = [name for name in options if name not in ("warehouse", "from_scratch")]  # an object; of `from_conv`
+        wrong = {name: [3] if name in ("nonlinearity", "kernel_combine") else "many" for name in wrong}
+        for name, value in wrong.items():
+            with pytest.raises(ValueError, match=rf"{name} must be .*, got ") as error:
+                family.layer(8, 8, 3, padding=1, **{name: value})
+            assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="num_classes must be a whole number, got 'many'"):
+            timm.create_model(family.tiny, num_classes="many")
 
     @torch.no_grad()
     def test_layer_is_its_formula(self, family):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from contract import FamilyContract
 
-from timm_dynamic import families
+from timm_dynamic import counts, families
 from timm_dynamic.families import FAMILIES, Family
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +43,11 @@ def test_the_pages_have_what_code_and_measurements_say(script, monkeypatch, noth
     page = (ROOT / "docs/models.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|.*$", tables.parts(page)["models"], re.MULTILINE)
     assert sorted(rows) == sorted(name for family in FAMILIES.values() for name in family.models)
+    known = counts.read()
+    assert {name: list(rows) for name, rows in known.items()} == {name: f.models for name, f in FAMILIES.items()}
     for family in FAMILIES.values():
         for name in {family.tiny, *family.timed[:1]}:
+            assert known[family.name][name] == tables.count(name)
             assert tables.table("", [tables._row(name, family)]).splitlines()[-1] in page
     monkeypatch.setattr(tables, "models_table", lambda families: tables.parts(page)["models"])
     written = tables.written()

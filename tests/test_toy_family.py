@@ -8,7 +8,7 @@ import pytest
 from contract import CfgContract, FamilyContract, ModelContract, NameContract
 from timm.models import _registry
 
-from timm_dynamic import cli, families
+from timm_dynamic import cli, counts, families
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,9 +42,11 @@ class TestFamily(FamilyContract):
         return toy
 
 
-def test_it_is_known_everywhere(toy, script, capsys):
+def test_it_is_known_everywhere(toy, script, capsys, tmp_path, monkeypatch):
     assert toy.models == ["test_toy_resnet", "toy_resnet18"]
     assert families.family_of("toy_resnet18.untrained") is toy and families.layers()["toy"] is toy.layer
+    monkeypatch.setattr(counts, "FILE", tmp_path / "counts.json")  # as `python docs/tables.py` writes it
+    counts.FILE.write_text(script("tables").counted([toy]))
     assert cli.main(["list", "--family", "toy"]) == 0
     out = capsys.readouterr().out
     assert "--dynamize toy: ToyConv2d, with from_scratch\n" in out

@@ -169,16 +169,17 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike, use_ema: bool = F
     """
     checkpoint = read_checkpoint(path)
     name = _architecture(model)
+    shown = getattr(model, "recipe", name)
     try:
         state = extract_state_dict(checkpoint, use_ema)
         filter_fn = filter_fn_of(name)
         state = filter_fn(state, model) if filter_fn else state
         state = _with_head_of(model, state) if new_head else state
-        _check_fits(state, model)
+        check_fits(state, model)
     except ValueError as error:
-        raise ValueError(f"{path} does not load into {name}: {error}") from error
+        raise ValueError(f"{path} does not load into {shown}: {error}") from error
     except Exception as error:  # timm's filters expect one format and break in their own ways on others
-        raise ValueError(f"{path} does not load into {name} ({type(error).__name__}: {one_line(error)})") from error
+        raise ValueError(f"{path} does not load into {shown} ({type(error).__name__}: {one_line(error)})") from error
     model.load_state_dict(state)
 
 
@@ -193,7 +194,8 @@ def filter_fn_of(name: str) -> Callable | None:
     return getattr(sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
 
 
-def _check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
+def check_fits(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise a `ValueError` in one line if these are not all of the model's weights, finite, and no others."""
     expected = model.state_dict()
     optional = {key for key in expected if key.endswith(KEY)}
     wrong_shape = [

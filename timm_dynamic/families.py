@@ -99,12 +99,12 @@ def family_of(model: str) -> Family:
     """The family of a model of this package.
 
     Args:
-        model: With or without a tag.
+        model: Its name, with or without a tag.
 
     Raises:
         ValueError: If it has none.
     """
-    model = split_model_name_tag(model)[0]
+    model = _architecture(model)
     for family in FAMILIES.values():
         if model in family.models:
             return family
@@ -115,13 +115,21 @@ def static_twin(model: str) -> str:
     """The timm model that has ordinary convolutions where this one has dynamic ones.
 
     Args:
-        model: With or without a tag.
+        model: Its name, with or without a tag.
 
     Raises:
         ValueError: If it has none.
     """
-    model = split_model_name_tag(model)[0]
+    model = _architecture(model)
     for family in FAMILIES.values():
         if model in family.twins:
             return family.twins[model]
     raise ValueError(f"{model} has no static twin: name a model to compare it with (--baseline NAME)")
+
+
+def _architecture(model: str) -> str:
+    if isinstance(model, str):
+        return split_model_name_tag(model)[0]
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    example = f"{name!r} for this one" if name else "'dcd_resnet50'"
+    raise ValueError(f"give the name of a model, as in timm.create_model, {example}; got a {type(model).__name__}")

@@ -22,6 +22,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from timm_dynamic.convert import check_finite, convert, extract_state_dict, filter_fn_of, one_line, read_checkpoint
+from timm_dynamic.layers.argument_types import check_types
 from timm_dynamic.layers.progress import Progress, save_once
 from timm_dynamic.layers.warehouse import save_warehouses_once
 from timm_dynamic.version import __version__
@@ -70,9 +71,10 @@ def build_model(
         **kwargs: For timm's function and the model.
 
     Raises:
-        ValueError: If weights are wanted and neither the local folder nor the hub has them, or if their file is
-            damaged, is another model's, or holds NaN or infinity.
+        ValueError: If an argument is of another type than it must be, if weights are wanted and neither the local
+            folder nor the hub has them, or if their file is damaged, is another model's, or holds NaN or infinity.
     """
+    check_types(model_cls, kwargs)
     kwargs.setdefault("pretrained_filter_fn", filter_fn_of(variant))
     file = None
     if pretrained and not isinstance(pretrained_cfg, (dict, PretrainedCfg)):

@@ -65,7 +65,7 @@ def dynamize(
     elif callable(where):
         names = [name for name, conv in convs.items() if where(name, conv)]
     else:
-        names = _matching_names([where] if isinstance(where, str) else list(where), convs)
+        names = _matching_names([where] if isinstance(where, str) else where, convs)
     if not names:
         choice = "by default, none" if where is None else "where chooses none"
         hint = ": name some with `where=` (--where)" if where is None else ""
@@ -163,7 +163,10 @@ def _refuse_to_merge(*args, **kwargs) -> None:
     raise ValueError("a block with a dynamic convolution cannot be merged: reparameterize the model before `dynamize`")
 
 
-def _matching_names(patterns: list[str], convs: dict[str, nn.Conv2d]) -> list[str]:
+def _matching_names(patterns: Iterable[str], convs: dict[str, nn.Conv2d]) -> list[str]:
+    patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"where must be a function, a pattern of names, or several, got {patterns}")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in convs):
             raise ValueError(f"where={pattern!r} matches no convolution of {_some(list(convs))}")

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
-from timm_dynamic import cli
+from timm_dynamic import cli, counts
 
 ROOT = Path(__file__).parents[2]
 START = [sys.executable, ROOT / "timm_dynamic_start.py"]
@@ -18,6 +19,7 @@ MISTAKES = {
     "validate nowhere": "no such data folder: nowhere",
     "inspect nowhere --model x": "no such image or data folder: nowhere",
     "push resnet18 nowhere me/x": "no checkpoint at nowhere",
+    "list --family dcdd": "--family dcdd: no such family; did you mean dcd",
     "valdate": "unknown command 'valdate'; did you mean validate, validate_pose?",
 }
 
@@ -64,3 +66,14 @@ def test_work():
     done = subprocess.run([*START, "env"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^cpu kernels +not loaded: TIMM_DYNAMIC_KERNELS=0$", done.stdout, re.M)
+
+
+def test_list_builds_no_model(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it builds a model")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" GMACs at ") == sum(map(len, counts.read().values())) and "--dynamize ped: PEDConv2d" in out
+    assert re.search(r"ped_resnet18 +12.14 M +1.81\d GMACs at 224 px +twin resnet18 +weights in1k \(to conv", out)

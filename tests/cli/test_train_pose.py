@@ -175,6 +175,16 @@ def test_learns(capsys):
     assert optimized["loss"] == pytest.approx(result["loss"], rel=1e-4)
 
 
+def test_without_masks(capsys):
+    """What its model was made with a checkpoint says."""
+    kwargs = "num_features=12 num_stacks=1 budget=-1"
+    row = train(capsys, f"--epochs 1 --model-kwargs {kwargs}")[0]
+    flags = [*MODEL[: MODEL.index("--model-kwargs")], "--checkpoint", "out/run/last.pth.tar"]
+    status, out, err = commands.run(capsys, "validate_pose", "data", *flags)
+    assert status == 0, err
+    assert json.loads(out.partition("--result\n")[2])["loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
+
+
 def test_resume_ends_where_an_uninterrupted_run_does(capsys):
     rows = train(capsys)
     resumed = train(capsys, "--experiment b --resume out/run/checkpoint-0.pth.tar")
@@ -258,9 +268,9 @@ def spoil(kind):
         ("", "missing image", "data/annot/train.json, person 7: no photograph data/images/train_7.jpg"),
         ("", "broken image", "cannot read image data/images/train_7.jpg: cannot identify image file"),
         (
-            "--workers 1",
+            "",
             "joint out of range",
-            "person 3: the left knee (joint 4) at (1000, 20) is far out of data/images/",
+            "data/annot/train.json, person 3: the left knee (joint 4) at (1000, 20) is far out of data/images/",
         ),
         ("", "too few joints", "data/annot/train.json, person 3: joints must be 16x2 numbers, and is 15x2"),
         ("", "empty list", "data/annot/train.json holds no persons"),

@@ -132,6 +132,14 @@ def test_pretrained_weights_of_the_base():
         ({"base": "test_resnet", "layer": "dy", "num_kernel": 8}, "'num_kernel'; did you mean num_kernels?"),
         ({"base": "test_resnet", "layer": "dcc"}, "got 'dcc'; did you mean dcd?"),
         ({"base": "test_vit", "layer": "dcd"}, "by default, none of the 1 convolutions of test_vit is replaced"),
+        (
+            {"base": "test_resnet", "layer": "dy", "num_kernels": "many"},
+            "num_kernels must be a whole number, got 'many'",
+        ),
+        (
+            {"base": "test_resnet", "layer": "dcd", "where": 5},
+            "where must be a function, a pattern of names, or several",
+        ),
         ({"base": "test_resnet", "layer": "dcd", "where": "layer9.*"}, "where='layer9.*' matches no convolution"),
         ({"base": "test_resnet", "layer": "dcd", "pretrained_cfg": "in1k"}, "dynamized has no tag 'in1k'"),
     ],
@@ -142,11 +150,49 @@ def test_errors(kwargs, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_weights_of_another_base(static, tmp_path):
+def test_weights_of_another_base(static):
     other = make("test_convnext", num_classes=7)
-    with pytest.raises(ValueError, match="does not load into dynamized: .* keys missing") as error:
-        load_checkpoint(other, static[1])
-    assert "\n" not in str(error.value)
+    for load in (load_checkpoint, timm.models.load_checkpoint):
+        with pytest.raises(
+            ValueError, match=r"load into dynamized \(base=test_convnext, layer=dcd\): .* miss"
+        ) as error:
+            load(other, str(static[1]))
+        assert "\n" not in str(error.value)
+
+
+def test_checkpoint_path(static, tmp_path):
+    """Of timm's function: a file of the static network, of the dynamic one, of another number of classes."""
+    model, path = static
+    dynamic = make(num_classes=7, checkpoint_path=str(path))
+    with torch.no_grad():
+        torch.testing.assert_close(dynamic(X), model(X), rtol=1e-4, atol=1e-4)
+    at_work(dynamic)
+    torch.save(dynamic.state_dict(), tmp_path / "dynamic.pth")
+    for made in (make, lambda **kwargs: copy.deepcopy(make(**kwargs))):
+        assert torch.equal(made(num_classes=7, checkpoint_path=str(tmp_path / "dynamic.pth"))(X), dynamic(X))
+    for file in (path, tmp_path / "dynamic.pth"):
+        with pytest.raises(ValueError, match=r"create the model with num_classes=7") as error:
+            make(num_classes=3, checkpoint_path=str(file))
+        assert "base=test_resnet, layer=dcd" in str(error.value) and "\n" not in str(error.value)
+    state = dynamic.state_dict()
+    counts = [key for key in state if key.endswith("num_batches_tracked")]
+    make(num_classes=7).load_state_dict({key: value for key, value in state.items() if key not in counts})
+    head = {key: value for key, value in state.items() if key.startswith("fc.")}
+    found = make(num_classes=7).load_state_dict(head, strict=False)  # a part, as torch does it
+    assert not found.unexpected_keys and len(found.missing_keys) > 9
+    with pytest.raises(RuntimeError, match="Missing key"):
+        make(num_classes=7).load_state_dict(head)
+
+
+@pytest.mark.parametrize("layer", ["kw", "dy"])
+@pytest.mark.parametrize("base", ["test_resnet", "test_kw_resnet"])
+def test_state_dicts_of_what_layers_share(base, layer):
+    """They are taken as they are, though several names stand for one tensor."""
+    model = at_work(make(base, layer))
+    other = make(base, layer)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(X), model(X))
 
 
 def test_mistakes_with_dynamize():

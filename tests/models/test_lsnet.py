@@ -22,7 +22,7 @@ def images(*size, batch=1):
 def tiny(**kwargs):
     """With attention biases that say something."""
     torch.manual_seed(0)
-    model = timm.create_model("test_lsnet", **kwargs).eval()
+    model = timm.create_model("test_lsnet", **{"img_size": 256, **kwargs}).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Attention):
@@ -94,7 +94,7 @@ def test_a_file_without_the_1x1_branches(tmp_path):
     model, x = tiny(), images(128, 128)
     state = {key: value for key, value in model.state_dict().items() if ".conv1." not in key}
     torch.save(state, tmp_path / "model.pth")
-    other = timm.create_model("test_lsnet").eval()
+    other = timm.create_model("test_lsnet", img_size=256).eval()
     load_checkpoint(other, tmp_path / "model.pth")
     for module in model.modules():
         if isinstance(module, RepVGGDW):

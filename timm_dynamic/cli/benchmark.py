@@ -124,11 +124,9 @@ def _baseline(args: argparse.Namespace, name: str, model: nn.Module) -> tuple[st
 
 def _create(name: str, args: argparse.Namespace, img_size: int | None, kwargs: dict) -> tuple[nn.Module, int]:
     """The model, ready to run, and the side of its images."""
-    model = common.create_model(name, **kwargs)
-    usual_size = model.pretrained_cfg["input_size"][-1]
-    if img_size not in (None, usual_size) and model.pretrained_cfg.get("fixed_input_size"):
-        model = common.create_model(name, **kwargs, img_size=img_size)
-    return model.to(args.device, memory_format=_memory_format(args)).train(args.mode == "train"), img_size or usual_size
+    model = common.create_model(name, **kwargs, image_size=(img_size, img_size) if img_size else None)
+    size = img_size or model.pretrained_cfg["input_size"][-1]
+    return model.to(args.device, memory_format=_memory_format(args)).train(args.mode == "train"), size
 
 
 def _memory_format(args: argparse.Namespace) -> torch.memory_format:

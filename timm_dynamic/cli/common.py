@@ -40,6 +40,7 @@ def create_model(
     dynamize: str | None = None,
     where: list[str] | None = None,
     new_head: bool = False,
+    image_size: tuple[int, int] | None = None,
     **kwargs,
 ) -> nn.Module:
     """`timm.create_model`, with a one-line `ValueError` for what a user can get wrong.
@@ -51,6 +52,7 @@ def create_model(
         dynamize: Layer to put into the model; it is then `dynamized`, with the named one as its base.
         where: Which convolutions that replaces (see `timm_dynamic.dynamize`).
         new_head: Leave the classifier as it is if the checkpoint has one of another number of classes.
+        image_size: Of the images, for models that are made for one size (`fixed_input_size` in timm's cfg).
         **kwargs: For the model; those that are None are left out. `num_classes` is then the checkpoint's.
     """
     shown = network_name(name, dynamize, kwargs)
@@ -68,9 +70,12 @@ def create_model(
             kwargs["num_classes"] = cfg and classes_in(checkpoint, cfg.classifier, use_ema)
     # Other people's files break timm in many ways; without them, anything else is a bug, and not to be hidden.
     expected = Exception if pretrained or from_folder else (RuntimeError, TypeError, OSError)
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         with _safe_unpickling():
-            model = timm.create_model(name, **{k: v for k, v in kwargs.items() if v is not None})
+            model = timm.create_model(name, **kwargs)
+            if image_size and _is_of_another_size(model, image_size) and "img_size" not in kwargs:
+                model = timm.create_model(name, **kwargs, img_size=image_size)
         if pretrained:
             check_finite(model.state_dict())
     except expected as error:
@@ -80,6 +85,11 @@ def create_model(
         with explaining(model, checkpoint, use_ema):
             load_checkpoint(model, checkpoint, use_ema, new_head)
     return model
+
+
+def _is_of_another_size(model: nn.Module, size: tuple[int, int]) -> bool:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return bool(cfg.get("fixed_input_size")) and tuple(cfg["input_size"][-2:]) != tuple(size)
 
 
 def network_name(name: str, dynamize: str | None = None, model_kwargs: dict[str, Any] | None = None) -> str:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -121,6 +122,12 @@ def image_channels(args: argparse.Namespace) -> int | None:
     if channels not in (None, *IMAGE_MODES):
         raise ValueError(f"images of {channels} channels cannot be read; possible: {', '.join(map(str, IMAGE_MODES))}")
     return channels
+
+
+def image_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags for the images mean to `create_model`."""
+    size = tuple(args.input_size[1:]) if args.input_size else (args.img_size, args.img_size) if args.img_size else None
+    return {"in_chans": image_channels(args), "image_size": size}
 
 
 def resolve_data(args: argparse.Namespace, model: nn.Module, use_test_size: bool = False) -> dict:

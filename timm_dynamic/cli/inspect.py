@@ -17,11 +17,12 @@ from timm_dynamic.cli.common import create_model, dynamize_options, name_of, res
 from timm_dynamic.cli.data import (
     IMAGE_MODES,
     Images,
-    image_channels,
+    image_options,
     make_loader,
     open_dataset,
     resolve_data,
 )
+from timm_dynamic.cli.validate import take_over_training
 from timm_dynamic.cost import masked_blocks
 from timm_dynamic.inspect import record, routing_entropy, routing_layers
 from timm_dynamic.optimize import optimize
@@ -49,12 +50,13 @@ def main(args: argparse.Namespace) -> None:
     from timm_dynamic.cli.inspect_masks import report_masks  # before the work: a missing matplotlib costs no time
 
     device = resolve_device(args)
+    take_over_training(args)
     options = {
         "checkpoint": args.checkpoint,
         "use_ema": args.use_ema,
         **dynamize_options(args),
         "num_classes": args.num_classes,
-        "in_chans": image_channels(args),
+        **image_options(args),
         **args.model_kwargs,
     }
     model = create_model(args.model, **options)

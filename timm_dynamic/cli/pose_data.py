@@ -81,7 +81,7 @@ class Persons(Dataset):
         truth: Of the same people, for validation.
 
     Raises:
-        UnreadableImage: On access, naming the file: it cannot be read, or a joint is far beyond it.
+        UnreadableImage: On access, naming the file.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Persons(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The image, `[3, H, W]`, and for `pose_maps.target_maps` the joints, `[16, 3]`."""
-        person, image, rotation = self.people[index], self._read(index), 0.0
+        person, rotation = self.people[index], 0.0
+        image = _opened(self.folder / person.image, "RGB")
         if self.augmentation:
             person, image, rotation = vary(person, image, self.augmentation)
         matrix = crop_matrix(person.center, person.scale, rotation, self.size)
@@ -110,22 +111,14 @@ class Persons(Dataset):
         pixels = (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std
         return pixels, torch.from_numpy(to_target(joints, person.visible, self.size))
 
-    def _read(self, index: int) -> Image.Image:
-        person = self.people[index]
-        path = self.folder / person.image
-        try:
-            image = Image.open(path).convert("RGB")
-        except Exception as error:  # Pillow raises all kinds, by format
-            raise UnreadableImage(f"cannot read image {path}: {' '.join(str(error).split())}") from error
-        # Joints can be a little beyond the photograph. What is further out than it is large is a mistake.
-        beyond = np.maximum(-person.joints, person.joints - image.size) > image.size
-        for joint in np.flatnonzero(beyond.any(1) & person.visible):
-            x, y = person.joints[joint] + 1
-            raise UnreadableImage(
-                f"person {index}: the {JOINTS[joint]} (joint {joint}) at ({x:g}, {y:g}) is far out of {path}, "
-                f"{image.width} x {image.height}: correct it, or set its joints_vis to 0"
-            )
-        return image
+
+def _opened(path: Path, mode: str | None = None) -> Image.Image:
+    """A photograph; without a mode only its header is read, which has its size."""
+    try:
+        image = Image.open(path)
+        return image.convert(mode) if mode else image
+    except Exception as error:  # Pillow raises all kinds, by format
+        raise UnreadableImage(f"cannot read image {path}: {' '.join(str(error).split())}") from error
 
 
 def vary(person: Person, image: Image.Image, how: Augmentation) -> tuple[Person, Image.Image, float]:
@@ -229,18 +222,35 @@ def open_persons(
     """The persons of a split; without augmentation they come with their truth, unless `truth` is False.
 
     Raises:
-        ValueError: Unusable annotations, or a missing photograph.
+        ValueError: Unusable annotations, a missing or unreadable photograph, or a joint far beyond it.
     """
     if config["input_size"][0] != 3:
         raise ValueError("the images have three channels: leave out --in-chans")
     annotations = annotations_of(args, split)
     people, folder = read_people(annotations), annotations.parents[1] / "images"
     known = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    sizes: dict[str, tuple[int, int]] = {}
     for index, person in enumerate(people):
+        where, path = f"{annotations}, person {index}", folder / person.image
         if person.image not in known:
-            raise ValueError(f"{annotations}, person {index}: no photograph {folder / person.image}")
+            raise ValueError(f"{where}: no photograph {path}")
+        if person.image not in sizes:
+            with _opened(path) as image:
+                sizes[person.image] = image.size
+        _check_joints(person, sizes[person.image], where, path)
     wanted = None if augmentation or not truth else read_truth(truth_of(annotations), len(people))
     return Persons(folder, people, config, augmentation, wanted)
+
+
+def _check_joints(person: Person, size: tuple[int, int], where: str, path: Path) -> None:
+    """Joints can be a little beyond the photograph. What is further out than it is large is a mistake."""
+    beyond = np.maximum(-person.joints, person.joints - size) > size
+    for joint in np.flatnonzero(beyond.any(1) & person.visible):
+        x, y = person.joints[joint] + 1
+        raise ValueError(
+            f"{where}: the {JOINTS[joint]} (joint {joint}) at ({x:g}, {y:g}) is far out of {path}, "
+            f"{size[0]} x {size[1]}: correct it, or set its joints_vis to 0"
+        )
 
 
 def read_people(path: Path) -> list[Person]:

@@ -13,7 +13,7 @@ from timm.utils import ApexScaler, NativeScaler
 from torch import nn
 
 from timm_dynamic.cli.common import create_model, dynamize_options, name_of
-from timm_dynamic.cli.data import class_folders, image_channels
+from timm_dynamic.cli.data import class_folders, image_options
 from timm_dynamic.training import DynamicTask, add_terms
 
 
@@ -46,7 +46,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     options = {
         "pretrained": args.pretrained,
         "num_classes": args.num_classes or _classes_of_data(args),
-        "in_chans": image_channels(args),
+        **image_options(args),
         "drop_rate": args.drop,
         "drop_path_rate": args.drop_path,
         **args.model_kwargs,

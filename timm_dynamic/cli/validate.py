@@ -4,9 +4,11 @@ import argparse
 import csv
 import json
 import logging
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import accuracy
@@ -29,7 +31,7 @@ from timm_dynamic.cli.common import (
 from timm_dynamic.cli.data import (
     count_classes,
     describe,
-    image_channels,
+    image_options,
     make_loader,
     open_dataset,
     report_bad_images,
@@ -43,6 +45,7 @@ _logger = logging.getLogger(__name__)
 
 _PREPROCESSING = ("img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
 _INTERPOLATIONS = (None, "", *INTERPOLATIONS)
+_LARGEST = 10_000  # of numbers in a file that a model is made with
 _EXAMPLES = 16  # images at most on which the way to run is chosen
 
 
@@ -81,15 +84,14 @@ def main(args: argparse.Namespace) -> None:
 def open_model(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     """The model that the flags name, with its weights, and the data configuration for it."""
     check_compile(args)
-    if args.checkpoint:
-        take_over_preprocessing(args)
+    take_over_training(args)
     model = create_model(
         args.model,
         checkpoint=args.checkpoint,
         use_ema=args.use_ema,
         **dynamize_options(args),
         pretrained=args.pretrained or not args.checkpoint,
-        **{"num_classes": args.num_classes, "in_chans": image_channels(args), **args.model_kwargs},
+        **{"num_classes": args.num_classes, **image_options(args), **args.model_kwargs},
     )
     config = resolve_data(args, model, use_test_size=True)
     _logger.info(f"images {describe(config)}")
@@ -132,22 +134,59 @@ def show(args: argparse.Namespace, results: dict) -> None:
     print(f"--result\n{json.dumps(results, indent=4)}")
 
 
-def take_over_preprocessing(args: argparse.Namespace) -> None:
-    """Where no flag says how images are prepared, prepare them as in the training that the checkpoint is from."""
-    trained = read_checkpoint(args.checkpoint).get("args")
-    trained = vars(trained) if isinstance(trained, argparse.Namespace) else {}
+def take_over_training(args: argparse.Namespace) -> None:
+    """Take over, from the training that the checkpoint is from, what no flag says.
+
+    That is how images are prepared, if no flag says anything of it, and the arguments of the same model.
+    """
+    trained = read_checkpoint(args.checkpoint).get("args") if args.checkpoint else None
+    if not isinstance(trained, argparse.Namespace):
+        return
+    trained = vars(trained)
+    flags, kwargs = _preprocessing_of(trained, args), _model_kwargs_of(trained, args)
+    vars(args).update(flags)
+    args.model_kwargs = {**kwargs, **args.model_kwargs}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items()]
+    words += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())] if kwargs else []
+    if words:
+        _logger.info(f"as in training: {' '.join(words)}")
+
+
+def _preprocessing_of(trained: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: trained.get(name) for name in _PREPROCESSING}
     numbers = [value for name in _PREPROCESSING[:-1] for value in _listed(flags[name])]
     if not all(isinstance(value, (int, float)) for value in numbers) or flags["interpolation"] not in _INTERPOLATIONS:
-        return  # a file can hold anything
-    if any(getattr(args, name) for name in _PREPROCESSING) or not any(flags.values()):
-        return
-    vars(args).update({name: value for name, value in flags.items() if value})
-    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value)
-    _logger.info(f"as in training: {words}")
+        return {}  # a file can hold anything
+    if any(getattr(args, name) for name in _PREPROCESSING):
+        return {}
+    return {name: value for name, value in flags.items() if value}
 
 
-def _listed(value) -> list:
+def _model_kwargs_of(trained: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Those that say what the model is made of; not where weights or code come from, for a file can hold anything."""
+    kwargs = trained.get("model_kwargs")
+    if not isinstance(kwargs, dict) or _network(trained) != _network(vars(args)):
+        return {}
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in args.model_kwargs and re.fullmatch(r"(?!pretrained)[a-z]\w*", str(key)) and _is_harmless(value)
+    }
+
+
+def _network(flags: dict[str, Any]) -> tuple[str, str]:
+    return str(flags.get("model")).partition(".")[0], str(flags.get("dynamize"))
+
+
+def _is_harmless(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) < _LARGEST and all(map(_is_harmless, value))
+    if isinstance(value, str):
+        return re.fullmatch(r"[\w.*?-]{0,80}", value) is not None  # no address, no path
+    return isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) <= _LARGEST)
+
+
+def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 

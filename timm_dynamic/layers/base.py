@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_dynamic.dispatch import changed_part, choose
+from timm_dynamic.layers.argument_types import check_types
 from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
@@ -37,6 +38,10 @@ class DynamicLayer(nn.Module):
     shared = ()
     preferred = None
     limits = None
+
+    def __new__(cls, *args, **kwargs):
+        check_types(cls, kwargs)
+        return super().__new__(cls)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -187,6 +192,8 @@ class DropInConv2d(DynamicLayer):
         Raises:
             ValueError: If this layer cannot stand in for `conv`.
         """
+        if not isinstance(from_scratch, bool):
+            raise ValueError(f"from_scratch must be True or False, got {from_scratch!r}")
         plain = nn.Conv2d
         if not isinstance(conv, plain) or type(conv).forward is not plain.forward:
             raise ValueError(f"{cls.__name__}.from_conv takes an nn.Conv2d with its own forward, got {type(conv)}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from timm_dynamic.layers.argument_types import check_types
 from timm_dynamic.layers.shared_part import SharedPart, all_names
 
 
@@ -41,6 +42,8 @@ class Warehouse(SharedPart):
         dtype=None,
     ):
         super().__init__()
+        ratios = {"cell_num_ratio": cell_num_ratio, "cell_out_ratio": cell_out_ratio, "cell_in_ratio": cell_in_ratio}
+        check_types(Warehouse, ratios)
         if cell_num_ratio <= 0 or (cell_num_ratio != int(cell_num_ratio) and 1 / cell_num_ratio % 1 != 0):
             raise ValueError(f"cell_num_ratio must be an integer, or one over an integer, got {cell_num_ratio}")
         outputs = math.gcd(*(conv.out_channels for conv in convs))

@@ -81,8 +81,8 @@ class Attention(nn.Module):
         if height > rows or width > columns:
             raise ValueError(
                 f"a map of {height} x {width} positions is larger than that of the attention biases, {rows} x "
-                f"{columns}: create the model with img_size=(height, width) of the largest images (--model-kwargs "
-                "img_size=288)"
+                f"{columns}: create the model with img_size=(height, width) of the largest images (commands: "
+                "--img-size 288)"
             )
         y = torch.arange(height, device=self.attention_biases.device)
         x = torch.arange(width, device=self.attention_biases.device)

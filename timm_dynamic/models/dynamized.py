@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_name, register_model
 from timm.models._builder import load_pretrained
 from torch import Tensor, nn
 
-from timm_dynamic.convert import check_finite, filter_fn_of, one_line
+from timm_dynamic.convert import check_finite, check_fits, filter_fn_of, one_line
 from timm_dynamic.hub import WEIGHT_SOURCES, check_hub_file
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import KEY
@@ -45,6 +46,10 @@ class Recipe:
     where: Where = None
     layer_kwargs: dict[str, Any] | None = None
 
+    def __str__(self) -> str:
+        layer = self.layer if isinstance(self.layer, str) else self.layer.__name__
+        return f"dynamized (base={self.base}, layer={layer})"
+
     def make_base(self, **kwargs) -> nn.Module:
         """The static network; `kwargs` are more of its arguments."""
         return timm.create_model(self.base, **{**self.base_kwargs, **kwargs})
@@ -66,6 +71,9 @@ def dynamized(
     **kwargs,
 ) -> nn.Module:
     """A convolutional network of timm, made dynamic by `timm_dynamic.dynamize`.
+
+    Its `load_state_dict` takes weights of the static network, too, and so does `checkpoint_path` of `create_model`:
+    they are loaded into the base before it is changed.
 
     Args:
         pretrained: Take the weights of the base, which the dynamic network goes on from. (Those of a repository or a
@@ -103,6 +111,8 @@ def dynamized(
     base_cfg = {key: value for key, value in base_model.pretrained_cfg.items() if key not in WEIGHT_SOURCES}
     model = recipe.dynamize(base_model)
     model.recipe = recipe
+    hook = model.register_load_state_dict_pre_hook(_take_either)
+    model._load_state_dict_pre_hooks.move_to_end(hook.id, last=False)  # others give shared parts all of their names
     model.pretrained_cfg = model.default_cfg = {**base_cfg, **cfg, "architecture": "dynamized"}
     if pretrained and elsewhere:
         check_hub_file(model.pretrained_cfg, cache_dir)
@@ -110,7 +120,7 @@ def dynamized(
         try:
             load_pretrained(model, model.pretrained_cfg, model.num_classes, channels, checkpoint_filter_fn)
         except RuntimeError as error:
-            raise ValueError(f"the weights do not load into {base} with {layer}: {one_line(error)}") from error
+            raise ValueError(f"the weights do not load into {recipe}: {one_line(error)}") from error
         check_finite(model.state_dict())
     return _features(model, features) if features_only else model
 
@@ -138,8 +148,36 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     return {**model.recipe.dynamize(base).state_dict(), **others}
 
 
+def _take_either(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Make weights of the base, in a state dict that is loaded into this network, those of the network.
+
+    PyTorch says to no hook whether it loads strictly: what could be a part of the weights is left to it.
+
+    Raises:
+        ValueError: They are of another network, or of other shapes.
+    """
+    expected = model.state_dict()
+    if prefix or _shapes(state) == _shapes(expected):
+        return
+    found = checkpoint_filter_fn(dict(state), model)
+    unknown = [key for key in found if key not in expected]
+    others = [key for key in _names(found) if key in expected and found[key].shape != expected[key].shape]
+    if others or 2 * len(unknown) > len(found):
+        try:
+            check_fits(found, model)
+        except ValueError as error:
+            raise ValueError(f"these weights do not load into {model.recipe}: {error}") from error
+    state.clear()
+    state.update(found)
+
+
 def _names(state: dict[str, Tensor]) -> set[str]:
     return set(state) - {KEY}
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """By name, without what PyTorch can do without."""
+    return {key: state[key].shape for key in _names(state) if not key.endswith("num_batches_tracked")}
 
 
 def _recipe(base: str, layer: str | type[DropInConv2d], where: Where, kwargs: dict[str, Any]) -> Recipe:

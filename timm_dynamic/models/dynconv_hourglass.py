@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
+from timm_dynamic.layers.argument_types import check_types
 from timm_dynamic.layers.base import check_positive
 from timm_dynamic.models import _dynconv
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, dynconv_cfg
@@ -369,6 +370,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> DynConvHo
     joints = kwargs.pop("num_joints", None)
     if joints is not None and kwargs.setdefault("num_classes", joints) != joints:
         raise ValueError(f"num_joints is {joints} and num_classes, which is the same here, {kwargs['num_classes']}")
+    check_types(DynConvHourglass, kwargs)
     model = build_model(_with_classes, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
     model.pretrained_cfg["classifier"] = _joint_layers(len(model.stacks))
     return model

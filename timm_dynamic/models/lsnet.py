@@ -268,6 +268,7 @@ def _cfg(name: str, **kwargs) -> dict[str, Any]:
     """For `generate_default_cfgs`; weights on the Hub are the authors' files."""
     classifier = ("head.l", "head_dist.l") if name.endswith("_distill") else "head.l"
     about = {
+        "fixed_input_size": True,  # to timm: the network is made for the size of the images
         "pool_size": (4, 4),
         "hf_hub_id": f"jameslahm/{name}",
         "hf_hub_filename": "pytorch_model.bin",

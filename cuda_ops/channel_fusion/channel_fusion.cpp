@@ -107,10 +107,10 @@ Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional
                     dilation);
   const bool one = weight.dim() == 2;
   const int64_t B = x.size(0), C = x.size(1), positions = x.size(2) * x.size(3);
-  STD_TORCH_CHECK(one ? weight.size(1) == C
-                      : weight.dim() == 3 && weight.size(0) == B && weight.size(2) == C,
-                  "weight must be [O, C], or [", B, ", O, C] for x ", shape_text(x), ", got ",
-                  shape_text(weight));
+  STD_TORCH_CHECK(
+      one ? weight.size(1) == C : weight.dim() == 3 && weight.size(0) == B && weight.size(2) == C,
+      "weight must be [O, C], or [", B, ", O, C] for x ", shape_text(x), ", got ",
+      shape_text(weight));
   const int64_t O = weight.size(one ? 0 : 1);
   const Tensor out = empty(x, {B, O, x.size(2), x.size(3)});
   Products op = plain_products(B, C, O, positions, floats(x),

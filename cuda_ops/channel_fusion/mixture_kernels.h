@@ -27,8 +27,8 @@ class Columns {
       if (!whole_) {
         if (k == 0 || tap == 0) pad(op_.x + (b * op_.C + c) * op_.H * op_.W, row);
         const int64_t y = tap / op_.Kw * op_.dilation_y, x = tap % op_.Kw * op_.dilation_x;
-        load_rows<float>(line_.get(), op_.Wo, padded_.get() + y * width_ + x,
-                         op_.stride_y * width_, op_.stride_x, rows_, op_.Wo);
+        load_rows<float>(line_.get(), op_.Wo, padded_.get() + y * width_ + x, op_.stride_y * width_,
+                         op_.stride_x, rows_, op_.Wo);
         line = line_.get();
       }
       strips(rows_ * op_.Wo, [&](int64_t at, int64_t n, int vectors) {

@@ -4,6 +4,8 @@
 // the columns there, what the block's elements read at every output position. A block of the
 // kernels is read once for some samples, or once for some rows of a large map.
 
+#include "channel_fusion/mixtures.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,7 +15,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "channel_fusion/mixtures.h"
 #include "common/parallel.h"
 
 namespace timm_dynamic {

@@ -138,13 +138,9 @@ def _columns(
 # (benchmarks/models.py, ped_resnet50 at batch 1, on a CPU).
 
 
-def in_weight_order(samples: int, positions: int, outputs: int) -> bool:
-    """Whether columns of so many positions are in the order of the weight."""
-    return 4 * samples * positions <= outputs
-
-
 def _weight_order(rows: Tensor) -> bool:
-    return in_weight_order(*rows.shape)
+    samples, positions, outputs = rows.shape
+    return 4 * samples * positions <= outputs
 
 
 def _matrix(weight: Tensor, rows: Tensor) -> Tensor:

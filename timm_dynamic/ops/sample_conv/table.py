@@ -1,7 +1,6 @@
 """How layers that mix and gate kernels run faster than by their formula."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
@@ -10,7 +9,6 @@ from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
-from timm_dynamic.ops.sample_conv.columns import in_weight_order
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
 from timm_dynamic.ops.shapes import gate_groups
 
@@ -115,15 +113,10 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
     x = layer.pad(x)
     options = (layer.stride, layer.zero_padding, layer.dilation)
     limits = layer.limits or NO_LIMITS
-    if is_fused(x, attention, kernels, layer.zero_padding, layer.groups):
+    if is_fused(x, attention, kernels, layer.groups):
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         return fused(x, attention, kernels, pairs, a_out, *options, bias, *limits)
-    if attention is None and len(x) == 1 and not in_weight_order(1, x.shape[2] * x.shape[3], layer.out_channels):
-        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-        weight = kernels[0] * pairs.view(kernels.shape[2:])
-        y = F.conv2d(x, weight, None, *options, layer.groups).contiguous().mul_(a_out[:, :, None, None])
-    else:
-        y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, layer.groups)
+    y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, layer.groups)
     if bias is not None:
         y.add_(bias[:, :, None, None])
     return y if layer.limits is None else y.clamp_(*limits)

@@ -35,7 +35,7 @@ def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         if rows.ndim == 3 and len(x):
             return columns.forward(x, kernels[0], pairs, a_out, rows, stride, padding, dilation), rows
-        if is_fused(x, attention, kernels, padding, groups):
+        if is_fused(x, attention, kernels, groups):
             return fused(x, attention, kernels, pairs, a_out, stride, padding, dilation), rows
         pointwise = is_pointwise(kernels, padding, groups)
         for part, weights in _weights(x, attention, kernels, pairs, a_out):
@@ -135,11 +135,10 @@ def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, T
     return (a_in[:, :, None] * a_tap[:, None]).flatten(1).contiguous(), a_out.contiguous()
 
 
-def is_fused(x: Tensor, attention: Tensor | None, kernels: Tensor, padding, groups: int) -> bool:
+def is_fused(x: Tensor, attention: Tensor | None, kernels: Tensor, groups: int) -> bool:
     """Whether the CPU kernel of `channel_fusion` runs it."""
     return (
         groups == 1
-        and (attention is not None or is_pointwise(kernels, padding, groups))
         and x.device.type == "cpu"
         and x.dtype == kernels.dtype == torch.float32
         and (attention is None or attention.dtype == torch.float32)
@@ -155,10 +154,10 @@ def fused(
 ) -> Tensor:
     """The convolution, plus `shift`, within limits; without autograd."""
     options = (stride, padding, dilation)
-    if attention is None:  # and a 1x1 convolution
-        x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
-    else:
+    if attention is not None:
         attention = attention.contiguous()
+    elif is_pointwise(kernels, padding, 1):
+        x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
     gates = (pairs, a_out, None, None, shift, low, high)
     with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
         return torch.ops.timm_dynamic.channel_fusion(x.contiguous(), kernels, attention, *gates, *options)

@@ -17,13 +17,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+def dtype_of(family):
+    return torch.float64 if family == "lsnet" else None  # its last norm amplifies rounding
+
+
 class TestNorms:
     """Any norm in the place of a layer's or network's."""
 
     @pytest.mark.parametrize("kwargs", [{"affine": False, "momentum": None}, {"momentum": 0.5, "eps": 0.1}], ids=str)
     @EVERY_NETWORK
     def test_batch_norms_of_other_arguments(self, family, kwargs):
-        dtype = torch.float64 if family == "lsnet" else None  # its last norm amplifies rounding
+        dtype = dtype_of(family)
         model, x = make_network(family, dtype), images(4, dtype=dtype)
         for name, part in list(model.named_modules()):
             if type(part) in (nn.BatchNorm2d, nn.BatchNorm1d):
@@ -44,7 +48,8 @@ class TestNorms:
 
     @EVERY_NETWORK
     def test_without_running_statistics(self, family):
-        model, x = make_network(family), images(4)
+        dtype = dtype_of(family)
+        model, x = make_network(family, dtype), images(4, dtype=dtype)
         torch.func.replace_all_batch_norm_modules_(model)
         self.check(model, x)
 

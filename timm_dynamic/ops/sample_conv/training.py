@@ -158,7 +158,7 @@ def fused(
         attention = attention.contiguous()
     elif is_pointwise(kernels, padding, 1):
         x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
-    gates = (pairs, a_out, None, None, shift, low, high)
+    gates = (pairs, a_out, None, None, None if shift is None else shift.contiguous(), low, high)
     with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
         return torch.ops.timm_dynamic.channel_fusion(x.contiguous(), kernels, attention, *gates, *options)
 

@@ -12,7 +12,6 @@ on the test set), times the networks, and writes results/cifar_cpu.json.
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import nn
 
 import timm_dynamic
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.families import layers
@@ -146,9 +146,8 @@ def report(data: Path, runs: Path, model: str, threads: int, iterations: int, ou
     epochs = yaml.safe_load(CONFIG.read_text())["epochs"]
     facts = {"threads": threads, "data": "CIFAR-10, JPEG", "epochs": epochs}
     found = {**environment(torch.device("cpu")), **facts, "rows": rows}
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:

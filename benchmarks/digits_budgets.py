@@ -8,21 +8,21 @@
     python benchmarks/digits_budgets.py DIGITS RUNS
 
 Takes the last checkpoint of each run. What is timed classifies all images, in batches: each model as it runs by
-default, and "dense", which computes every position and then multiplies by the masks; batch norms are folded in all.
+default, and "dense", which computes every position and then multiplies by the masks; all of them optimized.
 """
 
 import argparse
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from sparse import folded  # beside this script
 from timm.data import ImageDataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from timm_dynamic import optimize
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.convert import load_checkpoint
 from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.ops import backend_info
@@ -75,9 +75,10 @@ def main() -> None:
         model = timm.create_model(MODEL, budget=budget).eval()
         load_checkpoint(model, args.runs / str(budget) / "last.pth.tar")
         rows[budget] = describe(model, images, labels)
-        dense = folded(model)
-        dense.execution = "dense"
-        candidates |= {(budget, name): partial(classify, m, batches) for name, m in (("auto", model), ("dense", dense))}
+        for execution in ("auto", "dense"):
+            model.execution = execution
+            fast = optimize(model, batches[0], memory_format=torch.channels_last)
+            candidates[budget, execution] = partial(classify, fast, batches)
     samples = measure(candidates, args.iterations, 5, device)
     for (budget, name), times in samples.items():
         rows[budget][name] = summarise([time / len(images) for time in times])  # per image
@@ -87,9 +88,8 @@ def main() -> None:
         "kernels": backend_info()["cpu"],
         "rows": list(rows.values()),
     }
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, args.output)
+    with replacing(args.output) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 

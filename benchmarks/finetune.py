@@ -12,7 +12,6 @@ done again. `report` writes results/finetune_cpu.json.
 
 import argparse
 import json
-import os
 import time
 from itertools import product
 from pathlib import Path
@@ -30,6 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import timm_dynamic
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cost import count_macs
 from timm_dynamic.families import FAMILIES, layers
 from timm_dynamic.timing import environment
@@ -113,9 +113,8 @@ def run(runs: Path, name: str, layer: str, optimizer: str, rate: float, seed: in
         minutes = (time.monotonic() - begin) / 60
         row = {"layer": layer, "optimizer": optimizer, "rate": rate, "seed": seed, "images": len(train_set[1])}
         row |= {"top1": accuracy(net, *test_set), "minutes": round(minutes, 2), **environment(torch.device("cpu"))}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row, indent=1) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(row, indent=1) + "\n")
         print(time.strftime("%H:%M"), path.stem, f"{row['top1']:.2f}", flush=True)
     return json.loads(path.read_text())["top1"]
 

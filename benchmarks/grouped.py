@@ -10,7 +10,6 @@ that `timm_dynamic.optimize` makes), and its static twin, likewise. Training is 
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_dynamic
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.families import static_twin
 from timm_dynamic.layers import cond, kw, od
 from timm_dynamic.ops import backend_info
@@ -116,9 +116,8 @@ def main() -> None:
             report["rows"].append({"model": name, "mode": mode, "batch_size": batch_size, "ways": times})
             tqdm.write(f"{name}, {mode}, batch {batch_size}: " + ", ".join(f"{w} {r:.2f}" for w, r in ratios.items()))
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            temporary = args.output.with_suffix(".tmp")
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-            os.replace(temporary, args.output)
+            with replacing(args.output) as temporary:
+                temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

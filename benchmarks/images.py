@@ -10,7 +10,6 @@ networks take turns, in an order drawn anew for every round; the fastest way of 
 
 import argparse
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_dynamic import optimize
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment, measure, summarise
 
@@ -91,9 +91,8 @@ def main() -> None:
         report["rows"] += rows
         print(*map(show, rows), sep="\n")
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, args.output)
+        with replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ the same command is given again.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from statistics import median, median_low
 import torch
 from tqdm import tqdm
 
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.families import FAMILIES
 from timm_dynamic.ops import backend_info
 from timm_dynamic.timing import environment
@@ -143,9 +143,8 @@ def save(output: Path, head: dict, samples: dict[str, list], finished: bool, bes
     failed = {key: sample for key, found in samples.items() for sample in found if isinstance(sample, str)}
     report = {**head, "failed": failed, **({} if finished else {"samples": samples}), "rows": rows}
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
     return rows
 
 

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.ops import backend_info
 from timm_dynamic.ops.dynamic_filter.definition import definition
 from timm_dynamic.timing import environment, measure, peak_memory, summarise
@@ -272,9 +272,8 @@ def main() -> None:
 
 def save(output: Path, report: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ where there is none. All three are `timm_dynamic.optimize`d. Saves one row per m
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_dynamic
+from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.families import family_of
 from timm_dynamic.layers import SparseBranch
 from timm_dynamic.ops import backend_info
@@ -143,9 +143,8 @@ def main() -> None:
                         f"than dense, {row['speedup_over_static_twin']:.2f}x than the static twin"
                     )
                     report["rows"].append(row)
-                    temporary = output.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(report, indent=1) + "\n")
-                    os.replace(temporary, output)
+                    with replacing(output) as temporary:
+                        temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

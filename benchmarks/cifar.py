@@ -61,7 +61,7 @@ def layer_of(network: str) -> str | None:
     return layer if layer in layers() else None
 
 
-def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None:
+def train(data: Path, runs: Path, networks: list[str], seeds: list[int], channels_last: bool) -> None:
     """Train what has not been trained; the log of every run is beside it."""
     for seed in seeds:
         for network in networks:
@@ -73,6 +73,7 @@ def train(data: Path, runs: Path, networks: list[str], seeds: list[int]) -> None
             command += ["--seed", str(seed), "--output", str(runs), "--experiment", folder.name, "--resume", "auto"]
             command += ["--model-kwargs", *(f"{k}={v}".replace(" ", "") for k, v in NETWORKS[network].items())]
             command += ["--dynamize", layer_of(network)] if layer_of(network) else []
+            command += ["--channels-last"] if channels_last else []
             print(time.strftime("%H:%M"), folder.name, flush=True)
             begin = time.monotonic()
             with open(folder / "log.txt", "a") as log:
@@ -157,13 +158,14 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--channels-last", action="store_true", help="train in that layout")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cifar_cpu.json")
     args = parser.parse_args()
     model = yaml.safe_load(CONFIG.read_text())["model"]
     if args.what == "train":
-        train(args.data, args.runs, args.networks, args.seeds)
+        train(args.data, args.runs, args.networks, args.seeds, args.channels_last)
     else:
         report(args.data, args.runs, model, args.threads, args.iterations, args.output)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_dynamic import set_progress
+from timm_dynamic import explain, set_progress
 from timm_dynamic.layers import MaskUnit, load_reference
 
 KINDS = [(kernel_size, stride) for kernel_size in (1, 3) for stride in (1, 2)]
@@ -41,6 +41,12 @@ class TestFormulas:
         mask = layer(X)
         assert torch.equal(mask, (logits >= 0).double()) and 0 < mask.mean() < 1
         assert torch.equal(layer.train().routing(X), mask)
+        # A 1x1 convolution is a product there.
+        last = X.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert torch.equal(layer.eval()(last), mask)
+            way = "sparse" if kernel_size == 1 else "formula"
+            assert str(explain(layer, last)).splitlines()[0] == f"MaskUnit (MaskUnit): {way}"
         for x in (X[:0], X[:1], X[:, :, :1, :1]):
             assert layer.eval()(x).shape == (len(x), 1, -(-x.shape[2] // stride), -(-x.shape[3] // stride))
 
@@ -220,3 +226,18 @@ def test_follows_its_parts(x):
     assert len(seen) == 1
     quantised = torch.ao.quantization.quantize_dynamic(MaskUnit(8, 2).eval(), {nn.Linear})
     assert quantised(x).shape == (3, 1, 5, 4)
+
+
+def test_a_pointwise_unit_follows_its_part():
+    layer, seen = MaskUnit(8, 2, 1).eval(), []
+    x = X.float().contiguous(memory_format=torch.channels_last)
+    changes = (
+        lambda: layer.maskconv.weight.data.mul_(-1),
+        lambda: setattr(layer, "maskconv", nn.Conv2d(8, 1, 1, 2)),
+        lambda: layer.maskconv.register_forward_hook(lambda *args: seen.append(args)),
+    )
+    for change in changes:
+        change()
+        with torch.no_grad():
+            assert torch.equal(layer(x), (logits_by_the_formulas(layer, x) >= 0).float())
+    assert len(seen) == 1

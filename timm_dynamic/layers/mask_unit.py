@@ -85,6 +85,7 @@ class MaskUnit(DynamicLayer):
             self.maskconv = _Squeeze(in_channels, stride, **dd)
         else:
             self.maskconv = nn.Conv2d(in_channels, 1, 1, stride, **dd)
+            self.parts = ((nn.Conv2d, "maskconv"),)
         self.progress, self.number = Progress(False, device=device), 1
 
     def reset_parameters(self) -> None:

@@ -1,6 +1,7 @@
 """How a block with a mask skips what the mask leaves out, and a mask unit runs by its kernel."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -172,15 +173,25 @@ def _cannot_mask(unit, x: Tensor) -> str | None:
 
 
 def _mask_pays(unit, x: Tensor) -> str | None:
+    if unit.kernel_size == 1:
+        on_cpu = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+        return None if on_cpu else "the product is for channels_last, on a CPU"
     return None if has_mask_kernel(x) else "the kernel is for channels_last in float32, on a CPU where it is loaded"
 
 
 def _run_mask(unit, x: Tensor) -> Tensor:
-    conv, fc = unit.maskconv.conv, unit.maskconv.fc
-    return (mask_logits(x, conv.weight, conv.bias, fc.weight, fc.bias, unit.stride) >= 0).to(x.dtype)
+    if unit.kernel_size == 1:
+        conv, s = unit.maskconv, unit.stride
+        rows = x[:, :, ::s, ::s].permute(0, 2, 3, 1)
+        logits = F.linear(rows, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    else:
+        conv, fc = unit.maskconv.conv, unit.maskconv.fc
+        logits = mask_logits(x, conv.weight, conv.bias, fc.weight, fc.bias, unit.stride)
+    return (logits >= 0).to(x.dtype)
 
 
 # Skips most of the work: benchmarks/sparse.py.
 BLOCK = (Implementation(NAME, run, ("cpu", "cuda"), _DTYPES, autocast=True, cannot=_cannot, pays=_pays),)
-# A convolution to one channel costs libraries as much as one to sixteen (dynconv_resnet50, on a CPU).
+# A convolution to one channel costs libraries as much as one to sixteen (dynconv_resnet50, on a CPU), a 1x1 one twice
+# as much as the product (dynconv_hourglass at batch 1, two threads).
 MASK = (Implementation(NAME, _run_mask, ("cpu", "cuda"), _DTYPES, cannot=_cannot_mask, pays=_mask_pays),)

@@ -27,7 +27,9 @@ demo: install
 		--warmup-epochs 0 --workers 0 --output demo/train
 	$(BIN)/timm-dynamic benchmark --models ddf_mul_resnet50 --baseline static --batch-size 1 \
 		--json demo/latency.json --plot demo/latency.png
-	@echo "Left under demo/: digits, validate.csv, train (checkpoints, summary.csv), latency.json, latency.png"
+	$(BIN)/timm-dynamic inspect $$($(BIN)/python -c "from sklearn import datasets as d; print(d.__path__[0])")/images \
+		--model dynconv_resnet8.budget50_cifar10 --input-size 3 256 384 --crop-pct 1 --out demo/masks
+	@echo "Left under demo/: digits, validate.csv, train (checkpoints, summary.csv), latency.json, latency.png, masks"
 	@echo "Next: . .venv/bin/activate"
 
 test: install

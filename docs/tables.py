@@ -288,7 +288,7 @@ def _giga(macs: int) -> str:
 
 
 def _accuracies(model: str, family: Family) -> str:
-    """The authors' for published weights and in the paper, and ours on scikit-learn's digits."""
+    """The authors' for published weights and in the paper, and ours of weights in the package."""
     found = []
     for key, value in family.reported.items():
         name, _, tag = key.partition(".")
@@ -296,7 +296,7 @@ def _accuracies(model: str, family: Family) -> str:
             found.append(f"{value:g} (`{tag}`)" if tag else f"{value:g} in the paper")
     cards = (Path(timm_dynamic.__file__).parent / "weights" / "README.md").read_text()
     for tag, text in re.findall(rf"## {model}\.(\w+)\n(.*?)(?=\n## |\Z)", cards, re.DOTALL):
-        (value,) = re.findall(r"([\d.]+) % top-1 on the 360", text)
+        (value,) = re.findall(r"([\d.]+) % top-1 on the (?:360|10 000), measured", text)
         found.append(f"{value} (`{tag}`, measured)")
     return ", ".join(found)
 

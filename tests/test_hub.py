@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_images
 
+import timm_dynamic
 from timm_dynamic import cli, hub
 from timm_dynamic.cli.digits import write_digits
 from timm_dynamic.families import FAMILIES
@@ -152,24 +155,42 @@ def digits(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tag", SHIPPED)
+def card(tag):
+    """What the package says of weights in it."""
+    return (hub.PACKAGE_WEIGHTS / "README.md").read_text().split(f"## {tag}\n")[1].split("##")[0]
+
+
+@pytest.mark.parametrize("tag", [tag for tag in SHIPPED if tag.endswith("digits")])
 def test_accuracy_of_shipped_weights(tag, digits, tmp_path):
-    """That of its card in the package, but for one image of the 360; parameters and what masks skip as there, too."""
+    """That of its card in the package, but for one image of the 360; what masks skip as there, too."""
     results = tmp_path / "results.json"
     flags = ["--model", tag, "--pretrained", "--device", "cpu", "--workers", "0"]
     assert cli.main(["validate", str(digits), *flags, "--results-file", str(results)]) == 0
-    card = (hub.PACKAGE_WEIGHTS / "README.md").read_text().split(f"## {tag}\n")[1].split("##")[0]
-    (accuracy,) = re.findall(r"([\d.]+) % top-1 on the 360", card)
+    (accuracy,) = re.findall(r"([\d.]+) % top-1 on the 360", card(tag))
     result = json.loads(results.read_text())
     assert result["top1"] == pytest.approx(float(accuracy), abs=100 / 360 + 0.01)
-    macs = re.findall(r"([\d.]+) of ([\d.]+) million MACs", card)
+    macs = re.findall(r"([\d.]+) of ([\d.]+) million MACs", card(tag))
     assert bool(macs) == ("gmacs" in result)
     for executed, static in macs:
         assert 1e3 * result["gmacs"] == pytest.approx(float(executed), rel=1e-2)
         assert 1e3 * result["gmacs_static"] == pytest.approx(float(static), abs=1e-3)
-    (parameters,) = re.findall(r"([\d ]+) parameters", card)
+
+
+@pytest.mark.parametrize("tag", SHIPPED)
+def test_parameters_of_shipped_weights(tag):
+    (parameters,) = re.findall(r"([\d ]+) parameters", card(tag))
     model = timm.create_model(tag, device="meta")
     assert sum(p.numel() for p in model.parameters()) == int(parameters.replace(" ", ""))
+
+
+def test_masks_on_photographs():
+    """Weights for CIFAR-10 skip a clear sky, and compute a flower."""
+    model = timm.create_model("dynconv_resnet8.budget50_cifar10", pretrained=True).eval()
+    images = torch.stack([torch.tensor(image) for image in load_sample_images().images]).permute(0, 3, 1, 2) / 127.5 - 1
+    with timm_dynamic.record(model) as masks, torch.no_grad():
+        model(F.interpolate(images, (128, 128), mode="bilinear", antialias=True))
+    china, flower = masks["layer3.0.masker"][:, 0]
+    assert china[1:4, 16:].mean() < 0.05 and flower[10:21, 10:21].mean() > 0.8
 
 
 @pytest.mark.parametrize("tag", SHIPPED)

@@ -23,8 +23,8 @@ def imagenet_cfg(first_conv: str, classifier: str | tuple[str, ...], **kwargs) -
     }
 
 
-def digits_cfg(tag: str) -> dict[str, Any]:
-    """What is another in the cfg of weights that we trained on scikit-learn's digits, and ship."""
+def shipped_cfg(tag: str) -> dict[str, Any]:
+    """What is another in the cfg of small weights that we trained, for ten classes, and ship."""
     return {
         "file": str(PACKAGE_WEIGHTS / f"{tag}.safetensors"),
         "num_classes": 10,

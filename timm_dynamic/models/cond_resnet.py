@@ -10,7 +10,7 @@ from torch import nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import CondConv2d
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 from timm_dynamic.models._resnet import TINY
 
 __all__ = ["CondBasicBlock"]
@@ -48,7 +48,7 @@ class CondBasicBlock(BasicBlock):
 _about = {
     "origin_url": "https://github.com/tensorflow/tpu",
     "paper_ids": "arXiv:1904.04971",
-    **digits_cfg("test_cond_resnet.digits"),
+    **shipped_cfg("test_cond_resnet.digits"),
 }
 default_cfgs = generate_default_cfgs({"test_cond_resnet.digits": imagenet_cfg("conv1.0", "fc", **_about)})
 

@@ -13,7 +13,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import CoTLayer
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 
 __all__ = ["CoTBottleneck"]
 
@@ -74,7 +74,7 @@ def _cfg(first_conv: str = "conv1", **kwargs) -> dict[str, Any]:
 _MODELS = ("cotnet50", "cotnet101", "cotnext50_2x48d", "cotnext101_2x48d")
 default_cfgs = generate_default_cfgs(
     {f"{name}.in1k": _cfg(hf_hub_id=f"timm-dynamic/{name}.in1k") for name in _MODELS}
-    | {"test_cotnet.digits": _cfg("conv1.0", **digits_cfg("test_cotnet.digits"))}
+    | {"test_cotnet.digits": _cfg("conv1.0", **shipped_cfg("test_cotnet.digits"))}
 )
 
 

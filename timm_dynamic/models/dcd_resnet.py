@@ -16,7 +16,7 @@ from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DCDConv2d, DCDLinear
 from timm_dynamic.layers.base import rename
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["DCDBasicBlock", "DCDBottleneck", "DCDResNet"]
@@ -157,7 +157,7 @@ default_cfgs = generate_default_cfgs(
         "dcd_resnet50.in1k": dcd_cfg("conv1", "fc", hf_hub_id="timm-dynamic/dcd_resnet50.in1k"),
         "dcd_resnet101.untrained": dcd_cfg("conv1", "fc"),
         "dcd_resnet152.untrained": dcd_cfg("conv1", "fc"),
-        "test_dcd_resnet.digits": dcd_cfg("conv1.0", "fc", **digits_cfg("test_dcd_resnet.digits")),
+        "test_dcd_resnet.digits": dcd_cfg("conv1.0", "fc", **shipped_cfg("test_dcd_resnet.digits")),
     }
 )
 

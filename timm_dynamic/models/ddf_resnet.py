@@ -13,7 +13,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DDFConv2d, DDFPack
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 
 __all__ = ["DDFBottleneck"]
 
@@ -115,7 +115,7 @@ default_cfgs = generate_default_cfgs(
         "ddf_add_resnet50.in1k": _in1k("ddf_add_resnet50"),
         "ddf_add_resnet101.in1k": _in1k("ddf_add_resnet101"),
         "ddf_add_resnet152.untrained": _cfg(),
-        "test_ddf_resnet.digits": _cfg("conv1.0", **digits_cfg("test_ddf_resnet.digits")),
+        "test_ddf_resnet.digits": _cfg("conv1.0", **shipped_cfg("test_ddf_resnet.digits")),
     }
 )
 

@@ -15,7 +15,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import DynamicConv2d
-from timm_dynamic.models._cfg import digits_cfg
+from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._dy import dy_cfg, make_dynamic
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
@@ -115,7 +115,7 @@ default_cfgs = generate_default_cfgs(
         "dy_resnet10.untrained": dy_cfg("conv1", "fc"),
         "dy_resnet18.untrained": dy_cfg("conv1", "fc"),
         "dy_resnet50.untrained": dy_cfg("conv1", "fc"),
-        "test_dy_resnet.digits": dy_cfg("conv1.0", "fc", **digits_cfg("test_dy_resnet.digits")),
+        "test_dy_resnet.digits": dy_cfg("conv1.0", "fc", **shipped_cfg("test_dy_resnet.digits")),
     }
 )
 

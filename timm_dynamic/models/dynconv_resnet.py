@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
-from timm_dynamic.models._cfg import digits_cfg
+from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
 
@@ -230,8 +230,11 @@ def _small_cfg(**kwargs) -> dict[str, Any]:
     )
 
 
-def _digits_cfg(tag: str) -> dict[str, Any]:
-    return _cfg(**{**digits_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8)})
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _shipped(tag: str, **kwargs) -> dict[str, dict[str, Any]]:
+    return {tag: _cfg(**{**shipped_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8), **kwargs})}
 
 
 def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any]:
@@ -242,8 +245,9 @@ def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any
 
 default_cfgs = generate_default_cfgs(
     {
-        "dynconv_resnet8.digits": _digits_cfg("dynconv_resnet8.digits"),
-        "dynconv_resnet8.budget30_digits": _digits_cfg("dynconv_resnet8.budget30_digits"),
+        **_shipped("dynconv_resnet8.digits"),
+        **_shipped("dynconv_resnet8.budget30_digits"),
+        **_shipped("dynconv_resnet8.budget50_cifar10", label_names=_CIFAR10),
         "dynconv_resnet14.untrained": _small_cfg(),
         "dynconv_resnet20.untrained": _small_cfg(),
         "dynconv_resnet26.untrained": _small_cfg(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import FDConv2d
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 from timm_dynamic.models._resnet import TINY
 
 __all__ = ["FDResNet"]
@@ -59,7 +59,7 @@ default_cfgs = generate_default_cfgs(
             **{
                 "origin_url": "https://github.com/Linwei-Chen/FDConv",
                 "paper_ids": "arXiv:2503.18783",
-                **digits_cfg("test_fd_resnet.digits"),
+                **shipped_cfg("test_fd_resnet.digits"),
             },
         )
     }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import KWConv2d
-from timm_dynamic.models._cfg import digits_cfg
+from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._kw import kw_cfg, load_authors, make_dynamic, split_options
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
@@ -96,7 +96,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
 default_cfgs = generate_default_cfgs(
     {
         **{f"{name}.in1k": kw_cfg("conv1", "fc", hf_hub_id=f"timm-dynamic/{name}.in1k") for name in _TOP1},
-        "test_kw_resnet.digits": kw_cfg("conv1.0", "fc", **digits_cfg("test_kw_resnet.digits")),
+        "test_kw_resnet.digits": kw_cfg("conv1.0", "fc", **shipped_cfg("test_kw_resnet.digits")),
     }
 )
 

@@ -15,7 +15,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers.lsnet import ConvNorm
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 from timm_dynamic.models._lsnet import Attention, Block, NormLinear, RepVGGDW
 
 __all__ = ["LSNet", "LSNetDistilled"]
@@ -285,7 +285,7 @@ _SIZES = {
     "b": {"embed_dim": (128, 256, 384, 512), "depth": (4, 6, 8, 10)},
     "tiny": {"embed_dim": (16, 32, 48, 64), "depth": (0, 2, 2, 2)},
 }
-_DIGITS = {**digits_cfg("test_lsnet.digits"), "input_size": (3, 128, 128), "hf_hub_id": None, "hf_hub_filename": None}
+_DIGITS = {**shipped_cfg("test_lsnet.digits"), "input_size": (3, 128, 128), "hf_hub_id": None, "hf_hub_filename": None}
 default_cfgs = generate_default_cfgs(
     {f"lsnet_{size}{kind}.in1k": _cfg(f"lsnet_{size}{kind}") for size in "tsb" for kind in ("", "_distill")}
     | {"test_lsnet.digits": _cfg("test_lsnet", **_DIGITS)}

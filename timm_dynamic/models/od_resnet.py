@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import ODConv2d
-from timm_dynamic.models._cfg import digits_cfg
+from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._od import load_authors, make_dynamic, od_cfg, od_cfgs, reported
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
@@ -80,7 +80,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
 default_cfgs = generate_default_cfgs(
     {
         **od_cfgs(_TWINS, "conv1", "fc"),
-        "test_od_resnet.digits": od_cfg("conv1.0", "fc", **digits_cfg("test_od_resnet.digits")),
+        "test_od_resnet.digits": od_cfg("conv1.0", "fc", **shipped_cfg("test_od_resnet.digits")),
     }
 )
 

@@ -13,7 +13,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import PEDConv2d
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 from timm_dynamic.models._resnet import TINY, use_small_stem
 
 __all__ = ["PEDBasicBlock", "PEDBottleneck", "PEDResNet"]
@@ -147,7 +147,7 @@ default_cfgs = generate_default_cfgs(
     {
         "ped_resnet18.in1k": ped_cfg("conv1", "fc", hf_hub_id="timm-dynamic/ped_resnet18.in1k"),
         "ped_resnet50.untrained": ped_cfg("conv1", "fc"),
-        "test_ped_resnet.digits": ped_cfg("conv1.0", "fc", **digits_cfg("test_ped_resnet.digits")),
+        "test_ped_resnet.digits": ped_cfg("conv1.0", "fc", **shipped_cfg("test_ped_resnet.digits")),
     }
 )
 

@@ -13,7 +13,7 @@ from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import Involution2d
-from timm_dynamic.models._cfg import digits_cfg, imagenet_cfg
+from timm_dynamic.models._cfg import imagenet_cfg, shipped_cfg
 
 __all__ = ["InvolutionBottleneck", "RedNet"]
 
@@ -138,7 +138,7 @@ _DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23,
 default_cfgs = generate_default_cfgs(
     {
         **{f"rednet{depth}.untrained": _cfg() for depth in _DEPTHS},
-        "test_rednet.digits": _cfg(**digits_cfg("test_rednet.digits")),
+        "test_rednet.digits": _cfg(**shipped_cfg("test_rednet.digits")),
     }
 )
 

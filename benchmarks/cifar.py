@@ -10,12 +10,14 @@ on the test set), times the networks, and writes results/cifar_cpu.json.
 """
 
 import argparse
+import copy
 import csv
 import json
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,6 +32,7 @@ from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.convert import read_checkpoint
 from timm_dynamic.cost import count_active, count_macs
 from timm_dynamic.families import layers
+from timm_dynamic.inspect import record, routing_entropy
 from timm_dynamic.timing import environment, measure, summarise
 
 CONFIG = Path(__file__).parent.parent / "configs" / "dynconv_resnet8.cifar10.yaml"
@@ -96,57 +99,141 @@ def load(network: str, folder: Path, model: str) -> nn.Module:
     return net.eval()
 
 
-@torch.inference_mode()
-def executed(net: nn.Module, data: Path, images: int = 1000) -> dict[str, float | None]:
-    """Multiply-accumulates of an image, on average of some test images, and the share that masks leave of theirs."""
+def photographs(net: nn.Module, data: Path, images: int = 1000) -> list[torch.Tensor]:
+    """Some test images of every class, in batches of 100."""
     config = resolve_data_config({}, model=net)
     dataset = create_dataset("", root=str(data), split="test")
     colours = {"mean": config["mean"], "std": config["std"]}
     loader = create_loader(dataset, config["input_size"], 100, use_prefetcher=False, **colours)
     # The folders of the classes follow each other: every tenth batch.
-    batches = [x for i, (x, _) in enumerate(loader) if i % (len(dataset) // images) == 0]
+    return [x for i, (x, _) in enumerate(loader) if i % (len(dataset) // images) == 0]
+
+
+@torch.inference_mode()
+def executed(net: nn.Module, batches: list[torch.Tensor]) -> dict[str, float | None]:
+    """Multiply-accumulates of an image, on average, and the share that masks leave of theirs."""
     with count_active(net) as active:
         macs = mean(count_macs(net, x).executed for x in batches)
     return {"macs": macs, "share": active.share}
 
 
-def executions(net: nn.Module, x: torch.Tensor) -> dict[str, partial]:
-    """The ways to run a network, of which the fastest counts."""
-    last = x.contiguous(memory_format=torch.channels_last)
-    fast = timm_dynamic.optimize(net, x)
-    return {"eager": partial(net, x), "eager, channels_last": partial(net, last), "optimized": partial(fast, x)}
-
-
 @torch.inference_mode()
+def routing(net: nn.Module, batches: list[torch.Tensor]) -> dict[str, float] | None:
+    """How far decisions vary between images: their mean entropy, and the entropy of their mean.
+
+    Shares of the highest entropy, on average over layers. They are equal if all images are decided alike.
+    """
+    decided: dict[str, list[torch.Tensor]] = {
+        name: [] for name, layer in net.named_modules() if hasattr(layer, "routing_limit")
+    }
+    if not decided:
+        return None
+    for x in batches:
+        with record(net) as seen:
+            net(x)
+        for name, values in decided.items():
+            values.append(seen[name].double())
+    rows = []
+    for name, values in decided.items():
+        every = torch.cat(values)
+        for_each, highest = routing_entropy(net.get_submodule(name), every)
+        of_mean, _ = routing_entropy(net.get_submodule(name), every.mean(0, keepdim=True))
+        rows.append((for_each.mean().item() / highest, of_mean.item() / highest))
+    return dict(zip(("mean_entropy", "entropy_of_mean"), map(mean, zip(*rows, strict=True)), strict=True))
+
+
+def training_step(net: nn.Module, x: torch.Tensor) -> None:
+    net.zero_grad()
+    net(x).square().sum().backward()
+
+
+def executions(network: str, net: nn.Module, inputs: list[torch.Tensor]) -> dict[tuple[str, str], partial]:
+    """The ways to run a network, of which the fastest counts; every call takes another input, and so other masks."""
+    last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    fast = timm_dynamic.optimize(net, inputs[0])
+    ways = {"eager": (net, inputs), "eager, channels_last": (net, last), "optimized": (fast, inputs)}
+    return {(network, way): partial(_next, run, cycle(x)) for way, (run, x) in ways.items()}
+
+
+def _next(run: nn.Module, inputs) -> None:
+    run(next(inputs))
+
+
+def steps(network: str, net: nn.Module, x: torch.Tensor) -> dict[tuple[str, str], partial]:
+    """A training step without the optimizer's, in both layouts."""
+    layouts = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    return {
+        (network, name): partial(_step, copy.deepcopy(net).to(memory_format=layout), x.contiguous(memory_format=layout))
+        for name, layout in layouts.items()
+    }
+
+
+def _step(net: nn.Module, x: torch.Tensor) -> None:
+    net.zero_grad()
+    net(x).square().sum().backward()
+
+
+def fastest(ways: dict[tuple[str, str], partial], iterations: int, images: int) -> dict[str, dict[str, str | float]]:
+    """Of every network the fastest way, by median; all ways of all networks run in turns."""
+    found: dict[str, dict[str, str | float]] = {}
+    for (network, way), times in measure(ways, iterations, 2, torch.device("cpu")).items():
+        median = summarise(times)["median_ms"] / images
+        if network not in found or median < found[network]["ms_per_image"]:
+            found[network] = {"execution": way, "ms_per_image": median}
+    return found
+
+
+def result(network: str, folders: list[Path], net: nn.Module, batches: list[torch.Tensor]) -> dict:
+    """What the runs of a network say of it."""
+    finished = [json.loads((folder / "done.json").read_text()) for folder in folders]
+    top1 = [float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"]) for folder in folders]
+    return {
+        "network": network,
+        "seeds": [int(folder.suffix[1:]) for folder in folders],
+        "top1": top1,
+        "top1_mean": mean(top1),
+        "top1_std": stdev(top1) if len(top1) > 1 else None,
+        "params": sum(p.numel() for p in net.parameters()),
+        **executed(net, batches),
+        "routing": routing(net, batches),
+        "last_lines": [one["last_line"].partition(", in ")[0] for one in finished],
+        "commits": sorted({str(one["commit"]) for one in finished}),
+        "command": words(finished[0]["command"]),
+    }
+
+
+def words(command: list[str]) -> str:
+    """A command as anybody would give it: two folders are named."""
+    command = [f"configs/{CONFIG.name}" if word.endswith(CONFIG.name) else word for word in command]
+    command[1], command[command.index("--output") + 1] = "DATA", "RUNS"
+    return " ".join(["timm-dynamic", *command])
+
+
 def report(data: Path, runs: Path, model: str, threads: int, iterations: int, output: Path) -> None:
     torch.set_num_threads(threads)
-    rows = []
+    rows, ways = {}, {"batch_1": {}, "batch_64": {}, "training": {}}
     for network in NETWORKS:
         folders = sorted(path.parent for path in runs.glob(f"{network}.*/done.json"))
         if not folders:
             continue
-        finished = [json.loads((folder / "done.json").read_text()) for folder in folders]
-        top1 = [float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"]) for folder in folders]
         net = load(network, folders[0], model)
-        row = {"network": network, "seeds": [int(folder.suffix[1:]) for folder in folders], "top1": top1}
-        row |= {"top1_mean": mean(top1), "top1_std": stdev(top1) if len(top1) > 1 else None}
-        row |= {"params": sum(p.numel() for p in net.parameters()), **executed(net, data)}
-        row |= {"minutes": [one["minutes"] for one in finished], "last_lines": [one["last_line"] for one in finished]}
-        row |= {
-            "commits": sorted({str(one["commit"]) for one in finished}),
-            "command": " ".join(finished[0]["command"]),
-        }
-        for batch_size in (1, 64):
-            ways = executions(net, torch.randn(batch_size, 3, 32, 32))
-            times = measure(ways, iterations, 5, torch.device("cpu"))
-            medians = {way: summarise(samples)["median_ms"] / batch_size for way, samples in times.items()}
-            best = min(medians, key=medians.get)
-            row[f"batch_{batch_size}"] = {"execution": best, "ms_per_image": medians[best]}
-        rows.append(row)
-        print(json.dumps({k: row[k] for k in ("network", "top1", "params", "macs", "batch_1", "batch_64")}), flush=True)
+        batches = photographs(net, data)
+        rows[network] = result(network, folders, net, batches)
+        print(json.dumps(rows[network]), flush=True)
+        images = torch.cat(batches)
+        with torch.inference_mode():
+            # Every class is in every batch.
+            ways["batch_1"] |= executions(network, net, list(images[::20].split(1)))
+            ways["batch_64"] |= executions(network, net, [images[i::15][:64] for i in range(15)])
+        ways["training"] |= steps(network, create(network, model), images[::7][:128])
+    with torch.inference_mode():
+        times = {name: fastest(ways[name], iterations, int(name[6:])) for name in ("batch_1", "batch_64")}
+    times["training"] = fastest(ways["training"], max(1, iterations // 10), 128)
+    for network, row in rows.items():
+        row |= {name: of_all[network] for name, of_all in times.items()}
     epochs = yaml.safe_load(CONFIG.read_text())["epochs"]
     facts = {"threads": threads, "data": "CIFAR-10, JPEG", "epochs": epochs}
-    found = {**environment(torch.device("cpu")), **facts, "rows": rows}
+    found = {**environment(torch.device("cpu")), **facts, "rows": list(rows.values())}
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -207,7 +207,7 @@ def test_cifar_in_the_page(script, tmp_path):
         times = {f"batch_{size}": {"ms_per_image": cost} for size in (1, 64)}
         return {
             "network": network, "top1_mean": top1, "top1_std": None, "seeds": [0], "params": 1e4, "macs": 1e6 * cost,
-            "minutes": [9.5], **times,
+            "training": {"ms_per_image": 2.5}, "routing": {"mean_entropy": 0.5, "entropy_of_mean": 0.75}, **times,
         }  # fmt: skip
 
     rows = [row("static", 80.0, 2), row("static_050", 70.0, 1), row("dcd", 76.0, 1.5), row("od", 74.0, 1.5)]
@@ -216,7 +216,7 @@ def test_cifar_in_the_page(script, tmp_path):
     text = page.cifar_text(report, "cifar_cpu.json", "a machine", tmp_path)
     places = "above the curve: dcd (+1.0); below the curve: od (-1.0); beyond the ends of the curve: ddf."
     assert text.count(places) == 2
-    assert "| dcd | 76.00 | 0 | 10 k | 1.50 M | 1.500 | 1.500 | 10 |\n" in text
+    assert "| dcd | 76.00 | 0 | 10 k | 1.50 M | 1.500 | 1.500 | 2.50 | 0.5000, 0.7500 |\n" in text
     assert (tmp_path / "cifar_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 

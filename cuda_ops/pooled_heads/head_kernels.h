@@ -30,19 +30,20 @@ inline void head_scores(const PooledHeads& op, int64_t begin, int64_t end) {
     const float* const weight = head->weight + row * op.hidden_size;
     for (int64_t b = 0; b < op.B; ++b) {
       float score = dot(weight, op.hidden + b * op.hidden_size, op.hidden_size) + head->bias[row];
-      if (op.activation == Activation::kSigmoid) score = 1 / (1 + std::exp(-score));
-      if (op.activation == Activation::kTwiceSigmoid) score = 2 / (1 + std::exp(-score));
+      score /= op.temperature;
+      if (head->activation == Activation::kSigmoid) score = 1 / (1 + std::exp(-score));
+      if (head->activation == Activation::kTwiceSigmoid) score = 2 / (1 + std::exp(-score));
       head->out[b * head->size + row] = score;
     }
   }
 }
 
-// Of the scores; units are samples.
+// Of the heads that have one; units are samples.
 inline void softmax(const PooledHeads& op, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
     for (const Head& head : op.heads) {
+      if (head.activation != Activation::kSoftmax) continue;
       float* const out = head.out + b * head.size;
-      for (int64_t n = 0; n < head.size; ++n) out[n] /= op.temperature;
       const float largest = *std::max_element(out, out + head.size);
       float sum = 0;
       for (int64_t n = 0; n < head.size; ++n) sum += out[n] = std::exp(out[n] - largest);

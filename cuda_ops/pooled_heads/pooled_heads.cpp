@@ -17,11 +17,12 @@
 
 namespace timm_dynamic {
 
-enum class Activation { kNone, kSigmoid, kTwiceSigmoid, kSoftmax };
+enum class Activation { kSigmoid, kTwiceSigmoid, kSoftmax };
 
 // One head's scores of `size` numbers a sample.
 struct Head {
   int64_t size;
+  Activation activation;
   const float *weight, *bias;
   float* out;
 };
@@ -31,7 +32,6 @@ struct PooledHeads {
   const float *x, *hidden_weight, *hidden_bias;
   float *pooled, *hidden;
   std::vector<Head> heads;
-  Activation activation;
   float temperature;
 };
 
@@ -49,27 +49,27 @@ namespace timm_dynamic {
 namespace {
 
 Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
   if (name == "sigmoid") return Activation::kSigmoid;
   if (name == "sigmoid2") return Activation::kTwiceSigmoid;
-  STD_TORCH_CHECK(name == "softmax",
-                  "activation must be none, sigmoid, sigmoid2 or softmax, got \"", name, "\"");
+  STD_TORCH_CHECK(name == "softmax", "activation must be sigmoid, sigmoid2 or softmax, got \"",
+                  name, "\"");
   return Activation::kSoftmax;
 }
 
 std::vector<Tensor> pooled_heads(const Tensor& x, const Tensor& hidden_weight,
                                  const std::optional<Tensor>& hidden_bias,
                                  const std::vector<Tensor>& weights,
-                                 const std::vector<Tensor>& biases, const std::string& activation,
-                                 double temperature) {
+                                 const std::vector<Tensor>& biases,
+                                 const std::vector<std::string>& activations, double temperature) {
   check_maps("x", x);
-  STD_TORCH_CHECK(weights.size() == biases.size() && !weights.empty(),
-                  "as many weights as biases are needed, got ", weights.size(), " and ",
-                  biases.size());
+  STD_TORCH_CHECK(
+      weights.size() == biases.size() && weights.size() == activations.size() && !weights.empty(),
+      "as many weights as biases and activations are needed, got ", weights.size(), ", ",
+      biases.size(), " and ", activations.size());
   PooledHeads op;
   op.B = x.size(0), op.C = x.size(1), op.positions = x.size(2) * x.size(3);
   op.hidden_size = hidden_weight.numel() / op.C;
-  op.activation = activation_of(activation), op.temperature = static_cast<float>(temperature);
+  op.temperature = static_cast<float>(temperature);
   op.x = floats(x);
   op.hidden_weight = parameter("hidden_weight", hidden_weight, op.hidden_size * op.C, x);
   op.hidden_bias = optional_parameter("hidden_bias", hidden_bias, op.hidden_size, x);
@@ -80,7 +80,8 @@ std::vector<Tensor> pooled_heads(const Tensor& x, const Tensor& hidden_weight,
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t size = biases[i].numel();
     outputs.push_back(empty(x, {op.B, size}));
-    op.heads.push_back({size, parameter("weight", weights[i], size * op.hidden_size, x),
+    op.heads.push_back({size, activation_of(activations[i]),
+                        parameter("weight", weights[i], size * op.hidden_size, x),
                         parameter("bias", biases[i], size, x), mutable_floats(outputs[i])});
     scores += size;
   }
@@ -91,7 +92,7 @@ std::vector<Tensor> pooled_heads(const Tensor& x, const Tensor& hidden_weight,
   run(op.B * op.C, op.positions, kernels.pool);
   run(op.hidden_size, op.B * op.C, kernels.hidden);
   run(scores, op.B * (op.hidden_size + 16), kernels.scores);
-  if (op.activation == Activation::kSoftmax) run(op.B, 16 * scores, kernels.softmax);
+  run(op.B, 16 * scores, kernels.softmax);
   return outputs;
 }
 

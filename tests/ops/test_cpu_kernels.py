@@ -24,7 +24,7 @@ SCHEMAS = {
     "int pool_size, Tensor p, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] dilation, int groups, float low, float high) -> Tensor",
     "pooled_heads": "(Tensor x, Tensor hidden_weight, Tensor? hidden_bias, Tensor[] weights, Tensor[] biases, "
-    "str activation, float temperature) -> Tensor[]",
+    "str[] activations, float temperature) -> Tensor[]",
 }
 for _name, _schema in SCHEMAS.items():
     if not hasattr(OPS, _name):
@@ -222,10 +222,9 @@ def test_dcd_conv_refuses(index, value, message):
 
 
 ACTIVATIONS = {
-    "none": lambda t, temperature: t,
-    "sigmoid": lambda t, temperature: torch.sigmoid(t),
-    "sigmoid2": lambda t, temperature: 2 * torch.sigmoid(t),
-    "softmax": lambda t, temperature: torch.softmax(t / temperature, 1),
+    "sigmoid": torch.sigmoid,
+    "sigmoid2": lambda t: 2 * torch.sigmoid(t),
+    "softmax": lambda t: torch.softmax(t, 1),
 }
 
 
@@ -240,14 +239,16 @@ def test_pooled_heads(shape, sizes, biased, activation):
     args = torch.randn(shape), torch.randn(hidden, shape[1]), torch.randn(hidden) if biased else None, weights, biases
     x, hidden_weight, hidden_bias, weights, biases = double(args)
     z = F.relu(F.linear(x.mean((2, 3)), hidden_weight, hidden_bias))
-    outputs = OPS.pooled_heads(*args, activation, 3.0)
-    for out, weight, bias in zip(outputs, weights, biases, strict=True):
-        check(out, ACTIVATIONS[activation](F.linear(z, weight, bias), 3.0))
+    activations = [activation, *list(ACTIVATIONS)[: len(sizes) - 1]]
+    outputs = OPS.pooled_heads(*args, activations, 3.0)
+    for out, weight, bias, name in zip(outputs, weights, biases, activations, strict=True):
+        check(out, ACTIVATIONS[name](F.linear(z, weight, bias) / 3.0))
 
 
 def test_pooled_heads_refuses():
     x, hidden, weight, bias = torch.randn(2, 4, 3, 3), torch.randn(5, 4), torch.randn(6, 5), torch.randn(6)
     with pytest.raises(RuntimeError, match="activation must be"):
-        OPS.pooled_heads(x, hidden, None, [weight], [bias], "relu", 1.0)
-    with pytest.raises(RuntimeError, match="as many weights as biases"):
-        OPS.pooled_heads(x, hidden, None, [weight], [], "none", 1.0)
+        OPS.pooled_heads(x, hidden, None, [weight], [bias], ["relu"], 1.0)
+    for biases, activations in (([], ["sigmoid"]), ([bias], [])):
+        with pytest.raises(RuntimeError, match="as many weights as biases and activations"):
+            OPS.pooled_heads(x, hidden, None, [weight], biases, activations, 1.0)

@@ -140,19 +140,15 @@ class ODConv2d(KernelMixture):
     def factors(self, pooled: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """What the entries of `kernels` are multiplied by, and the gates of inputs, taps and outputs."""
         inputs, outputs, taps, kernels = self.attention(pooled.to(self.kernels.dtype))
-        return self.activate(inputs, outputs, taps, kernels)
-
-    def activate(
-        self, inputs: Tensor, outputs: Tensor | None, taps: Tensor | None, kernels: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """`factors`, of the attention's scores."""
         temperature = self.temperature()
-        pi = None if kernels is None else F.softmax(kernels / temperature, 1)
-        if pi is not None and self.neutral_gates:
-            pi = around_mean(pi, torch.ones_like(pi[:, :1]))
+        pi = None if kernels is None else self.coefficients(F.softmax(kernels / temperature, 1))
         a_tap = None if taps is None else self.gate(taps / temperature)
         a_out = None if outputs is None else self.gate(outputs / temperature)
         return pi, self.gate(inputs / temperature), a_tap, a_out
+
+    def coefficients(self, attention: Tensor) -> Tensor:
+        """What the entries of `kernels` are multiplied by, `[B, num_kernels]`."""
+        return around_mean(attention, torch.ones_like(attention[:, :1])) if self.neutral_gates else attention
 
     def gate(self, scores: Tensor) -> Tensor:
         gates = torch.sigmoid(scores)

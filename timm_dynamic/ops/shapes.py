@@ -47,7 +47,8 @@ def gate_groups(x: Tensor, kernels: Tensor, a_in: Tensor, a_out: Tensor | None) 
     """
     if kernels.shape[2] > 1:
         return x * a_in.to(x.dtype)[:, :, None, None], None, a_out
-    gates = a_in.repeat_interleave(kernels.shape[1] // a_in.shape[1], 1)
+    multiplier = kernels.shape[1] // a_in.shape[1]
+    gates = a_in if multiplier == 1 else a_in.repeat_interleave(multiplier, 1)
     return x, None, gates if a_out is None else gates * a_out
 
 

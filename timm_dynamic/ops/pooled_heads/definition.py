@@ -1,6 +1,7 @@
 """`pooled_heads`, a private operator: the small network in front of a dynamic convolution, for inference.
 
-    hidden = relu(hidden_weight . mean(x) + hidden_bias)        head_i = activation(weight_i . hidden + bias_i)
+    hidden = relu(hidden_weight . mean(x) + hidden_bias)
+    head_i = activation_i((weight_i . hidden + bias_i) / temperature)
 
 with the mean over positions: up to a dozen small operations a layer, whose overhead is most of their time.
 """
@@ -21,13 +22,20 @@ def average(x: Tensor) -> Tensor:
     return x.sum((2, 3), dtype=accumulation_dtype(x)) / (x.shape[2] * x.shape[3])
 
 
+_ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "sigmoid2": lambda z: 2 * torch.sigmoid(z),
+    "softmax": lambda z: F.softmax(z, 1),
+}
+
+
 def _definition(
     x: Tensor,
     hidden_weight: Tensor,
     hidden_bias: Tensor | None,
     weights: list[Tensor],
     biases: list[Tensor],
-    activation: str,
+    activations: list[str],
     temperature: float,
 ) -> list[Tensor]:
     """Of the registered operator.
@@ -36,8 +44,8 @@ def _definition(
         x: `[B, C, H, W]`.
         hidden_weight, hidden_bias: `[hidden, C]` and `[hidden]`.
         weights, biases: Of every head, `[n, hidden]` and `[n]`.
-        activation: `"none"`, `"sigmoid"`, `"sigmoid2"` (2 * sigmoid), or `"softmax"` of the scores over `temperature`.
-        temperature: Of the softmax.
+        activations: Of every head: `"sigmoid"`, `"sigmoid2"` (2 * sigmoid), or `"softmax"`.
+        temperature: Of all scores.
 
     Returns:
         `[B, n]` of every head, in float32, or float64 for float64 inputs.
@@ -48,16 +56,11 @@ def _definition(
         return F.linear(t, weight.to(t.dtype), None if bias is None else bias.to(t.dtype))
 
     hidden = F.relu(linear(pooled, hidden_weight, hidden_bias))
-    scores = [linear(hidden, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    if activation == "softmax":
-        return [F.softmax(z / temperature, 1) for z in scores]
-    if activation == "none":
-        return scores
-    gates = [torch.sigmoid(z) for z in scores]
-    return [2 * a for a in gates] if activation == "sigmoid2" else gates
+    heads = zip(weights, biases, activations, strict=True)
+    return [_ACTIVATIONS[name](linear(hidden, weight, bias) / temperature) for weight, bias, name in heads]
 
 
-def _fake(x, hidden_weight, hidden_bias, weights, biases, activation, temperature):
+def _fake(x, hidden_weight, hidden_bias, weights, biases, activations, temperature):
     return [x.new_empty(x.shape[0], weight.shape[0], dtype=accumulation_dtype(x)) for weight in weights]
 
 
@@ -67,7 +70,7 @@ def _flops(x, hidden_weight, hidden_bias, weights, *others, out_shape) -> int:
 
 register(
     "pooled_heads",
-    "(Tensor x, Tensor hidden_weight, Tensor? hidden_bias, Tensor[] weights, Tensor[] biases, str activation, "
+    "(Tensor x, Tensor hidden_weight, Tensor? hidden_bias, Tensor[] weights, Tensor[] biases, str[] activations, "
     "float temperature) -> Tensor[]",
     _definition,
     _fake,

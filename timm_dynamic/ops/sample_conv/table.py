@@ -49,7 +49,7 @@ def _gate(layer, x: Tensor) -> Tensor:
     a_in, a_out, a_tap = torch.ops.timm_dynamic.pooled_heads(
         *(x, heads.fc_share.weight, heads.fc_share.bias),
         *([linear.weight for linear in linears], [linear.bias for linear in linears]),
-        *("sigmoid2" if layer.neutral_gates else "sigmoid", 1.0),
+        *(["sigmoid2" if layer.neutral_gates else "sigmoid"] * len(linears), 1.0),
     )
     bias = None if layer.bias is None else layer.bias[None]
     return _convolve(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, bias)
@@ -64,7 +64,7 @@ def _mix(layer, x: Tensor) -> Tensor:
     squeeze, _, expand = layer.attention.to_scores
     (attention,) = torch.ops.timm_dynamic.pooled_heads(
         *(x, squeeze.weight, squeeze.bias, [expand.weight], [expand.bias]),
-        *("softmax", float(layer.temperature())),
+        *(["softmax"], layer.progress.value(layer.hottest, 1.0)),
     )
     attention = layer.coefficients(attention)
     bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
@@ -80,12 +80,16 @@ def _cannot_attend(layer, x: Tensor) -> str | None:
 
 
 def _attend(layer, x: Tensor) -> Tensor:
-    heads = layer.attention.heads()
-    there = [head for head in heads if head is not None]
-    squeeze = layer.attention.squeeze()
-    weights, biases = [head.weight for head in there], [head.bias for head in there]
-    scores = iter(torch.ops.timm_dynamic.pooled_heads(x, *squeeze, weights, biases, "none", 1.0))
-    pi, a_in, a_tap, a_out = layer.activate(*(None if head is None else next(scores) for head in heads))
+    net = layer.attention
+    heads = [head for head in net.heads() if head is not None]
+    gate = "sigmoid2" if layer.neutral_gates else "sigmoid"
+    scored = torch.ops.timm_dynamic.pooled_heads(
+        *(x, *net.squeeze(), [head.weight for head in heads], [head.bias for head in heads]),
+        *(["softmax" if head is net.kernel_fc else gate for head in heads], layer.progress.value(layer.hottest, 1.0)),
+    )
+    found = iter(scored)
+    a_in, a_out, a_tap, pi = (None if head is None else next(found) for head in net.heads())
+    pi = None if pi is None else layer.coefficients(pi)
     if layer.groups > 1:
         x, a_in, a_out = gate_groups(x, layer.kernels, a_in, a_out)
     bias = None if layer.bias is None else layer.bias[None]

@@ -127,6 +127,8 @@ def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, T
     dtype = kernels.dtype
     for gate in gates:
         dtype = torch.promote_types(dtype, gate.dtype)
+    if a_tap is None and a_in is not None and kernels.shape[3:].numel() == 1 and a_out is not None:
+        return a_in.to(dtype).contiguous(), a_out.to(dtype).contiguous()
     sizes = (kernels.shape[2], kernels.shape[3:].numel(), kernels.shape[1])
     a_in, a_tap, a_out = (
         x.new_ones((len(x), n), dtype=dtype) if gate is None else gate.to(dtype)

@@ -9,6 +9,7 @@ from page_grouped import grouped_text
 from page_images import images_text
 from page_models import models_text
 from page_rejected import rejected_text
+from page_roof import roof_text
 from page_sparse import sparse_text
 
 from timm_dynamic.ops.records import SHIPPED, read
@@ -162,6 +163,8 @@ def main() -> None:
             page += models_text(report, name, machine(report), HERE / "results")
     if report := load_if_there("grouped_cpu.json"):
         page += grouped_text(report, "grouped_cpu.json", machine(report))
+    if report := load_if_there("roof_cpu.json"):
+        page += roof_text(report, "roof_cpu.json", machine(report))
     if report := load_if_there("images_cpu.json"):
         page += images_text(report, "images_cpu.json", machine(report))
     for path in sorted(HERE.glob("results/sparse_*.json")):

@@ -200,6 +200,22 @@ def test_all_ways_to_run_an_operator_give_the_same(script, operator):
         torch.testing.assert_close(found[name], found["reference"], rtol=1e-4, atol=1e-4)
 
 
+def test_roof(script):
+    """Every parameter counts once, every map that goes in or comes out, and no view is a call."""
+    roof = script("roof")
+    layer, x = torch.nn.Linear(3, 5), torch.ones(2, 3)
+    with torch.no_grad(), roof.Traffic(layer) as traffic:
+        layer(x).view(10).relu_()
+    assert traffic.parameters == 4 * (15 + 5)
+    # The product reads 6 numbers and writes 10, the activation reads and writes these.
+    assert traffic.calls == 2 and traffic.maps == 4 * (6 + 10 + 10 + 10)
+    side = {"median_ms": 9.0, "arithmetic": 4.0, "parameters": 5.0, "maps": 2.0, "calls": 1.0}
+    report = {"rates": {"macs": 4e10, "bytes": 2e10, "call_s": 3e-6}}
+    report["rows"] = [{"model": "m", "batch_size": 1, "ours": side, "static": side | {"parameters": 1.0}}]
+    text = script("page_roof").roof_text(report, "roof_cpu.json", "a machine")
+    assert "| `m` | 1 | 9.0 (9.0) | 5.0 (4.0) | 4.0 (4.0) | 5.0 (1.0) | 2.0 (2.0) | 1.0 (1.0) |\n" in text
+
+
 def test_cifar_in_the_page(script, tmp_path):
     pytest.importorskip("matplotlib")
 

@@ -10,7 +10,7 @@ from timm_dynamic.ops.products import by_onednn, linear
 from timm_dynamic.ops.shapes import Pair, memory_format
 
 # Up to so many weights a sample, the samples run as the groups of one convolution. Above, oneDNN's grouped convolution
-# falls behind a call per sample, soon by several times (benchmarks/roof_cases.py, per_sample_conv2d, on a CPU).
+# falls behind a call per sample, soon by several times (measured on a CPU, November 2026).
 _GROUPED_WEIGHTS = 2**16
 
 

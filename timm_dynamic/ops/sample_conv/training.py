@@ -19,7 +19,7 @@ from timm_dynamic.ops.sample_conv.samples import convolve, gradients, is_pointwi
 from timm_dynamic.ops.shapes import memory_format, output_size
 
 # Mixed weights that are there at a time. At least four samples are mixed together, as every mixing reads all kernels
-# (benchmarks/roof_cases.py, mixed_conv2d, on a CPU).
+# (measured on a CPU, November 2026).
 _CHUNK = {"cpu": 2**22, "cuda": 2**27}
 # Of these, so many are mixed and gated before the next ones, in the cache: 0.6 of the time of doing each with all
 # (od_resnet18_4x at batch 16, one thread of an AMD EPYC, November 2026).

@@ -115,6 +115,8 @@ def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
     """
     if any(_GLOBAL_HOOKS):
         return "global hooks"
+    if layer.overridden or "formula" in vars(layer):
+        return f"{', '.join(layer.overridden) or 'formula'} is not the family's"
     for kind, name in layer.parts:
         part = _part(layer, name)
         if type(part) is not kind:

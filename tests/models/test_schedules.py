@@ -284,6 +284,27 @@ def test_dynamized_network():
     assert torch.equal(output(other, False), output(model, False))
 
 
+@pytest.mark.parametrize("layers", [("dy", "dy"), ("dy", "od"), ("od", "kw")])
+def test_layers_of_two_kinds(layers):
+    """Each kind has its schedule."""
+
+    def build():
+        model = timm.create_model("test_resnet", num_classes=10)
+        return dynamize(dynamize(model, layers[0], "layer1.*.conv?"), layers[1], "layer3.*.conv?")
+
+    def shares(model):
+        return [module().item() for module in model.modules() if isinstance(module, Progress)]
+
+    model, other = build(), build()
+    set_progress(model, 2, 10)
+    other.load_state_dict(saved(model))
+    assert shares(other) == shares(model) and len({*shares(model)} - {1.0}) > 0
+    assert len(shares(model)) == sum("progress" in key for key in model.state_dict()) == 2
+    assert torch.equal(output(other, False), output(model, False))
+    model.load_state_dict({key: value for key, value in model.state_dict().items() if "progress" not in key})
+    assert shares(model) == [1, 1]
+
+
 class TestBudget:
     """The gradient of DynConv's budget loss."""
 

@@ -23,6 +23,7 @@ def _few(monkeypatch):
 CASES = {
     "1x1": (3, 4, 6, (1, 1), 7, 5, 1, (1, 1), (0, 0), (1, 1)),
     "1x1, strided": (3, 4, 6, (1, 1), 7, 6, 1, (2, 3), (0, 0), (1, 1)),
+    "1x1, strided to a column": (2, 4, 6, (1, 1), 8, 1, 1, (3, 3), (0, 0), (1, 1)),
     "1x1, padded": (2, 4, 6, (1, 1), 7, 5, 1, (1, 1), (1, 0), (1, 1)),
     "1x1, grouped": (2, 4, 6, (1, 1), 7, 5, 2, (1, 1), (0, 0), (1, 1)),
     "1x1, small map": (2, 4, 40, (1, 1), 7, 5, 1, (2, 2), (0, 0), (1, 1)),
@@ -120,7 +121,7 @@ def test_output_and_gradients(name, factors, layout):
 @pytest.mark.parametrize(
     ("name", "factors", "layout"),
     in_turns(
-        ("1x1", "1x1, small map", "dense", "small map", "depthwise", "one sample"),
+        ("1x1", "1x1, strided to a column", "1x1, small map", "dense", "small map", "depthwise", "one sample"),
         FACTORS,
         ("contiguous", "channels_last", "strided arguments"),
     ),
@@ -319,6 +320,14 @@ def test_autocast(name, factors, dtype):
     for key, grad in gradients(expected.sum(), inputs).items():
         assert grads[key].dtype == torch.float32
         torch.testing.assert_close(grads[key], grad, rtol=0.1, atol=0.1 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("factors", ["mixed and gated", "gated"])
+def test_gates_of_another_precision_than_the_kernels(factors):
+    inputs, options = case_of("dense", factors, dtype=torch.float32)
+    expected = run(*inputs, *options)
+    wide = inputs[:3] + [t if t is None else t.double() for t in inputs[3:]]
+    torch.testing.assert_close(run(*wide, *options), expected)
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,9 @@ def test_transforms(case):
     torch.testing.assert_close(tuple(t[:, 0] for t in each), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("case", ["1x1, strided", "depthwise, strided and doubled", "grouped"], indirect=True)
-def test_compiled_and_exported_with_a_dynamic_batch(case):
+def test_compiled_exported_and_traced_with_a_dynamic_batch(case):
     x, weight, options = case
 
     class Net(torch.nn.Module):
@@ -83,7 +84,7 @@ def test_compiled_and_exported_with_a_dynamic_batch(case):
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(Net(), (x, weight), dynamic_shapes={"x": {0: batch}, "weight": {0: batch}})
     compiled = torch.compile(Net(), backend="aot_eager", fullgraph=True, dynamic=True)
-    for function in (program.module(), compiled):
+    for function in (program.module(), compiled, torch.jit.trace(Net(), (x, weight))):
         for B in (1, 2, 5):
             inputs = torch.randn(B, *x.shape[1:]).double(), torch.randn(B, *weight.shape[1:]).double()
             torch.testing.assert_close(function(*inputs), one_by_one(*inputs, *options))

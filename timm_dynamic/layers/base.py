@@ -13,6 +13,9 @@ from timm_dynamic.layers.stand_in import conv_weight_shape, stand_in_weight
 from timm_dynamic.ops.precision import autocast_dtype, is_autocast, no_autocast
 
 Layer = TypeVar("Layer", bound="DynamicLayer")
+# What a subclass may define anew without changing what the layer computes.
+_STATED = {"family", "implementations"}
+_SETUP = {"from_conv", "start_from", "unite", "reset_parameters", "routing"}
 
 
 class DynamicLayer(nn.Module):
@@ -22,6 +25,9 @@ class DynamicLayer(nn.Module):
     functions of `timm_dynamic.ops`; it is right in every situation. `forward` runs it, unless a row of
     `implementations` gives the same faster (`timm_dynamic.dispatch.choose`).
 
+    A subclass of a family's layer that defines a method of it anew always runs by its formula, and absorbs nothing,
+    unless it sets `implementations`, too.
+
     Attributes:
         family: Name of the family, for `timm_dynamic.use`.
         implementations: The faster ways, first the preferred one.
@@ -29,6 +35,7 @@ class DynamicLayer(nn.Module):
         shared: Names of submodules that several layers of a network have.
         preferred: Name of an implementation that need not pay, or None.
         limits: Of the output, lower and upper, where `timm_dynamic.optimize` has put an activation into the layer.
+        overridden: Names of the methods that a subclass of a family's layer defines anew.
     """
 
     # Without annotations, which TorchScript would read.
@@ -38,6 +45,11 @@ class DynamicLayer(nn.Module):
     shared = ()
     preferred = None
     limits = None
+    overridden = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.overridden = _overridden(cls)
 
     def __new__(cls, *args, **kwargs):
         check_types(cls, kwargs)
@@ -110,7 +122,7 @@ class DynamicLayer(nn.Module):
 
     @torch.jit.unused
     def _check_parts(self) -> None:
-        reason = changed_part(self)
+        reason = changed_part(self) if has_plain_forward(self) else "its class has another forward"
         if reason is not None:
             raise ValueError(f"a dynamic layer cannot absorb a norm: {reason}")
 
@@ -122,6 +134,21 @@ class DynamicLayer(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be [B, {self.in_channels}, H, W], got shape {list(x.shape)}")
+
+
+def has_plain_forward(layer: nn.Module) -> bool:
+    """Whether nothing comes before or after what a dynamic layer computes; True for other modules."""
+    return not isinstance(layer, DynamicLayer) or type(layer).forward is DynamicLayer.forward
+
+
+def _overridden(cls: type[DynamicLayer]) -> list[str]:
+    """The methods and properties that are newer than the class that sets `family` or `implementations`."""
+    index, known = next((i, c) for i, c in enumerate(cls.__mro__) if not _STATED.isdisjoint(vars(c)))
+    if known is DynamicLayer:
+        return []
+    newer = (item for c in cls.__mro__[:index] for item in vars(c).items())
+    methods = [name for name, value in newer if callable(value) or isinstance(value, property)]
+    return [n for n in methods if hasattr(known, n) and not hasattr(nn.Module, n) and n not in _SETUP]
 
 
 class DropInConv2d(DynamicLayer):

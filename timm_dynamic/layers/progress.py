@@ -175,22 +175,31 @@ def join(layer: nn.Module, progress: Progress) -> None:
 
 
 def save_once(model: nn.Module, progress: Progress) -> None:
-    """Let state dicts of `model` have the progress that its layers share once, also if they come from another model."""
-    model.register_state_dict_post_hook(partial(_save, progress))
-    model.register_load_state_dict_pre_hook(partial(_load, progress))
+    """Let state dicts of `model` have the progress that its layers share once, also if they come from another model.
+
+    Its key is `KEY`, or for any more of them, of networks with layers of several kinds, their first name.
+    """
+    hooks = model._state_dict_hooks.values()
+    key = None if any(getattr(hook, "func", None) is _save for hook in hooks) else KEY
+    model.register_state_dict_post_hook(partial(_save, progress, key))
+    model.register_load_state_dict_pre_hook(partial(_load, progress, key))
 
 
 def _keys(model: nn.Module, progress: Progress, prefix: str) -> list[str]:
     return [f"{prefix}{name}.done" for name, module in all_names(model) if module is progress]
 
 
-def _save(progress: Progress, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _) -> None:
-    found = [state_dict.pop(key) for key in _keys(model, progress, prefix) if key in state_dict]
+def _save(progress: Progress, key: str | None, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _) -> None:
+    keys = _keys(model, progress, prefix)
+    found = [state_dict.pop(name) for name in keys if name in state_dict]
     if found:
-        state_dict[prefix + KEY] = found[0]
+        state_dict[prefix + key if key else keys[0]] = found[0]
 
 
-def _load(progress: Progress, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    done = state_dict.pop(prefix + KEY, None)
+def _load(
+    progress: Progress, key: str | None, model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
+) -> None:
+    keys = _keys(model, progress, prefix)
+    done = state_dict.pop(prefix + key if key else keys[0], None) if keys else None
     if done is not None:
-        state_dict.update(dict.fromkeys(_keys(model, progress, prefix), done))
+        state_dict.update(dict.fromkeys(keys, done))

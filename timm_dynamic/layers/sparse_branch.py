@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_dynamic.dispatch import choose
-from timm_dynamic.layers.base import DropInConv2d, DynamicLayer
+from timm_dynamic.layers.base import DropInConv2d, DynamicLayer, has_plain_forward
 from timm_dynamic.layers.budget import Budget, Cost
 from timm_dynamic.ops.sparse.executor import Plan
 from timm_dynamic.ops.sparse.table import BLOCK, NAME, activation, branch_problem, make_plan, same_padding, step_problem
@@ -28,8 +28,8 @@ class SparseBranch(DynamicLayer):
     `timm_dynamic.ops.sparse`.
 
     A block has the modules `masker`, a `MaskUnit` with the block's stride, and `downsample`, or None, on the shortcut;
-    and it defines `branch`, `finish`, `steps` and `final_activation`. Its convolutions are padded such that only
-    strides make maps smaller.
+    it defines `branch`, `finish`, `steps` and `final_activation`, and sets `implementations = BLOCK`. Its convolutions
+    are padded such that only strides make maps smaller.
 
     Attributes:
         execution: `"auto"`, `"sparse"` or `"dense"`: how eval mode runs; the results are the same. `"auto"` is sparse
@@ -151,7 +151,8 @@ class SparseBranch(DynamicLayer):
     @torch.jit.unused
     def optimized(self) -> "PackedBlock | None":
         """For `timm_dynamic.optimize`."""
-        return None if branch_problem(self) else PackedBlock(self)
+        changed = self.overridden or not has_plain_forward(self)
+        return None if changed or branch_problem(self) else PackedBlock(self)
 
 
 class PackedBlock(SparseBranch):
@@ -163,6 +164,7 @@ class PackedBlock(SparseBranch):
         block: Without a `branch_problem`.
     """
 
+    implementations = BLOCK
     packed = True
 
     def __init__(self, block: SparseBranch):

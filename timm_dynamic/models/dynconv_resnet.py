@@ -19,6 +19,7 @@ from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
+from timm_dynamic.ops.sparse.table import BLOCK
 
 __all__ = ["DynConvResNet", "DynConvResNetSmall", "SparseBasicBlock", "SparseBottleneck"]
 
@@ -58,6 +59,8 @@ class SparseBasicBlock(SparseBranch, BasicBlock):
     Raises:
         ValueError: If the block is to have what a sparse one cannot.
     """
+
+    implementations = BLOCK
 
     def __init__(
         self,
@@ -100,6 +103,8 @@ class SparseBottleneck(SparseBranch, Bottleneck):
     Raises:
         ValueError: If the block is to have what a sparse one cannot.
     """
+
+    implementations = BLOCK
 
     def __init__(
         self,

@@ -17,5 +17,6 @@ def by_onednn(t: Tensor) -> bool:
 def linear(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows @ matrix.T`; either may be transposed in memory."""
     if by_onednn(rows):
+        matrix = matrix if 1 in matrix.stride() else matrix.contiguous()  # else oneDNN refuses it
         return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
     return F.linear(rows, matrix)

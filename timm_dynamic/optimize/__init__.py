@@ -151,14 +151,17 @@ def _inputs(model: nn.Module, example: Any) -> tuple:
 def _ask(model: nn.Module, report: Report) -> tuple[nn.Module, list[nn.Module]]:
     """Let modules with a form of their own for inference take it, in place; the model, and those forms."""
     forms: dict[nn.Module, nn.Module] = {}
-    names, hooked = [], []
+    names, left = [], {}
 
     def visit(module: nn.Module, name: str) -> nn.Module:
         if module in forms:
             return forms[module]
         if callable(getattr(module, "optimized", None)):
-            if any(has_hooks(part) for part in module.modules()):
-                hooked.append(name)
+            parts = list(module.modules())
+            if any(map(has_hooks, parts)):
+                left[name] = "there are hooks within"
+            elif any("forward" in vars(part) for part in parts):
+                left[name] = "there is a forward of an instance within"
             else:
                 form = module.optimized()
                 if form is not None:
@@ -173,7 +176,7 @@ def _ask(model: nn.Module, report: Report) -> tuple[nn.Module, list[nn.Module]]:
     model = visit(model, "")
     if names:
         report.append(f"{counted(len(names), 'block')} in their form for inference: {listed(names)}")
-    report.add_left(dict.fromkeys(hooked, "there are hooks within"))
+    report.add_left(left)
     return model, list(forms.values())
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_dynamic.dispatch import has_hooks
+from timm_dynamic.layers.base import has_plain_forward
 from timm_dynamic.optimize.packed_conv import FUSED, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted
 from timm_dynamic.optimize.trace import Trace
@@ -138,7 +139,7 @@ class Folding:
             return False
         if isinstance(producer, PackedConv2d):
             return type(act) in FUSED and type(producer.act) is nn.Identity
-        return type(act) in _CLAMPS and getattr(producer, "limits", ()) is None
+        return type(act) in _CLAMPS and getattr(producer, "limits", ()) is None and has_plain_forward(producer)
 
     def _still_there(self, module: nn.Module) -> bool:
         return any(one is module for one in self._model.modules())

@@ -124,7 +124,8 @@ def _sample_conv2d(x, weight, stride, padding, dilation, groups) -> Tensor:
     if exports_to_onnx():
         run = exported.sample_conv2d
     else:
-        run = convolve if runs_registered("sample_conv2d", x) else _convolve_columns
+        by_sample = runs_registered("sample_conv2d", x) and not torch.jit.is_tracing()  # which fixes the batch's size
+        run = convolve if by_sample else _convolve_columns
     with no_autocast(x):
         return run(x, weight, stride, padding, dilation, groups)
 

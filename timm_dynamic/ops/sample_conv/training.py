@@ -35,7 +35,7 @@ def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         if rows.ndim == 3 and len(x):
             return columns.forward(x, kernels[0], pairs, a_out, rows, stride, padding, dilation), rows
-        if is_fused(x, attention, kernels, groups):
+        if is_fused(x, attention, kernels, groups) and (pairs is None or pairs.dtype == x.dtype):
             return fused(x, attention, kernels, pairs, a_out, stride, padding, dilation), rows
         pointwise = is_pointwise(kernels, padding, groups)
         for part, weights in _weights(x, attention, kernels, pairs, a_out):

@@ -26,7 +26,7 @@ class DynamicLayer(nn.Module):
     `implementations` gives the same faster (`timm_dynamic.dispatch.choose`).
 
     A subclass of a family's layer that defines a method of it anew always runs by its formula, and absorbs nothing,
-    unless it sets `implementations`, too.
+    unless it sets `family` or `implementations`, too.
 
     Attributes:
         family: Name of the family, for `timm_dynamic.use`.

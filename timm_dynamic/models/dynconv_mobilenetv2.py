@@ -18,7 +18,6 @@ from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
-from timm_dynamic.ops.sparse.table import BLOCK
 
 __all__ = ["DynConvMobileNetV2", "SparseInvertedResidual"]
 
@@ -39,7 +38,7 @@ class SparseInvertedResidual(SparseBranch, InvertedResidual):
         ValueError: If the block is to have what a sparse one cannot.
     """
 
-    implementations = BLOCK
+    family = "dynconv"
 
     def __init__(
         self,

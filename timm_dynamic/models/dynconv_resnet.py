@@ -19,7 +19,6 @@ from timm_dynamic.layers import MaskUnit, SparseBranch
 from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
-from timm_dynamic.ops.sparse.table import BLOCK
 
 __all__ = ["DynConvResNet", "DynConvResNetSmall", "SparseBasicBlock", "SparseBottleneck"]
 
@@ -60,7 +59,7 @@ class SparseBasicBlock(SparseBranch, BasicBlock):
         ValueError: If the block is to have what a sparse one cannot.
     """
 
-    implementations = BLOCK
+    family = "dynconv"
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class SparseBottleneck(SparseBranch, Bottleneck):
         ValueError: If the block is to have what a sparse one cannot.
     """
 
-    implementations = BLOCK
+    family = "dynconv"
 
     def __init__(
         self,

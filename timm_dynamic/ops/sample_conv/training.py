@@ -25,7 +25,7 @@ _CHUNK = {"cpu": 2**22, "cuda": 2**27}
 # (od_resnet18_4x at batch 16, one thread of an AMD EPYC, November 2026).
 _CACHED = {"cpu": 2**18, "cuda": 2**27}
 # In channels_last a mixture pays for reordering input and output where a sample has so many times more weights than
-# inputs: then 0.25 to 1 of the time, below up to 1.7 (layers of ResNet-18 and MobileNetV2 at batch 1 and 16, DY; one
+# inputs: then 0.26 to 1.1 of the time, below up to 1.7 (layers of ResNet-18 and MobileNetV2 at batch 1 and 16; one
 # kernel gains nothing; one thread of an AMD EPYC, November 2026).
 _REORDERED = 2
 

@@ -1,11 +1,12 @@
 """A model in its fastest execution beside its static twin in its fastest: one process of `models.py --best`.
 
-    python benchmarks/best.py MODEL --runtime torch|onnxruntime --mode eval|train --batch-size N [N ...] \
+    python benchmarks/best.py MODEL[+LAYER] --runtime torch|onnxruntime --mode eval|train --batch-size N [N ...] \
         [--iterations N] [--threads N] [--json FILE]
 
-Within PyTorch: eager and `timm_dynamic.optimize`d, contiguous and in channels_last, the optimized copy under
-`torch.compile`, and the model as it is with inductor's freezing; training eager in both formats, and compiled. In
-onnxruntime: the file exported of the model as it is, and of the optimized one, with a dynamic batch.
+`resnet50+dcd` is a static network that was made dynamic, beside itself. Within PyTorch: eager and
+`timm_dynamic.optimize`d, contiguous and in channels_last, the optimized copy under `torch.compile`, and the model as it
+is with inductor's freezing; training eager in both formats, and compiled. In onnxruntime: the file exported of the
+model as it is, and of the optimized one, with a dynamic batch.
 
 All ways of both networks run in turns for some rounds; the fastest of each then run in turns against each other.
 """
@@ -29,6 +30,14 @@ from timm_dynamic.timing import measure, summarise
 CPU = torch.device("cpu")
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 Way = Callable[[Tensor], object]
+
+
+def create(name: str) -> tuple[nn.Module, nn.Module, str]:
+    """A network, its static twin, and the twin's name."""
+    base, _, layer = name.partition("+")
+    twin = base if layer else families.static_twin(name)
+    dynamic = timm.create_model("dynamized", base=base, layer=layer) if layer else timm.create_model(name)
+    return dynamic, timm.create_model(twin), twin
 
 
 def evaluation(model: nn.Module, x: Tensor) -> dict[str, Way]:
@@ -128,8 +137,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the rows are written")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    names = {"ours": args.model, "twin": families.static_twin(args.model)}
-    models = {network: timm.create_model(name).train(args.mode == "train") for network, name in names.items()}
+    *networks, twin = create(args.model)
+    models = {key: model.train(args.mode == "train") for key, model in zip(("ours", "twin"), networks, strict=True)}
     size = models["ours"].pretrained_cfg["input_size"]
     macs = {network: sum(count_macs(model, torch.randn(1, *size))[1:]) for network, model in models.items()}
     rows = []
@@ -146,7 +155,7 @@ def main() -> None:
                     path.mkdir()
                     ways[network] = onnxruntime_ways(model, torch.randn(2, *size), path, args.threads)
             iterations = args.iterations if batch_size == 1 else -(-args.iterations // 4)
-            row = {"model": args.model, "baseline": names["twin"], "runtime": args.runtime, "mode": args.mode}
+            row = {"model": args.model, "baseline": twin, "runtime": args.runtime, "mode": args.mode}
             rows.append(
                 row
                 | {"batch_size": batch_size, "img_size": size[-1], "iterations": iterations}

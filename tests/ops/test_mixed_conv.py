@@ -118,6 +118,18 @@ def test_output_and_gradients(name, factors, layout):
             assert layout == "contiguous" or x.is_contiguous() or out.is_contiguous(memory_format=memory_format(x))
 
 
+@pytest.mark.parametrize("name", ["dense", "small map", "1x1, small map", "one sample, small map"])
+def test_channels_last_stays(name):
+    """Also where weights outweigh maps, so that both are reordered for the kernel."""
+    inputs, options = case_of(name, dtype=torch.float32)
+    inputs = [None if t is None else t.detach() for t in inputs]
+    expected = written_out(*(t.double() for t in inputs), *options)
+    inputs[0] = LAYOUTS["channels_last"](inputs[0])
+    out = run(*inputs, *options)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "factors", "layout"),
     in_turns(

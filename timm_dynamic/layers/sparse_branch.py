@@ -28,8 +28,8 @@ class SparseBranch(DynamicLayer):
     `timm_dynamic.ops.sparse`.
 
     A block has the modules `masker`, a `MaskUnit` with the block's stride, and `downsample`, or None, on the shortcut;
-    it defines `branch`, `finish`, `steps` and `final_activation`, and sets `family`. Its convolutions are padded such that
-    only strides make maps smaller.
+    it defines `branch`, `finish`, `steps` and `final_activation`, and sets `family`. Its convolutions are padded such
+    that only strides make maps smaller.
 
     Attributes:
         execution: `"auto"`, `"sparse"` or `"dense"`: how eval mode runs; the results are the same. `"auto"` is sparse

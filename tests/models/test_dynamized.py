@@ -182,6 +182,14 @@ def test_checkpoint_path(static, tmp_path):
     assert not found.unexpected_keys and len(found.missing_keys) > 9
     with pytest.raises(RuntimeError, match="Missing key"):
         make(num_classes=7).load_state_dict(head)
+    body = {key: value for key, value in model.state_dict().items() if key not in (*head, *counts)}
+    found, other = (one := make(num_classes=7)).load_state_dict(body, strict=False), one.fc
+    assert sorted(found.missing_keys) == sorted(head) and not found.unexpected_keys
+    with torch.no_grad():
+        features = other.weight @ model.forward_head(model.forward_features(X), pre_logits=True).T
+        torch.testing.assert_close(one(X), features.T + other.bias, rtol=1e-4, atol=1e-4)
+    del body["layer1.0.conv1.weight"]  # not enough to make the layer of
+    assert len(make(num_classes=7).load_state_dict(body, strict=False).unexpected_keys) > 3
 
 
 @pytest.mark.parametrize("layer", ["kw", "dy"])

@@ -128,9 +128,11 @@ def dynamized(
 def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Weights of the base, in timm's or its authors' format, as those of the dynamic network; others as they are.
 
-    Which the file holds, its names say. Weights of other shapes (another number of classes) are passed on.
+    Which the file holds, its names say. Weights of other shapes (another number of classes) are passed on; of layers
+    that stay as they are, such as the classifier, some may be missing.
     """
-    if _names(state) == _names(model.state_dict()):
+    dynamic = _names(model.state_dict())
+    if _names(state) == dynamic:
         _logger.info("the file holds weights of the dynamic network")
         return state
     base = model.recipe.make_base()
@@ -140,12 +142,14 @@ def checkpoint_filter_fn(state: dict[str, Tensor], model: nn.Module) -> dict[str
     except Exception:  # it expects one format and breaks on others
         return state
     expected = base.state_dict()
-    if _names(static) != _names(expected):
+    missing = {key for key in _names(expected) - _names(static) if not key.endswith("num_batches_tracked")}
+    if _names(static) - _names(expected) or missing - dynamic:
         return state
     others = {key: value for key, value in static.items() if key not in expected or value.shape != expected[key].shape}
     base.load_state_dict({**expected, **{key: value for key, value in static.items() if key not in others}})
     _logger.info(f"the file holds weights of the static {model.recipe.base}: they were loaded before it became dynamic")
-    return {**model.recipe.dynamize(base).state_dict(), **others}
+    found = {**model.recipe.dynamize(base).state_dict(), **others}
+    return {key: value for key, value in found.items() if key not in missing}
 
 
 def _take_either(model: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:

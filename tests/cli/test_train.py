@@ -240,6 +240,19 @@ def test_another_run_in_the_same_folder(capsys):
     assert list(row) == ["epoch", "train_loss", "lr"]
 
 
+def test_a_run_that_goes_on_with_other_metrics(capsys):
+    """No epoch's numbers get lost, or under another's name."""
+    flags = "--resume auto --val-split=".split()
+    train(capsys, "--epochs 1")
+    assert run(capsys, "train", "data", *TRAIN_FLAGS, *flags, "--epochs", 2)[0] == 0
+    assert run(capsys, "train", "data", *TRAIN_FLAGS, *flags[:2], "--epochs", 3)[0] == 0
+    with open("out/run/summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [bool(row["eval_top1"]) for row in rows] == [True, False, True]
+    assert all(row["train_loss"] and row["lr"] for row in rows)
+
+
 def test_best_is_remembered(capsys):
     """A resumed run that gets worse does not replace the best checkpoint."""
     train(capsys, "--epochs 1")

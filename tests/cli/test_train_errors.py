@@ -35,6 +35,11 @@ def bad_inputs():
     Path("type.yaml").write_text("epochs: 1.5\n")
     Path("range.yaml").write_text("hflip: 5\ndrop_path: null\nscale: [0.5, 1.0]\n")
     Path("list.yaml").write_text("[1, 2]\n")
+    Path("text.yaml").write_text("experiment: 2024\n")
+    Path("map.yaml").write_text("model_kwargs: budget=0.5\n")
+    Path("pair.yaml").write_text("scale: 0.5\n")
+    Path("switch.yaml").write_text("amp: 'no'\n")
+    Path("nothing.yaml").write_text("mean: 0.5\nopt:\n")
     model = timm.create_model("test_resnet", num_classes=10)
     torch.save(model.state_dict(), "weights.pth")
     optimizer = torch.optim.SGD(model.parameters(), 0.1).state_dict()
@@ -99,6 +104,11 @@ def bad_inputs():
         ("--config key.yaml", "--config key.yaml: unknown keys nonsense"),
         ("--config choice.yaml", "--config choice.yaml: sched is 'nonsense', not one of 'cosine'"),
         ("--config type.yaml", "--config type.yaml: epochs is 1.5, not a whole number"),
+        ("--config text.yaml", "--config text.yaml: experiment is 2024, not a text: put it in quotes"),
+        ("--config map.yaml", "--config map.yaml: model_kwargs is 'budget=0.5', not a map, as in {budget: 0.5}"),
+        ("--config pair.yaml", "--config pair.yaml: scale is 0.5, not 2 values"),
+        ("--config switch.yaml", "--config switch.yaml: amp is 'no', not true or false"),
+        ("--config nothing.yaml", "--config nothing.yaml: opt has no value"),
         ("--config list.yaml", "--config list.yaml must hold `key: value` lines"),
         ("--initial-checkpoint nowhere", "no checkpoint at nowhere"),
         ("--initial-checkpoint weights.pth", f"weights.pth does not load into {MODEL}"),

@@ -48,7 +48,15 @@ from timm_dynamic.cli.train_build import build_model, build_scaler, build_task, 
 from timm_dynamic.cli.train_decisions import FirstImages, executed_share, routing_spreads
 from timm_dynamic.cli.train_epoch import tell_progress, train_one_epoch
 from timm_dynamic.cli.train_finite import FiniteGuard
-from timm_dynamic.cli.train_state import SafeSaver, find_checkpoint, reload_history, repeatable, sync
+from timm_dynamic.cli.train_state import (
+    SafeSaver,
+    find_checkpoint,
+    read_rows,
+    reload_history,
+    repeatable,
+    sync,
+    write_rows,
+)
 from timm_dynamic.cli.validate import evaluate
 from timm_dynamic.convert import check_finite, extract_state_dict, one_line, read_checkpoint
 
@@ -369,10 +377,16 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
 
 
 def write_summary(path: Path, epoch: int, metrics: dict[str, float], lr: float) -> None:
+    """Add the row of an epoch. A run may go on with flags for other metrics: the file has the columns of all."""
+    columns, rows = read_rows(path) if path.exists() else ([], [])
+    metrics = {**dict.fromkeys(columns, ""), **metrics}
     train, evaluated = (
         {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
         for prefix in ("train_", "eval_")
     )
+    names = ["epoch", *(f"train_{key}" for key in train), *(f"eval_{key}" for key in evaluated), "lr"]
+    if columns and columns != names:
+        write_rows(path, names, rows)
     update_summary(epoch, train, evaluated, path, lr=lr, write_header=not path.exists())
 
 

@@ -162,6 +162,21 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
+def read_rows(summary: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a run's CSV file, and its rows; the last line may be cut short."""
+    text = summary.read_text(errors="replace")
+    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    rows = [row for row in reader if None not in row.values() and (row.get("epoch") or "").isdecimal()]
+    return list(reader.fieldnames or ()), rows
+
+
+def write_rows(summary: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    with replacing(summary) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def reload_history(saver: SafeSaver, summary: Path, start: int, metric: str, resumed: str = "") -> None:
     """Let a run that goes on in its own folder know its best checkpoints, and drop rows of epochs it will repeat.
 
@@ -174,15 +189,10 @@ def reload_history(saver: SafeSaver, summary: Path, start: int, metric: str, res
     """
     past: dict[int, float] = {}
     if summary.exists():
-        text = summary.read_text(errors="replace")
-        reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-        rows = [row for row in reader if None not in row.values() and (row.get("epoch") or "").isdecimal()]
+        columns, rows = read_rows(summary)
         rows = [row for row in rows if int(row["epoch"]) < start]
         if rows:
-            with replacing(summary) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, reader.fieldnames or (), extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(summary, columns, rows)
         else:  # a new run may have other columns
             summary.unlink()
         past = {int(row["epoch"]): float(row[metric]) for row in rows if row.get(metric)}

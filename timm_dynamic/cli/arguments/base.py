@@ -4,6 +4,7 @@ import argparse
 import ast
 import math
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -44,26 +45,56 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"--config {path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {path} must hold `key: value` lines")
-        unknown = sorted(set(values) - {action.dest for action in self._actions})
+        dests = {action.dest for action in self._actions}
+        fixed = self._defaults.items()  # what only other commands let their users choose; `args.yaml` has it
+        unknown = sorted(str(key) for key, value in values.items() if key not in dests and (key, value) not in fixed)
         if unknown:
-            known = [action.dest for action in self._actions]
-            hints = "".join(f"; {hint}" for key in unknown if (hint := did_you_mean(str(key), known)))
-            raise ValueError(f"--config {path}: unknown keys {', '.join(map(str, unknown))}{hints}")
-        for action in self._actions:  # argparse checks neither the choices nor the type of a default
-            value = values.get(action.dest)
-            if action.choices and value is not None and value not in action.choices:
-                raise ValueError(
-                    f"--config {path}: {action.dest} is {value!r}, not one of {', '.join(map(repr, action.choices))}"
-                )
-            if action.type in (int, positive_int, count) and isinstance(value, (bool, float)):
-                raise ValueError(f"--config {path}: {action.dest} is {value!r}, not a whole number")
-            if action.type in _RANGES and value is not None:
-                for one in value if isinstance(value, list) else [value]:
-                    try:
-                        action.type(str(one))
-                    except argparse.ArgumentTypeError as error:
-                        raise ValueError(f"--config {path}: {action.dest}: {error}") from None
+            hints = "".join(f"; {hint}" for key in unknown if (hint := did_you_mean(key, dests)))
+            raise ValueError(f"--config {path}: unknown keys {', '.join(unknown)}{hints}")
+        for action in self._actions:  # argparse checks no default but a text
+            if action.dest in values:
+                try:
+                    values[action.dest] = _from_config(action, values[action.dest])
+                except ValueError as error:
+                    raise ValueError(f"--config {path}: {action.dest}{error}") from None
         return values
+
+
+def _from_config(action: argparse.Action, value: Any) -> Any:
+    """What the flag would give for a value of the YAML file.
+
+    Raises:
+        ValueError: The flag would not take it; what follows the flag's name.
+    """
+    if isinstance(action, KeyValues):
+        if not isinstance(value or {}, dict):
+            raise ValueError(f" is {value!r}, not a map, as in {{budget: 0.5}}")
+        return value or {}
+    if action.nargs == 0:
+        if value not in (True, False, None):
+            raise ValueError(f" is {value!r}, not true or false")
+        return bool(value)
+    if value is None:
+        if action.default not in (None, ""):
+            raise ValueError(" has no value")
+        return None
+    values, takes_many = value if isinstance(value, list) else [value], action.nargs not in (None, "?")
+    if len(values) != action.nargs if isinstance(action.nargs, int) else isinstance(value, list) and not takes_many:
+        raise ValueError(f" is {value!r}, not {action.nargs or 'one'} value{'s' * takes_many}")
+    for one in values:
+        if action.choices and one not in action.choices:
+            raise ValueError(f" is {one!r}, not one of {', '.join(map(repr, action.choices))}")
+        if action.type in (int, positive_int, count) and isinstance(one, (bool, float)):
+            raise ValueError(f" is {one!r}, not a whole number")
+        if not action.type and not isinstance(one, str):
+            raise ValueError(f" is {one!r}, not a text: put it in quotes")
+    try:
+        values = [action.type(str(one)) if action.type else one for one in values]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f": {error}") from None
+    except ValueError:
+        raise ValueError(f" is {value!r}, not a number") from None
+    return values if takes_many else values[0]
 
 
 def _number(text: str, kind: type = float) -> float:
@@ -119,9 +150,6 @@ def share_below_one(text: str) -> float:
     if value == 1:
         raise argparse.ArgumentTypeError(f"{text} is not below 1")
     return value
-
-
-_RANGES = (positive_int, count, positive, non_negative, share, share_below_one)
 
 
 class KeyValues(argparse.Action):

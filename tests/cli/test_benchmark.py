@@ -222,8 +222,9 @@ def test_dynamize(run):
     ]
 
 
-def test_a_model_of_fixed_size_is_made_for_the_images(run):
+def test_images_are_as_the_model_is_made(run):
     assert run("--models", "test_vit")["rows"][0]["img_size"] == 32
+    assert run("--models", "test_resnet", "--model-kwargs", "in_chans=1")["rows"][0]["macs_executed"] > 0
 
 
 def test_table_fits_in_100_columns():
@@ -301,11 +302,12 @@ def test_bad_flags_are_refused_before_anything_runs(flags, message, monkeypatch,
         (["--models", "test_ddf_resnet", "--baseline", "static"], "test_ddf_resnet has no static twin"),
         (["--models", "test_resnet", "--model-kwargs", "wings=2"], "unexpected keyword argument 'wings'"),
         (["--models", "test_vit", "--img-size", "31"], "test_vit does not run on images [1, 3, 31, 31]"),
+        (["--models", "test_resnet", "--images", "{}"], "no images in "),
     ],
 )
 def test_bad_models_are_one_line(flags, message, capsys, tmp_path):
     path = tmp_path / "out.json"
-    assert message in fails(capsys, *flags, "--json", str(path))
+    assert message in fails(capsys, *(flag.format(tmp_path) for flag in flags), "--json", str(path))
     assert not path.exists()
 
 

@@ -75,6 +75,7 @@ def bad_inputs():
         ("--model-ema --model-ema-decay 5", "argument --model-ema-decay: 5 is not between 0 and 1"),
         ("--reprob nan", "argument --reprob: nan is not between 0 and 1"),
         ("--weight-decay -3", "argument --weight-decay: -3 is not 0 or more"),
+        ("--sched step --decay-epochs 0", "argument --decay-epochs: 0 is not above 0"),
         ("--clip-grad -1", "argument --clip-grad: -1 is not above 0"),
         ("--std 0", "argument --std: 0 is not above 0"),
         ("--scale 2 1", "--scale 2.0 1.0: the first must not be larger"),

@@ -150,7 +150,7 @@ def _candidate(
 
 
 def _images(model: nn.Module, batch: int, size: int, args: argparse.Namespace, device: torch.device) -> Tensor:
-    channels = model.pretrained_cfg["input_size"][0]
+    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
     if args.images:
         x = _photographs(args.images, batch, resolve_data_config({"input_size": (channels, size, size)}, model=model))
     else:
@@ -160,7 +160,10 @@ def _images(model: nn.Module, batch: int, size: int, args: argparse.Namespace, d
 
 def _photographs(folder: str, batch: int, config: dict) -> Tensor:
     """The first images of a folder, as validation sees them; repeated if they are fewer than the batch."""
-    reader = create_dataset("", folder, search_split=False).reader
+    try:
+        reader = create_dataset("", folder, search_split=False).reader
+    except RuntimeError:  # timm's, of a folder without any
+        raise ValueError(f"no images in {folder}") from None
     images = Images(reader, IMAGE_MODES[config["input_size"][0]])
     images.transform = create_transform(**config, is_training=False)
     return torch.stack([images[i % len(images)][0] for i in range(batch)])

@@ -106,8 +106,8 @@ def add_start_arguments(parser: Parser) -> None:
         help="checkpoint of a run to go on with; `auto`: the last whole one in the folder of --experiment, if any",
     )
     group.add_argument("--no-resume-opt", action="store_true", help="do not resume the optimizer's state")
-    group.add_argument("--start-epoch", type=int, metavar="N", help="first epoch (default: 0, or the resumed one)")
-    group.add_argument("--seed", type=int, default=42, metavar="N", help="random seed (default: 42)")
+    group.add_argument("--start-epoch", type=count, metavar="N", help="first epoch (default: 0, or the resumed one)")
+    group.add_argument("--seed", type=count, default=42, metavar="N", help="random seed (default: 42)")
     group.add_argument(
         "--deterministic",
         action="store_true",
@@ -204,12 +204,12 @@ def add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--lr-k-decay", type=float, default=1.0, metavar="X", help="exponent in cosine and poly")
     group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X", help="default: 1e-5")
     group.add_argument(
-        "--warmup-epochs", type=int, metavar="N", help="default: 5, or a tenth of --epochs if that is less"
+        "--warmup-epochs", type=count, metavar="N", help="default: 5, or a tenth of --epochs if that is less"
     )
     group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
     group.add_argument("--min-lr", type=float, default=0.0, metavar="X", help="default: %(default)s")
     group.add_argument(
-        "--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the cycles"
+        "--cooldown-epochs", type=count, default=0, metavar="N", help="epochs at --min-lr after the cycles"
     )
     group.add_argument(
         "--decay-milestones",
@@ -220,7 +220,7 @@ def add_schedule_arguments(parser: Parser) -> argparse._ArgumentGroup:
         help="epochs of --sched multistep",
     )
     group.add_argument(
-        "--decay-epochs", type=float, default=90, metavar="N", help="epochs between steps of --sched step"
+        "--decay-epochs", type=positive, default=90, metavar="N", help="epochs between steps of --sched step"
     )
     group.add_argument(
         "--decay-rate", "--dr", type=float, default=0.1, metavar="X", help="step, multistep, poly's power"

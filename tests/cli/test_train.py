@@ -273,8 +273,10 @@ def test_start_and_optimizer_of_a_resumed_run(capsys):
     assert [row["epoch"] for row in rows] == [3]
     assert rows[0]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 3 / 4)) / 2)
     # The optimizer's state brings its learning rate along, a new optimizer takes the flag's.
-    _, rows, _ = train(capsys, f"{flags} --epochs 4 --start-epoch 2 --lr 0.01 --no-resume-opt")
+    _, rows, _ = train(capsys, f"{flags} --epochs 4 --start-epoch 2 --lr 0.01 --no-resume-opt --opt adamw")
     assert rows[-2]["lr"] == pytest.approx(0.01 / 2)
+    status, _, err = run(capsys, "train", "data", *TRAIN_FLAGS, "--resume", "auto", "--opt", "adamw")
+    assert status == 2 and "does not fit this run: it is of --opt sgd, not adamw, which could begin anew" in err
 
 
 def test_initial_checkpoint(capsys):

@@ -355,6 +355,9 @@ def resume(args: argparse.Namespace, task: TrainingTask, optimizer: torch.optim.
             f"--resume {args.resume} holds no {', '.join(sorted(missing))}: for weights alone use --initial-checkpoint"
         )
     try:
+        before = str(getattr(checkpoint.get("args"), "opt", args.opt))[:100]
+        if before != args.opt and not args.no_resume_opt:
+            raise ValueError(f"it is of --opt {before}, not {args.opt}, which could begin anew by --no-resume-opt")
         state = extract_state_dict(checkpoint)
         check_finite(state)
         task.load_checkpoint_state(state, checkpoint.get("task_state"))

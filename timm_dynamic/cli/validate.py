@@ -128,10 +128,10 @@ def executed(active: ActiveCount, model: nn.Module, config: dict, device: torch.
 
 
 def show(args: argparse.Namespace, results: dict) -> None:
-    """Print the results, and write them to `--results-file`."""
+    """Print the results, and write them to `--results-file`; first the former, lest a full disk lose them."""
+    print(f"--result\n{json.dumps(results, indent=4)}", flush=True)
     if args.results_file:
         write_results(args.results_file, results)
-    print(f"--result\n{json.dumps(results, indent=4)}")
 
 
 def take_over_training(args: argparse.Namespace) -> None:

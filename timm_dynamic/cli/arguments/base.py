@@ -89,12 +89,14 @@ def _from_config(action: argparse.Action, value: Any) -> Any:
         if not action.type and not isinstance(one, str):
             raise ValueError(f" is {one!r}, not a text: put it in quotes")
     try:
-        values = [action.type(str(one)) if action.type else one for one in values]
+        checked = [action.type(str(one)) if action.type else one for one in values]
     except argparse.ArgumentTypeError as error:
         raise ValueError(f": {error}") from None
     except ValueError:
         raise ValueError(f" is {value!r}, not a number") from None
-    return values if takes_many else values[0]
+    values = [after if isinstance(one, str) else one for one, after in zip(values, checked, strict=True)]
+    is_list = isinstance(value, list) or (takes_many and not isinstance(action.default, float))
+    return values if is_list else values[0]
 
 
 def _number(text: str, kind: type = float) -> float:

@@ -35,7 +35,7 @@ def work(job):
     os._exit(status)
 
 gc.freeze()
-for line in sys.stdin:
+for line in iter(sys.stdin.readline, "\\n"):
     started = [os.fork() or work(job) for job in json.loads(line)]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]), flush=True)
 """
@@ -50,7 +50,9 @@ class Processes:
         self._server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes)
 
     def close(self):
-        self._server.stdin.close()
+        print(
+            file=self._server.stdin, flush=True
+        )  # its end is not seen while a worker that was forked here has it open
         assert self._server.wait(60) == 0
 
     def run(self, argv=(), folder=".", code=""):

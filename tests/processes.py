@@ -50,9 +50,8 @@ class Processes:
         self._server = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes)
 
     def close(self):
-        print(
-            file=self._server.stdin, flush=True
-        )  # its end is not seen while a worker that was forked here has it open
+        # An empty line: a closed pipe is not seen while a process that was forked here has it open.
+        print(file=self._server.stdin, flush=True)
         assert self._server.wait(60) == 0
 
     def run(self, argv=(), folder=".", code=""):

@@ -143,11 +143,6 @@ def routing(net: nn.Module, batches: list[torch.Tensor]) -> dict[str, float] | N
     return dict(zip(("mean_entropy", "entropy_of_mean"), map(mean, zip(*rows, strict=True)), strict=True))
 
 
-def training_step(net: nn.Module, x: torch.Tensor) -> None:
-    net.zero_grad()
-    net(x).square().sum().backward()
-
-
 def executions(network: str, net: nn.Module, inputs: list[torch.Tensor]) -> dict[tuple[str, str], partial]:
     """The ways to run a network, of which the fastest counts; every call takes another input, and so other masks."""
     last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]

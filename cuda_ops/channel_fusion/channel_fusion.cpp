@@ -82,12 +82,13 @@ Tensor mixtures(const Tensor& x, const Tensor& kernels, const std::optional<Tens
   op.Wo = (op.W + 2 * op.padding_x - op.dilation_x * (op.Kw - 1) - 1) / op.stride_x + 1;
   STD_TORCH_CHECK(op.Ho > 0 && op.Wo > 0, "x ", shape_text(x), " is too small for kernels ",
                   shape_text(kernels));
-  const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo});
+  op.channels_last = !x.is_contiguous();
+  const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo}, op.channels_last);
   op.x = floats(x), op.out = mutable_floats(out);
   op.kernels = parameter("weight", kernels, kernels.numel(), x);
   op.attention = optional_parameter("attention", attention, op.B * op.N, x);
   op.pairs = optional_parameter("in_scale", pairs, op.B * op.whole_depth(), x);
-  op.a_out = optional_parameter("out_scale", a_out, op.B * op.O, x);
+  op.a_out = optional_parameter("out_scale", a_out, op.B * op.O, x), op.a_out_stride = op.O;
   const bool shared = shift && shift->dim() == 2 && shift->size(0) == 1;
   op.shift = optional_parameter("shift", shift, (shared ? 1 : op.B) * op.O, x);
   op.shift_stride = shared ? 0 : op.O;
@@ -101,7 +102,7 @@ Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional
                       const std::optional<Tensor>& p, const std::optional<Tensor>& v,
                       const std::optional<Tensor>& shift, double low, double high,
                       const Pair& stride, const Pair& padding, const Pair& dilation) {
-  check_maps("x", x);
+  check_maps("x", x, weight.dim() == 5);
   if (weight.dim() == 5)
     return mixtures(x, weight, attention, in_scale, out_scale, shift, low, high, stride, padding,
                     dilation);

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "channel_fusion/mixtures.h"
 #include "channel_fusion/products.h"
 #include "common/arguments.h"
 #include "common/parallel.h"
@@ -40,6 +41,7 @@ struct DcdConv {
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   const float *x, *fc, *gate, *phi_head, *scale_head, *q, *p, *weight, *bias, *shift;
   AffineNorm norm1, norm2;
+  bool channels_last;
   float low, high;
   float *pooled, *z, *gated, *phi, *scale, *slopes, *offsets;
   float* shifts;   // [B, O]: what is added to the products
@@ -88,9 +90,10 @@ AffineNorm make_norm(const Tensors& t, double eps, int64_t L, const Tensor& x) {
 }
 
 // A tensor of this memory that autograd knows nothing of.
-Tensor view_of(const float* at, const Sizes& sizes, const Tensor& like) {
+Tensor view_of(const float* at, const Sizes& sizes, const Tensor& like, bool channels_last = false) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  if (channels_last) strides = {strides[0], 1, sizes[3] * sizes[1], sizes[1]};
   return torch::stable::from_blob(const_cast<float*>(at), sizes, strides, like.device(),
                                   ScalarType::Float);
 }
@@ -107,7 +110,7 @@ class Convolution {
                 dilation = {op_.dilation_y, op_.dilation_x}, no_padding = {0, 0};
     std::optional<Tensor> optional_bias;
     if (bias) optional_bias = view_of(bias, {op_.O}, like_);
-    StableIValue stack[] = {from(view_of(x, {B, op_.C, op_.H, op_.W}, like_)),
+    StableIValue stack[] = {from(view_of(x, {B, op_.C, op_.H, op_.W}, like_, op_.channels_last)),
                             from(view_of(weight, {op_.O, op_.C / groups_, op_.Ky, op_.Kx}, like_)),
                             from(optional_bias),
                             from(stride),
@@ -118,7 +121,9 @@ class Convolution {
                             from(groups_)};
     TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
-    const Tensor y = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+    const MemoryFormat layout =
+        op_.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    const Tensor y = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]), layout);
     STD_TORCH_CHECK(y.scalar_type() == ScalarType::Float && y.numel() == B * op_.O * op_.outputs(),
                     "the convolution gave ", shape_text(y), " or no float32 (autocast?)");
     return y;
@@ -136,7 +141,7 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                    const Tensor& p, const std::optional<Tensor>& shift, const Tensor& weight,
                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
                    const Sizes& dilation, int64_t groups) {
-  check_maps("x", x);
+  check_maps("x", x, true);
   STD_TORCH_CHECK(heads.size() == 4 && heads[0].dim() == 2 && heads[3].dim() == 2 && q.dim() >= 2,
                   "heads must be the weights of fc, gate, fc_phi and fc_scale, and q [L, C, 1, 1]");
   for (const auto* sizes : {&stride, &padding, &dilation})
@@ -145,6 +150,7 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                       dilation[1] >= 1 && groups >= 1,
                   "pool_size, stride, dilation and groups must be positive");
   DcdConv op = {};
+  op.channels_last = !x.is_contiguous();
   op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
   op.O = heads[3].size(0), op.hidden = heads[0].size(0), op.L = q.size(0);
   op.pool_size = pool_size;
@@ -181,6 +187,7 @@ enum class Way {
 
 // Takes the memory of B samples' buffers.
 Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tensor& x) {
+  const bool makes_columns = way == Way::kProducts && op.taps() > 1 && !op.channels_last;
   const bool weighted = way == Way::kSampleWeights;
   const int64_t depth = op.C * op.taps(), latent = weighted ? 0 : B * op.L * op.outputs();
   const int64_t folded = weighted ? op.L * (op.C + 1) : 0;
@@ -194,7 +201,7 @@ Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tens
       {&op.offsets, op.L},
       {&op.shifts, B * op.O},
       {&op.maps, subsamples ? B * op.C * op.outputs() : 0},
-      {&op.columns, way == Way::kProducts && op.taps() > 1 ? depth * op.outputs() : 0},
+      {&op.columns, makes_columns ? depth * op.outputs() : 0},
       {&op.u, latent},
       {&op.v, latent},
       {&op.base, folded},
@@ -253,6 +260,61 @@ void run_limited(const DcdConv& op, int64_t depth, const float* maps, const floa
   run_products(product);
 }
 
+// A convolution of channels_last maps with `kernel`, [O, C, Ky, Kx].
+Mixtures pixel_convolution(const DcdConv& op, int64_t C, int64_t O, const float* x,
+                           const float* kernel, float* out) {
+  Mixtures conv = {};
+  conv.channels_last = true;
+  conv.B = op.B, conv.N = 1, conv.C = C, conv.O = O;
+  conv.H = op.H, conv.W = op.W, conv.Ho = op.Ho, conv.Wo = op.Wo;
+  conv.Kh = conv.Kw = conv.dilation_y = conv.dilation_x = 1;
+  conv.stride_y = op.stride_y, conv.stride_x = op.stride_x;
+  conv.x = x, conv.kernels = kernel, conv.out = out;
+  conv.low = -INFINITY, conv.high = INFINITY;
+  return conv;
+}
+
+// All of it but the factors, in channels_last.
+void run_pixels(const DcdConv& op, const DcdConvKernels& kernels, const Convolution& convolve,
+                Way way, float* out) {
+  Mixtures conv = pixel_convolution(op, op.C, op.O, op.x, op.weight, out);
+  conv.Kh = op.Ky, conv.Kw = op.Kx;
+  conv.padding_y = op.padding_y, conv.padding_x = op.padding_x;
+  conv.dilation_y = op.dilation_y, conv.dilation_x = op.dilation_x;
+  conv.low = op.low, conv.high = op.high;
+  conv.shift = op.shifts, conv.shift_stride = op.O;
+  if (way == Way::kSampleWeights) {
+    run_sample_weights(op, kernels);
+    conv.kernels = op.sample_weights, conv.kernel_stride = op.O * op.C * op.taps();
+    return run_mixtures(conv);
+  }
+  for (int64_t l = 0; l < op.L; ++l)
+    op.slopes[l] = op.norm1.slope(l), op.offsets[l] = op.norm1.offset(l);
+  Mixtures project = pixel_convolution(op, op.C, op.L, op.x, op.q, op.u);
+  project.a_out = op.slopes, project.shift = op.offsets;
+  run_mixtures(project);
+  for (int64_t l = 0; l < op.L; ++l) op.offsets[l] = op.norm2.offset(l);
+  for (int64_t i = 0; i < op.B * op.L; ++i)  // to S2 Phi + I
+    for (int64_t l = i % op.L, m = 0; m < op.L; ++m)
+      op.phi[i * op.L + m] = op.norm2.slope(l) * op.phi[i * op.L + m] + (l == m);
+  DcdConv maps = op;
+  maps.H = op.Ho, maps.W = op.Wo, maps.stride_y = maps.stride_x = 1;
+  Mixtures fuse = pixel_convolution(maps, op.L, op.L, op.u, op.phi, op.v);
+  fuse.kernel_stride = op.L * op.L, fuse.shift = op.offsets;
+  run_mixtures(fuse);
+  if (way == Way::kProducts) {
+    conv.a_out = op.scale, conv.a_out_stride = op.O;
+    conv.L = op.L, conv.p = op.p, conv.v = op.v;
+    return run_mixtures(conv);
+  }
+  const Tensor y = convolve(op.B, op.x, op.weight, op.bias);
+  Mixtures add = pixel_convolution(maps, op.L, op.O, op.v, op.p, out);
+  add.base = floats(y), add.base_scale = op.scale;
+  add.shift = op.shifts, add.shift_stride = op.O;
+  add.low = op.low, add.high = op.high;
+  run_mixtures(add);
+}
+
 Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Tensors& norm1,
                 const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
                 const std::optional<Tensor>& shift, const Tensor& weight,
@@ -269,20 +331,31 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
   // For one sample and far more outputs than positions a convolution would spend its time on
   // another layout of its weight.
   const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
-  const Way way = large_maps                 ? Way::kSampleWeights
-                  : one_tap || makes_columns ? Way::kProducts
-                                             : Way::kConvolution;
-  const bool subsamples = strided && (one_tap || !large_maps);
+  const bool products = one_tap || makes_columns || (groups == 1 && op.channels_last);
+  const Way way = large_maps ? Way::kSampleWeights
+                  : products ? Way::kProducts
+                             : Way::kConvolution;
+  const bool subsamples = strided && (one_tap || !large_maps) && !op.channels_last;
   const Tensor scratch = make_buffers(op, samples, way, subsamples, x);
   // Without it the result of the only convolution is the output.
   std::optional<Tensor> out;
-  if (B > samples || (way == Way::kSampleWeights && B > 1) || one_tap || way == Way::kProducts)
-    out = empty(x, {B, op.O, op.Ho, op.Wo});
+  if (B > samples || (way == Way::kSampleWeights && B > 1) || one_tap || way == Way::kProducts ||
+      op.channels_last)
+    out = empty(x, {B, op.O, op.Ho, op.Wo}, op.channels_last);
   for (int64_t first = 0; first < B; first += samples) {
     op.B = std::min(samples, B - first);
     op.x = floats(x) + first * op.C * op.inputs();
     float* to = out ? mutable_floats(*out) + first * op.O * op.outputs() : nullptr;
     run_factors(op, kernels);
+    if (way != Way::kSampleWeights)
+      for (int64_t i = 0; i < op.B * op.O; ++i)  // a convolution adds the bias
+        op.shifts[i] =
+            (way == Way::kProducts && op.bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
+            (op.shift ? op.shift[i % op.O] : 0.0f);
+    if (op.channels_last) {
+      run_pixels(op, kernels, convolve, way, to);
+      continue;
+    }
     const float* const maps = subsamples ? op.maps : op.x;
     if (subsamples) run(op, op.B * op.C, op.outputs(), kernels.subsample);
     if (way == Way::kSampleWeights) {
@@ -302,10 +375,6 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
       continue;
     }
     run_latent(op, kernels, maps);
-    const bool adds_bias = way == Way::kProducts && op.bias;  // a convolution adds it
-    for (int64_t i = 0; i < op.B * op.O; ++i)
-      op.shifts[i] = (adds_bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
-                     (op.shift ? op.shift[i % op.O] : 0.0f);
     if (way == Way::kProducts) {
       if (!one_tap) run(op, depth, op.outputs(), kernels.gather_columns);
       run_limited(op, depth, one_tap ? maps : op.columns, op.weight, nullptr, to);

@@ -1,30 +1,14 @@
 // DCD's factors and branch, for one instruction set; see common/vectors.h for what the includer
 // defines, and dcd_conv.cpp for the operator.
 
-#include "common/vectors.h"
+#include "common/pooling.h"
 
 namespace timm_dynamic::ISA {
 
 INLINE float hsig(float t) { return std::min(std::max(t + 3, 0.0f), 6.0f) / 3; }
 
-// The average-pooled input; units are maps.
-inline void pool(const DcdConv& op, int64_t begin, int64_t end) {
-  const int64_t H = op.H, W = op.W, p = op.pool_size;
-  for (int64_t i = begin; i < end; ++i) {
-    const float* const map = op.x + i * H * W;
-    float* to = op.pooled + i * p * p;
-    if (p == 1) {
-      *to = sum_of(map, H * W) / (H * W);
-      continue;
-    }
-    for (int64_t cell = 0; cell < p * p; ++cell) {  // as adaptive_avg_pool2d cuts the map
-      const int64_t top = cell / p * H / p, bottom = ((cell / p + 1) * H + p - 1) / p;
-      const int64_t left = cell % p * W / p, right = ((cell % p + 1) * W + p - 1) / p;
-      float sum = 0;
-      for (int64_t y = top; y < bottom; ++y) sum += sum_of(map + y * W + left, right - left);
-      *to++ = sum / ((bottom - top) * (right - left));
-    }
-  }
+inline void pool_inputs(const DcdConv& op, int64_t begin, int64_t end) {
+  pool(op.x, {op.C, op.H, op.W, op.channels_last}, op.pool_size, op.pooled, begin, end);
 }
 
 // z; units are its elements.
@@ -161,7 +145,7 @@ inline void clamp(const DcdConv& op, const float* from, float* to, int64_t begin
 }
 
 inline DcdConvKernels dcd_conv_kernels() {
-  return {pool,          squeeze,   gate, factors,        subsample, gather_columns,
+  return {pool_inputs,   squeeze,   gate, factors,        subsample, gather_columns,
           fuse_channels, fold_base, fold, sample_weights, clamp};
 }
 

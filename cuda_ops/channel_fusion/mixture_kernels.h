@@ -80,19 +80,19 @@ INLINE void mix_vectors(const float* kernel, int64_t size, int64_t N, const floa
 }
 
 // Rows [row, row + rows) and elements [first, first + depth) of the gated mixtures of kSamples
-// samples from b on, each [kPanel, depth].
+// samples from b on, each [rows, depth], `pitch` apart in `panel`.
 template <int kSamples>
 INLINE void mix_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows, int64_t first,
-                       int64_t depth, float* coefficients, float* panel) {
+                       int64_t depth, float* coefficients, float* panel, int64_t pitch) {
   constexpr int kCount = 4;
   constexpr int64_t kStep = kCount * kLanes<float>;
-  const int64_t whole = op.whole_depth(), size = op.O * whole, pitch = kPanel * depth;
+  const int64_t whole = op.whole_depth(), size = op.O * whole;
   for (int64_t r = row; r < row + rows; ++r, panel += depth) {
     const float* const kernel = op.kernels + r * whole + first;
     const float* pairs[kSamples];
     for (int64_t s = 0; s < kSamples; ++s) {
       pairs[s] = op.pairs ? op.pairs + (b + s) * whole + first : nullptr;
-      const float gate = op.a_out ? op.a_out[(b + s) * op.O + r] : 1.0f;
+      const float gate = op.a_out ? op.a_out[(b + s) * op.a_out_stride + r] : 1.0f;
       for (int64_t n = 0; n < op.N; ++n)
         coefficients[s * op.N + n] =
             gate * (op.attention ? op.attention[(b + s) * op.N + n] : 1.0f);
@@ -222,7 +222,8 @@ inline void mixtures(const Mixtures& op, int64_t begin, int64_t end) {
           block.b = b + s;
           if (s % 2 == 0) {  // for two at a time: each reads the kernels
             const auto mix = s + 1 < samples ? mix_panels<2> : mix_panels<1>;
-            mix(op, block.b, row, outputs, k, block.depth, coefficients.get(), mixed.get());
+            mix(op, block.b, row, outputs, k, block.depth, coefficients.get(), mixed.get(),
+                kPanel * block.depth);
           }
           multiply_panel(op, block, row, outputs, mixed.get() + s % 2 * kPanel * block.depth,
                          packed.get() + s * size, rows * op.Wo,
@@ -233,6 +234,12 @@ inline void mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   }
 }
 
-inline MixtureKernels mixture_kernels() { return {mixtures, kLanes<float>}; }
+}  // namespace timm_dynamic::ISA
+
+#include "channel_fusion/pixel_mixtures.h"
+
+namespace timm_dynamic::ISA {
+
+inline MixtureKernels mixture_kernels() { return {mixtures, pixel_mixtures, kLanes<float>}; }
 
 }  // namespace timm_dynamic::ISA

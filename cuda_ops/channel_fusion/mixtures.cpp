@@ -14,6 +14,7 @@
 #include <numeric>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "common/parallel.h"
 
@@ -23,6 +24,7 @@ constexpr int64_t kPanel = 16;  // outputs of a block
 
 struct MixtureKernels {
   void (*mixtures)(const Mixtures&, int64_t begin, int64_t end);
+  void (*pixel_mixtures)(const Mixtures&, int64_t begin, int64_t end);
   int64_t lanes;
 };
 
@@ -52,9 +54,10 @@ void run_mixtures(Mixtures op) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = units >= 4 * threads ? 1 : threads / std::gcd(units, threads);
   op.parts = std::min(parts, ceil_of(op.O, kPanel));
+  const auto run = op.channels_last ? kernels.pixel_mixtures : kernels.mixtures;
   const int64_t work = op.samples * op.rows * op.Wo * op.O * op.whole_depth() / op.parts;
   parallel(units * op.parts, work / 8,
-           [&](int64_t begin, int64_t end) { kernels.mixtures(op, begin, end); });
+           [&](int64_t begin, int64_t end) { run(op, begin, end); });
 }
 
 }  // namespace timm_dynamic

@@ -5,15 +5,21 @@
 
 namespace timm_dynamic {
 
-// out[b] = clamp(a_out[b] * conv2d(x[b], pairs[b] * sum_n attention[b,n] kernels[n]) + shift[b])
-// Maps are float32 NCHW; pairs is [B, C * Kh * Kw], the elements of a kernel but for its outputs.
-// Pointers may be null: an attention of 1 (N is 1 then), gates of 1, no shift. The shift's stride
-// between samples may be 0.
+// out[b] = clamp(a_out[b] * conv2d(x[b], pairs[b] * sum_n attention[b,n] kernels[n]) + p v[b]
+//                + base_scale[b] * base[b] + shift[b])
+// Maps are float32, NCHW or channels_last; pairs is [B, C * Kh * Kw], the elements of a kernel but
+// for its outputs. Pointers may be null: an attention of 1 (N is 1 then), gates of 1, no second
+// product (L is 0 then), no base, no shift. Strides between samples may be 0. Only in channels_last
+// can a sample have a kernel of its own, and are there a base and the second product, with v of
+// [B, positions, L].
 struct Mixtures {
   int64_t B, N, C, O, H, W, Ho, Wo, Kh, Kw;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   const float *x, *attention, *kernels, *pairs, *a_out, *shift;
-  int64_t shift_stride;
+  int64_t kernel_stride, a_out_stride, shift_stride;
+  int64_t L;
+  const float *p, *v, *base, *base_scale;
+  bool channels_last;
   float low, high;
   float* out;
   // Of a unit of work: the samples, or the rows of one's output, and the parts of the outputs; and

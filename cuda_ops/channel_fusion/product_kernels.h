@@ -115,11 +115,6 @@ INLINE void add_grads(const float* maps, const float* columns, int64_t positions
   }
 }
 
-// Vectors of the next strip, of those that are left: 2 and 2 of 4.
-INLINE int64_t strip_vectors(int64_t left) {
-  return left == 4 ? 2 : std::min<int64_t>(left, kVectors);
-}
-
 // Units are (part of the columns, part of the rows).
 inline void scaled_grads(const ProductGrads& op, int64_t begin, int64_t end) {
   constexpr int64_t n = kLanes<float>;

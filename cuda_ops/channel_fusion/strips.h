@@ -30,6 +30,11 @@ INLINE void take_rows(const float* (&rows)[kOutputs], const float* matrix, int64
   for (int64_t r = 0; r < kOutputs; ++r) rows[r] = matrix + std::min(r, count - 1) * C;
 }
 
+// Vectors of the next strip, of those that are left: 2 and 2 of 4.
+INLINE int64_t strip_vectors(int64_t left) {
+  return left == 4 ? 2 : std::min<int64_t>(left, kVectors);
+}
+
 // Divides `count` positions into strips of up to kVectors vectors, and a last one of single
 // positions where they are few. Calls f(first, count, vectors), 0 vectors for single positions.
 template <typename F>

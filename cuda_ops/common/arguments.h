@@ -61,11 +61,13 @@ inline const float* optional_parameter(const char* name, const std::optional<Ten
   return t ? parameter(name, *t, count, x) : nullptr;
 }
 
-// Whether its elements are float32, one after the other as [B, C, H, W], and some.
-inline void check_maps(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(
-      t.dim() == 4 && t.numel() > 0 && t.is_contiguous() && t.scalar_type() == ScalarType::Float,
-      name, " must be [B, C, H, W], float32, contiguous and not empty, got ", shape_text(t));
+// Whether its elements are float32, one after the other as [B, C, H, W], or as channels_last where
+// that is allowed, and some.
+inline void check_maps(const char* name, const Tensor& t, bool channels_last = false) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.numel() > 0 && t.scalar_type() == ScalarType::Float &&
+                      (t.is_contiguous() || (channels_last && is_dense_channels_last(t))),
+                  name, " must be [B, C, H, W], float32, contiguous ",
+                  channels_last ? "or channels_last " : "", "and not empty, got ", shape_text(t));
 }
 
 inline const float* floats(const Tensor& t) {

@@ -1,14 +1,12 @@
 // A hidden vector of the average-pooled input and heads on it, for one instruction set; see
 // common/vectors.h for what the includer defines, and pooled_heads.cpp for the operator.
 
-#include "common/vectors.h"
+#include "common/pooling.h"
 
 namespace timm_dynamic::ISA {
 
-// The mean of every map; units are maps.
 inline void pool_maps(const PooledHeads& op, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    op.pooled[i] = sum_of(op.x + i * op.positions, op.positions) / op.positions;
+  pool(op.x, {op.C, 1, op.positions, op.channels_last}, 1, op.pooled, begin, end);
 }
 
 // Units are the hidden layer's channels.

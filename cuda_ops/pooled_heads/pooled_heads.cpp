@@ -29,6 +29,7 @@ struct Head {
 
 struct PooledHeads {
   int64_t B, C, positions, hidden_size;
+  bool channels_last;
   const float *x, *hidden_weight, *hidden_bias;
   float *pooled, *hidden;
   std::vector<Head> heads;
@@ -61,13 +62,14 @@ std::vector<Tensor> pooled_heads(const Tensor& x, const Tensor& hidden_weight,
                                  const std::vector<Tensor>& weights,
                                  const std::vector<Tensor>& biases,
                                  const std::vector<std::string>& activations, double temperature) {
-  check_maps("x", x);
+  check_maps("x", x, true);
   STD_TORCH_CHECK(
       weights.size() == biases.size() && weights.size() == activations.size() && !weights.empty(),
       "as many weights as biases and activations are needed, got ", weights.size(), ", ",
       biases.size(), " and ", activations.size());
   PooledHeads op;
   op.B = x.size(0), op.C = x.size(1), op.positions = x.size(2) * x.size(3);
+  op.channels_last = !x.is_contiguous();
   op.hidden_size = hidden_weight.numel() / op.C;
   op.temperature = static_cast<float>(temperature);
   op.x = floats(x);

@@ -38,8 +38,12 @@ def _seed():
         yield
 
 
-def check(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    assert actual.dtype == torch.float32 and actual.shape == expected.shape and actual.is_contiguous()
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def check(actual: Tensor, expected: Tensor, layout: str = "NCHW", tolerance: float = 2e-5) -> None:
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert actual.is_contiguous(memory_format=LAYOUTS[layout])
     scale = expected.abs().max().clamp(min=1).item() if expected.numel() else 1.0
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale)
 
@@ -95,10 +99,12 @@ MIXTURES = {
 }
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", MIXTURES)
-def test_mixtures(case):
+def test_mixtures(case, layout):
     B, N, C, Co, kernel, H, W, *options = MIXTURES[case]
-    x, kernels, attention = torch.randn(B, C, H, W), torch.randn(N, Co, C, *kernel), torch.rand(B, N)
+    x = torch.randn(B, C, H, W).contiguous(memory_format=LAYOUTS[layout])
+    kernels, attention = torch.randn(N, Co, C, *kernel), torch.rand(B, N)
     kernels *= kernels[0, 0].numel() ** -0.5
     weights = torch.einsum("bn,noikl->boikl", attention.double(), kernels.double())
     pairs, a_out = torch.randn(B, kernels[0, 0].numel()), torch.randn(B, Co)
@@ -111,7 +117,12 @@ def test_mixtures(case):
         each = zip(x.double().split(1), used, strict=True)
         expected = torch.cat([F.conv2d(one, weight, None, *options) for one, weight in each])
         expected = (expected if shift is None else expected + shift[:, :, None, None]).clamp(*limits)
-        check(OPS.channel_fusion(x, kernels, attention, *gates, None, None, shift, *limits, *options), expected)
+        out = OPS.channel_fusion(x, kernels, attention, *gates, None, None, shift, *limits, *options)
+        check(out, expected, layout)
+    if N == 1:
+        expected = F.conv2d(x.double(), kernels[0].double(), None, *options) * a_out[:, :, None, None]
+        out = OPS.channel_fusion(x, kernels, None, None, a_out, None, None, None, -INF, INF, *options)
+        check(out, expected, layout)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -186,16 +197,20 @@ DCD_CASES = {
 
 
 @pytest.mark.parametrize("B", [1, 2, 5, 33])
-@pytest.mark.parametrize("case", DCD_CASES.values(), ids=DCD_CASES.keys())
+@pytest.mark.parametrize("case", DCD_CASES)
 def test_dcd_conv(case, B):
     for extras, limits in ((True, (0.0, 6.0)), (False, (-INF, INF))):
-        args = dcd_arguments(B, *case, extras=extras, limits=limits)
-        check(OPS.dcd_conv(*args), dcd_conv(*double(args)))
+        x, *args = dcd_arguments(B, *DCD_CASES[case], extras=extras, limits=limits)
+        expected = dcd_conv(*double([x, *args]))
+        for layout, form in LAYOUTS.items():
+            check(OPS.dcd_conv(x.contiguous(memory_format=form), *args), expected, layout)
 
 
-@pytest.mark.parametrize("case", DCD_CASES.values(), ids=DCD_CASES.keys())
-def test_dcd_conv_changes_no_argument(case):
-    args = dcd_arguments(2, *case)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["1x1 large", "3x3 small", "3x3 strided large", "depthwise"])
+def test_dcd_conv_changes_no_argument(case, layout):
+    x, *others = dcd_arguments(2, *DCD_CASES[case])
+    args = x.contiguous(memory_format=LAYOUTS[layout]), *others
     before = [t.clone() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
     with torch.enable_grad():
         args[0].requires_grad_(), args[10].requires_grad_()
@@ -212,6 +227,7 @@ def test_dcd_conv_changes_no_argument(case):
         (10, torch.randn(24, 7, 3, 3), "weight must be"),
         (8, torch.randn(24, 9), "p must be"),
         (15, 3, "weight must be"),
+        (0, torch.randn(2, 8, 5, 10)[..., ::2], "x must be .* contiguous or channels_last"),
     ],
 )
 def test_dcd_conv_refuses(index, value, message):
@@ -240,9 +256,10 @@ def test_pooled_heads(shape, sizes, biased, activation):
     x, hidden_weight, hidden_bias, weights, biases = double(args)
     z = F.relu(F.linear(x.mean((2, 3)), hidden_weight, hidden_bias))
     activations = [activation, *list(ACTIVATIONS)[: len(sizes) - 1]]
-    outputs = OPS.pooled_heads(*args, activations, 3.0)
-    for out, weight, bias, name in zip(outputs, weights, biases, activations, strict=True):
-        check(out, ACTIVATIONS[name](F.linear(z, weight, bias) / 3.0))
+    for layout in LAYOUTS.values():
+        outputs = OPS.pooled_heads(args[0].contiguous(memory_format=layout), *args[1:], activations, 3.0)
+        for out, weight, bias, name in zip(outputs, weights, biases, activations, strict=True):
+            check(out, ACTIVATIONS[name](F.linear(z, weight, bias) / 3.0))
 
 
 def test_pooled_heads_refuses():

@@ -56,3 +56,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format in which `conv2d` would return its output."""
     channels_last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` lie one after the other, in NCHW or in channels_last."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from torch import Tensor
 from timm_dynamic.ops.kernels import runs_kernel
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
 from timm_dynamic.ops.registration import register
-from timm_dynamic.ops.shapes import Pair, columns_of, output_size
+from timm_dynamic.ops.shapes import Pair, columns_of, memory_format, output_size
 
 NO_LIMITS = (-math.inf, math.inf)
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, bool]  # weight, bias, mean, variance, eps, training
@@ -108,7 +108,7 @@ def _definition(
     if shift is not None:
         out = out + shift[:, :, None]
     out = out if (low, high) == NO_LIMITS else out.clamp(low, high)
-    return out.view(len(x), weight.shape[-2], *size)
+    return out.view(len(x), weight.shape[-2], *size).contiguous(memory_format=memory_format(x))
 
 
 def _definition_of_gradients(
@@ -199,12 +199,14 @@ def _definition_of_inference(
     norms = (*norm1, eps1, False), (*norm2, eps2, False)
     p = p.flatten(1)[:, :, None, None]
     out = fused_convolution(x, heads, q.flatten(1)[:, :, None, None], *norms, pool_size, p, weight, bias, options)
-    return (out if shift is None else out + shift[:, None, None]).clamp(low, high)
+    out = (out if shift is None else out + shift[:, None, None]).clamp(low, high)
+    return out.contiguous(memory_format=memory_format(x))
 
 
 def _fake(x, weight, *others):
     if weight.ndim == 5:
-        return x.new_empty(x.shape[0], weight.shape[1], *output_size(x.shape[2:], weight.shape[3:], *others[-3:]))
+        out = x.new_empty(x.shape[0], weight.shape[1], *output_size(x.shape[2:], weight.shape[3:], *others[-3:]))
+        return out.contiguous(memory_format=memory_format(x))
     return x.new_empty(x.shape[0], weight.shape[-2], *x.shape[2:])
 
 
@@ -214,7 +216,7 @@ def _fake_gradients(grad, dz, x, v, scale, weight):
 
 
 def _fake_inference(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, weight, bias, *options):
-    return F.conv2d(x, weight, bias, *options[:4]).contiguous()
+    return F.conv2d(x, weight, bias, *options[:4]).contiguous(memory_format=memory_format(x))
 
 
 def _flops(x, weight, attention=None, in_scale=None, out_scale=None, p=None, *args, out_shape=None, **kwargs) -> int:

@@ -8,6 +8,7 @@ from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.channel_fusion.training import FusedConvolution
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
+from timm_dynamic.ops.shapes import is_dense
 
 
 def _parameters(layer) -> tuple[list[Tensor], nn.Module, nn.Module]:
@@ -53,8 +54,8 @@ def _input_problem(layer, x: Tensor) -> str | None:
 def _cannot_run_in_one_call(layer, x: Tensor) -> str | None:
     if layer.bn1.training or layer.bn2.training:
         return "its norms are in training mode"
-    if not x.is_contiguous():
-        return "the input is not contiguous in NCHW"
+    if not is_dense(x):
+        return "the input is contiguous neither in NCHW nor in channels_last"
     if not layer.conv.weight.is_contiguous():
         return "the weight is not contiguous in NCHW"
     if not has_kernel("cpu", "dcd_conv"):

@@ -10,7 +10,7 @@ from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
-from timm_dynamic.ops.shapes import gate_groups
+from timm_dynamic.ops.shapes import gate_groups, is_dense
 
 
 def _cannot(layer, x: Tensor, linears) -> str | None:
@@ -18,8 +18,8 @@ def _cannot(layer, x: Tensor, linears) -> str | None:
         return "a linear layer has no bias"
     if layer.training:
         return "the layer is in training mode"
-    if not x.is_contiguous():
-        return "the input is not contiguous in NCHW"
+    if not is_dense(x):
+        return "the input is contiguous neither in NCHW nor in channels_last"
     if x.numel() == 0:
         return "the input is empty"
     if not has_kernel("cpu", "pooled_heads"):

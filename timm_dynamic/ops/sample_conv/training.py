@@ -24,10 +24,6 @@ _CHUNK = {"cpu": 2**22, "cuda": 2**27}
 # Of these, so many are mixed and gated before the next ones, in the cache: 0.6 of the time of doing each with all
 # (od_resnet18_4x at batch 16, one thread of an AMD EPYC, November 2026).
 _CACHED = {"cpu": 2**18, "cuda": 2**27}
-# In channels_last a mixture pays for reordering input and output where a sample has so many times more weights than
-# inputs: then 0.26 to 1.1 of the time, below up to 1.7 (layers of ResNet-18 and MobileNetV2 at batch 1 and 16; one
-# kernel gains nothing; one thread of an AMD EPYC, November 2026).
-_REORDERED = 2
 
 
 def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
@@ -143,14 +139,12 @@ def factors(x, attention, kernels, a_in, a_tap, a_out) -> tuple[Tensor | None, T
 
 def is_fused(x: Tensor, attention: Tensor | None, kernels: Tensor, groups: int) -> bool:
     """Whether the CPU kernel of `channel_fusion` runs it."""
-    reordered = attention is not None and kernels[0].numel() >= _REORDERED * x[:1].numel()
     return (
         groups == 1
         and x.device.type == "cpu"
         and x.dtype == kernels.dtype == torch.float32
         and (attention is None or attention.dtype == torch.float32)
         and x.numel() > 0
-        and (reordered or memory_format(x) == torch.contiguous_format)
         and kernels.is_contiguous()
         and has_kernel("cpu", "channel_fusion")
     )
@@ -163,12 +157,12 @@ def fused(
     options, layout = (stride, padding, dilation), memory_format(x)
     if attention is not None:
         attention = attention.contiguous()
-    elif is_pointwise(kernels, padding, 1):
+    elif is_pointwise(kernels, padding, 1) and layout == torch.contiguous_format:
         x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
     gates = (pairs, a_out, None, None, None if shift is None else shift.contiguous(), low, high)
+    x = x.contiguous(memory_format=layout)
     with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
-        y = torch.ops.timm_dynamic.channel_fusion(x.contiguous(), kernels, attention, *gates, *options)
-    return y.contiguous(memory_format=layout)
+        return torch.ops.timm_dynamic.channel_fusion(x, kernels, attention, *gates, *options)
 
 
 def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:

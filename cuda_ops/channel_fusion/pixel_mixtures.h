@@ -1,0 +1,183 @@
+// The CPU kernel of mixtures.cpp for channels_last maps, for one instruction set; see
+// common/vectors.h for what the includer defines.
+//
+// Some outputs at a time, their weights of a sample are a panel, [Kh * Kw * C, outputs], which
+// meets the pixels as they lie in memory: kOutputs positions at a time, each tap reads C numbers of
+// each.
+
+namespace timm_dynamic::ISA {
+
+// Elements of a kernel's rows that are mixed before they go to the panel.
+constexpr int64_t kMixed = 384;
+
+// Where the pixels are that taps read, zeros outside; and where a kernel's elements, (c, tap), are
+// in a panel, (tap, c).
+class Pixels {
+ public:
+  Pixels(const Mixtures& op) : op_(op), zeros_(op.C), order_(op.whole_depth()) {
+    for (int64_t k = 0; k < op.whole_depth(); ++k)
+      order_[k] = k % op.taps() * op.C + k / op.taps();
+  }
+
+  // Of `rows` rows of a sample's output.
+  void add(int64_t b, int64_t row, int64_t rows) {
+    const float* const sample = op_.x + b * op_.H * op_.W * op_.C;
+    for (int64_t y = row; y < row + rows; ++y)
+      for (int64_t x = 0; x < op_.Wo; ++x)
+        for (int64_t ky = 0; ky < op_.Kh; ++ky)
+          for (int64_t kx = 0; kx < op_.Kw; ++kx) {
+            const int64_t i = y * op_.stride_y - op_.padding_y + ky * op_.dilation_y;
+            const int64_t j = x * op_.stride_x - op_.padding_x + kx * op_.dilation_x;
+            const bool inside = i >= 0 && i < op_.H && j >= 0 && j < op_.W;
+            pixels_.push_back(inside ? sample + (i * op_.W + j) * op_.C : zeros_.data());
+          }
+  }
+  void clear() { pixels_.clear(); }
+
+  // What the taps of position i read, in the order in which positions were added.
+  const float* const* at(int64_t i) const { return pixels_.data() + i * op_.taps(); }
+  const int64_t* order() const { return order_.data(); }
+
+ private:
+  const Mixtures& op_;
+  std::vector<float> zeros_;
+  std::vector<int64_t> order_;
+  std::vector<const float*> pixels_;
+};
+
+// Elements [first, first + depth) of `rows` rows, `pitch` apart, to the columns of a panel that is
+// `width` wide, zeros beyond; `order` is null where they keep theirs.
+inline void fill_panel(const float* from, int64_t pitch, int64_t rows, int64_t first, int64_t depth,
+                       const int64_t* order, float* panel, int64_t width) {
+  constexpr int64_t n = kLanes<float>;
+  for (int64_t i = 0; i < width; i += n, from += n * pitch)
+    for (int64_t j = 0; j < depth; j += n) {
+      const int64_t count = std::min(n, depth - j);
+      Vec<float> square[n];
+      for (int64_t r = 0; r < n; ++r)
+        square[r] = i + r < rows ? load<float>(from + r * pitch + j, count) : Vec<float>{};
+      transpose<float>(square);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t k = first + j + r;
+        store<float>(panel + (order ? order[k] : k) * width + i, square[r]);
+      }
+    }
+}
+
+// The panels of outputs [row, row + rows) of the samples b and, if kSamples is 2, the next one.
+template <int kSamples>
+INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                        const int64_t* order, float* scratch, float* panel, int64_t size,
+                        int64_t width) {
+  const int64_t whole = op.whole_depth(), pitch = kStrip * kMixed;
+  Mixtures weights = op;
+  weights.a_out = nullptr;  // it is of the results
+  std::vector<float> coefficients(kSamples * op.N);
+  for (int64_t k = 0; k < whole; k += kMixed) {
+    const int64_t depth = std::min(kMixed, whole - k);
+    mix_panels<kSamples>(weights, b, row, rows, k, depth, coefficients.data(), scratch, pitch);
+    for (int64_t s = 0; s < kSamples; ++s)
+      fill_panel(scratch + s * pitch, depth, rows, k, depth, order, panel + s * size, width);
+  }
+}
+
+// A panel's outputs [row, row + rows) at `count` positions. kWhole: these are kOutputs, those whole
+// vectors.
+template <int kWidth, bool kWhole>
+INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                        const float* panel, const float* const* pixels, int64_t position,
+                        int64_t count) {
+  constexpr int64_t n = kLanes<float>;
+  if (kWhole) rows = kWidth * n, count = kOutputs;
+  const float* matrix[kOutputs];
+  Sums<kWidth> sums = {};
+  for (int64_t tap = 0; tap < op.taps(); ++tap, panel += op.C * kWidth * n) {
+    for (int64_t r = 0; r < kOutputs; ++r)
+      matrix[r] = pixels[std::min(r, count - 1) * op.taps() + tap];
+    accumulate<kWidth>(sums, matrix, op.C, panel);
+  }
+  if (op.a_out)
+    for (int v = 0; v < kWidth; ++v) {
+      const Vec<float> gate = load<float>(op.a_out + b * op.a_out_stride + row + v * n, rows - v * n);
+      for (int64_t r = 0; r < kOutputs; ++r) sums[r][v] *= gate;
+    }
+  if (op.L) {
+    take_rows(matrix, op.v + (b * op.positions() + position) * op.L, count, op.L);
+    accumulate<kWidth>(sums, matrix, op.L, panel);
+  }
+  const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
+  for (int v = 0; v < kWidth; ++v) {
+    const int64_t first = row + v * n, left = rows - v * n;
+    const float* const shift = op.shift ? op.shift + b * op.shift_stride + first : nullptr;
+    const Vec<float> added = shift ? load<float>(shift, left) : Vec<float>{};
+    const Vec<float> scale =
+        op.base ? load<float>(op.base_scale + b * op.O + first, left) : Vec<float>{};
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (b * op.positions() + position + r) * op.O + first;
+      Vec<float> y = sums[r][v] + added;
+      if (op.base) y += scale * load<float>(op.base + at, left);
+      y = y < low ? low : y;  // NaN stays NaN
+      y = y > high ? high : y;
+      store<float>(op.out + at, y, left);
+    }
+  }
+}
+
+// The same at any number of positions.
+template <int kWidth>
+INLINE void pixel_strips(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                         const float* panel, const float* const* pixels, int64_t position,
+                         int64_t count) {
+  const bool whole = rows == kWidth * kLanes<float>;
+  for (; count > 0; count -= kOutputs, position += kOutputs, pixels += kOutputs * op.taps())
+    if (whole && count >= kOutputs)
+      pixel_strip<kWidth, true>(op, b, row, rows, panel, pixels, position, kOutputs);
+    else
+      pixel_strip<kWidth, false>(op, b, row, rows, panel, pixels, position,
+                                 std::min(count, kOutputs));
+}
+
+// Units are (samples or rows of one, part of the outputs).
+inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
+  constexpr int64_t n = kLanes<float>;
+  const int64_t vectors = (op.O + n - 1) / n, size = (op.whole_depth() + op.L) * kStrip;
+  const auto panel = std::make_unique_for_overwrite<float[]>(2 * size);
+  const bool mixes = op.attention || op.pairs;
+  const auto scratch = std::make_unique_for_overwrite<float[]>(mixes ? 2 * kStrip * kMixed : 0);
+  Pixels pixels(op);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t unit = i / op.parts, part = i % op.parts;
+    const int64_t b = unit / op.row_blocks * op.samples, samples = std::min(op.samples, op.B - b);
+    const int64_t y = unit % op.row_blocks * op.rows, rows = std::min(op.rows, op.Ho - y);
+    const int64_t positions = rows * op.Wo;
+    pixels.clear();
+    for (int64_t s = 0; s < samples; ++s) pixels.add(b + s, y, rows);
+    for (int64_t at = 0, next; at < vectors; at = next) {
+      next = at + strip_vectors(vectors - at);
+      if (at * op.parts / vectors != part) continue;
+      const int64_t width = (next - at) * n, row = at * n, outputs = std::min(width, op.O - row);
+      const auto run = next - at == 3   ? pixel_strips<3>
+                       : next - at == 2 ? pixel_strips<2>
+                                        : pixel_strips<1>;
+      for (int64_t s = 0; s < samples; ++s) {
+        float* to = panel.get();
+        if (!mixes && (s == 0 || op.kernel_stride)) {
+          const float* const kernel = op.kernels + (b + s) * op.kernel_stride;
+          fill_panel(kernel + row * op.whole_depth(), op.whole_depth(), outputs, 0,
+                     op.whole_depth(), pixels.order(), to, width);
+        } else if (mixes && s % 2) {
+          to += size;
+        } else if (mixes) {  // for two at a time: each reads the kernels
+          const auto make = s + 1 < samples ? make_panels<2> : make_panels<1>;
+          make(op, b + s, row, outputs, pixels.order(), scratch.get(), to, size, width);
+        }
+        if (op.L)
+          fill_panel(op.p + row * op.L, op.L, outputs, 0, op.L, nullptr,
+                     to + op.whole_depth() * width, width);
+        run(op, b + s, row, outputs, to, pixels.at(s * positions), y * op.Wo, positions);
+      }
+    }
+  }
+}
+
+}  // namespace timm_dynamic::ISA

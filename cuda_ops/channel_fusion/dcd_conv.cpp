@@ -90,7 +90,8 @@ AffineNorm make_norm(const Tensors& t, double eps, int64_t L, const Tensor& x) {
 }
 
 // A tensor of this memory that autograd knows nothing of.
-Tensor view_of(const float* at, const Sizes& sizes, const Tensor& like, bool channels_last = false) {
+Tensor view_of(const float* at, const Sizes& sizes, const Tensor& like,
+               bool channels_last = false) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   if (channels_last) strides = {strides[0], 1, sizes[3] * sizes[1], sizes[1]};
@@ -332,9 +333,7 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
   // another layout of its weight.
   const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
   const bool products = one_tap || makes_columns || (groups == 1 && op.channels_last);
-  const Way way = large_maps ? Way::kSampleWeights
-                  : products ? Way::kProducts
-                             : Way::kConvolution;
+  const Way way = large_maps ? Way::kSampleWeights : products ? Way::kProducts : Way::kConvolution;
   const bool subsamples = strided && (one_tap || !large_maps) && !op.channels_last;
   const Tensor scratch = make_buffers(op, samples, way, subsamples, x);
   // Without it the result of the only convolution is the output.
@@ -349,9 +348,8 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
     run_factors(op, kernels);
     if (way != Way::kSampleWeights)
       for (int64_t i = 0; i < op.B * op.O; ++i)  // a convolution adds the bias
-        op.shifts[i] =
-            (way == Way::kProducts && op.bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
-            (op.shift ? op.shift[i % op.O] : 0.0f);
+        op.shifts[i] = (way == Way::kProducts && op.bias ? op.scale[i] * op.bias[i % op.O] : 0.0f) +
+                       (op.shift ? op.shift[i % op.O] : 0.0f);
     if (op.channels_last) {
       run_pixels(op, kernels, convolve, way, to);
       continue;

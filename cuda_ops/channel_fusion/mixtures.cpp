@@ -56,8 +56,7 @@ void run_mixtures(Mixtures op) {
   op.parts = std::min(parts, ceil_of(op.O, kPanel));
   const auto run = op.channels_last ? kernels.pixel_mixtures : kernels.mixtures;
   const int64_t work = op.samples * op.rows * op.Wo * op.O * op.whole_depth() / op.parts;
-  parallel(units * op.parts, work / 8,
-           [&](int64_t begin, int64_t end) { run(op, begin, end); });
+  parallel(units * op.parts, work / 8, [&](int64_t begin, int64_t end) { run(op, begin, end); });
 }
 
 }  // namespace timm_dynamic

@@ -7,16 +7,16 @@
 
 namespace timm_dynamic::ISA {
 
-// Elements of a kernel's rows that are mixed before they go to the panel.
-constexpr int64_t kMixed = 384;
+// Elements of panels that are there together, positions that meet them before the next ones, and
+// elements of a kernel's rows that are mixed before they go to the panel.
+constexpr int64_t kPanels = 48 << 10, kPixels = 32, kMixed = 512;
 
 // Where the pixels are that taps read, zeros outside; and where a kernel's elements, (c, tap), are
 // in a panel, (tap, c).
 class Pixels {
  public:
   Pixels(const Mixtures& op) : op_(op), zeros_(op.C), order_(op.whole_depth()) {
-    for (int64_t k = 0; k < op.whole_depth(); ++k)
-      order_[k] = k % op.taps() * op.C + k / op.taps();
+    for (int64_t k = 0; k < op.whole_depth(); ++k) order_[k] = k % op.taps() * op.C + k / op.taps();
   }
 
   // Of `rows` rows of a sample's output.
@@ -36,7 +36,7 @@ class Pixels {
 
   // What the taps of position i read, in the order in which positions were added.
   const float* const* at(int64_t i) const { return pixels_.data() + i * op_.taps(); }
-  const int64_t* order() const { return order_.data(); }
+  const int64_t* order() const { return op_.taps() > 1 ? order_.data() : nullptr; }
 
  private:
   const Mixtures& op_;
@@ -54,17 +54,21 @@ inline void fill_panel(const float* from, int64_t pitch, int64_t rows, int64_t f
     for (int64_t j = 0; j < depth; j += n) {
       const int64_t count = std::min(n, depth - j);
       Vec<float> square[n];
+#pragma GCC unroll 16
       for (int64_t r = 0; r < n; ++r)
         square[r] = i + r < rows ? load<float>(from + r * pitch + j, count) : Vec<float>{};
       transpose<float>(square);
-      for (int64_t r = 0; r < count; ++r) {
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < n; ++r) {
+        if (r >= count) break;
         const int64_t k = first + j + r;
         store<float>(panel + (order ? order[k] : k) * width + i, square[r]);
       }
     }
 }
 
-// The panels of outputs [row, row + rows) of the samples b and, if kSamples is 2, the next one.
+// The panels of outputs [row, row + rows) of the samples b and, if kSamples is 2, the next one, at
+// `panel` and `size` behind it.
 template <int kSamples>
 INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
                         const int64_t* order, float* scratch, float* panel, int64_t size,
@@ -79,6 +83,16 @@ INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows
     for (int64_t s = 0; s < kSamples; ++s)
       fill_panel(scratch + s * pitch, depth, rows, k, depth, order, panel + s * size, width);
   }
+}
+
+// The same without a mixture, and that of p behind it.
+INLINE void copy_panel(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                       const int64_t* order, float*, float* panel, int64_t, int64_t width) {
+  const int64_t whole = op.whole_depth();
+  fill_panel(op.kernels + b * op.kernel_stride + row * whole, whole, rows, 0, whole, order, panel,
+             width);
+  if (op.L)
+    fill_panel(op.p + row * op.L, op.L, rows, 0, op.L, nullptr, panel + whole * width, width);
 }
 
 // A panel's outputs [row, row + rows) at `count` positions. kWhole: these are kOutputs, those whole
@@ -96,23 +110,30 @@ INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows
       matrix[r] = pixels[std::min(r, count - 1) * op.taps() + tap];
     accumulate<kWidth>(sums, matrix, op.C, panel);
   }
-  if (op.a_out)
+  if (op.a_out) {
+#pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
-      const Vec<float> gate = load<float>(op.a_out + b * op.a_out_stride + row + v * n, rows - v * n);
+      const Vec<float> gate =
+          load<float>(op.a_out + b * op.a_out_stride + row + v * n, rows - v * n);
+#pragma GCC unroll 8
       for (int64_t r = 0; r < kOutputs; ++r) sums[r][v] *= gate;
     }
+  }
   if (op.L) {
     take_rows(matrix, op.v + (b * op.positions() + position) * op.L, count, op.L);
     accumulate<kWidth>(sums, matrix, op.L, panel);
   }
   const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
+#pragma GCC unroll 8  // or the sums would be in memory
   for (int v = 0; v < kWidth; ++v) {
     const int64_t first = row + v * n, left = rows - v * n;
     const float* const shift = op.shift ? op.shift + b * op.shift_stride + first : nullptr;
     const Vec<float> added = shift ? load<float>(shift, left) : Vec<float>{};
     const Vec<float> scale =
         op.base ? load<float>(op.base_scale + b * op.O + first, left) : Vec<float>{};
-    for (int64_t r = 0; r < count; ++r) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kOutputs; ++r) {
+      if (!kWhole && r >= count) continue;
       const int64_t at = (b * op.positions() + position + r) * op.O + first;
       Vec<float> y = sums[r][v] + added;
       if (op.base) y += scale * load<float>(op.base + at, left);
@@ -140,8 +161,12 @@ INLINE void pixel_strips(const Mixtures& op, int64_t b, int64_t row, int64_t row
 // Units are (samples or rows of one, part of the outputs).
 inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   constexpr int64_t n = kLanes<float>;
-  const int64_t vectors = (op.O + n - 1) / n, size = (op.whole_depth() + op.L) * kStrip;
-  const auto panel = std::make_unique_for_overwrite<float[]>(2 * size);
+  const int64_t whole = op.whole_depth(), depth = whole + op.L, vectors = (op.O + n - 1) / n;
+  // Of the outputs, those whose panels are there together.
+  const int64_t chunk =
+      std::clamp(kPanels / (depth * kStrip) * kVectors, int64_t{kVectors}, vectors);
+  const int64_t size = depth * n * chunk;
+  const auto panels = std::make_unique_for_overwrite<float[]>(2 * size);
   const bool mixes = op.attention || op.pairs;
   const auto scratch = std::make_unique_for_overwrite<float[]>(mixes ? 2 * kStrip * kMixed : 0);
   Pixels pixels(op);
@@ -149,32 +174,36 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
     const int64_t unit = i / op.parts, part = i % op.parts;
     const int64_t b = unit / op.row_blocks * op.samples, samples = std::min(op.samples, op.B - b);
     const int64_t y = unit % op.row_blocks * op.rows, rows = std::min(op.rows, op.Ho - y);
-    const int64_t positions = rows * op.Wo;
+    const int64_t positions = rows * op.Wo, last = (part + 1) * vectors / op.parts;
     pixels.clear();
     for (int64_t s = 0; s < samples; ++s) pixels.add(b + s, y, rows);
-    for (int64_t at = 0, next; at < vectors; at = next) {
-      next = at + strip_vectors(vectors - at);
-      if (at * op.parts / vectors != part) continue;
-      const int64_t width = (next - at) * n, row = at * n, outputs = std::min(width, op.O - row);
-      const auto run = next - at == 3   ? pixel_strips<3>
-                       : next - at == 2 ? pixel_strips<2>
-                                        : pixel_strips<1>;
-      for (int64_t s = 0; s < samples; ++s) {
-        float* to = panel.get();
-        if (!mixes && (s == 0 || op.kernel_stride)) {
-          const float* const kernel = op.kernels + (b + s) * op.kernel_stride;
-          fill_panel(kernel + row * op.whole_depth(), op.whole_depth(), outputs, 0,
-                     op.whole_depth(), pixels.order(), to, width);
-        } else if (mixes && s % 2) {
-          to += size;
-        } else if (mixes) {  // for two at a time: each reads the kernels
-          const auto make = s + 1 < samples ? make_panels<2> : make_panels<1>;
-          make(op, b + s, row, outputs, pixels.order(), scratch.get(), to, size, width);
+    for (int64_t at = part * vectors / op.parts; at < last; at += chunk) {
+      // Calls f(first output, outputs, vectors, panel) for every strip of them.
+      const auto each_strip = [&](float* panel, const auto& f) {
+        const int64_t stop = std::min(at + chunk, last);
+        for (int64_t first = at; first < stop;) {
+          const int64_t width = strip_vectors(stop - first);
+          f(first * n, std::min(width * n, op.O - first * n), width, panel);
+          first += width, panel += width * n * depth;
         }
-        if (op.L)
-          fill_panel(op.p + row * op.L, op.L, outputs, 0, op.L, nullptr,
-                     to + op.whole_depth() * width, width);
-        run(op, b + s, row, outputs, to, pixels.at(s * positions), y * op.Wo, positions);
+      };
+      for (int64_t s = 0; s < samples; ++s) {
+        float* const to = panels.get() + (mixes && s % 2 ? size : 0);
+        if (mixes ? s % 2 == 0 : s == 0 || op.kernel_stride)
+          each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
+            const auto make = !mixes            ? copy_panel
+                              : s + 1 < samples ? make_panels<2>  // each reads the kernels
+                                                : make_panels<1>;
+            make(op, b + s, row, outputs, pixels.order(), scratch.get(), panel, size, width * n);
+          });
+        for (int64_t p = 0; p < positions; p += kPixels)
+          each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
+            const auto run = width == 3   ? pixel_strips<3>
+                             : width == 2 ? pixel_strips<2>
+                                          : pixel_strips<1>;
+            run(op, b + s, row, outputs, panel, pixels.at(s * positions + p), y * op.Wo + p,
+                std::min(kPixels, positions - p));
+          });
       }
     }
   }

@@ -41,7 +41,8 @@ inline void pool(const float* x, const Maps& maps, int64_t size, float* pooled, 
     const int64_t b = i / C, c = i % C, channels = std::min(C - c, end - i);
     next = channels_last ? i + channels : i + 1;
     for (int64_t cell = 0; cell < cells; ++cell) {
-      const int64_t top = cell / size * H / size, bottom = ((cell / size + 1) * H + size - 1) / size;
+      const int64_t top = cell / size * H / size,
+                    bottom = ((cell / size + 1) * H + size - 1) / size;
       const int64_t left = cell % size * W / size;
       const int64_t right = ((cell % size + 1) * W + size - 1) / size;
       const int64_t rows = bottom - top, columns = right - left;

@@ -46,17 +46,19 @@ class Pixels {
 };
 
 // Elements [first, first + depth) of `rows` rows, `pitch` apart, to the columns of a panel that is
-// `width` wide, zeros beyond; `order` is null where they keep theirs.
+// `width` wide, zeros beyond; times the gates of elements, if there are any. `order` is null where
+// they keep theirs.
 inline void fill_panel(const float* from, int64_t pitch, int64_t rows, int64_t first, int64_t depth,
-                       const int64_t* order, float* panel, int64_t width) {
+                       const float* gates, const int64_t* order, float* panel, int64_t width) {
   constexpr int64_t n = kLanes<float>;
   for (int64_t i = 0; i < width; i += n, from += n * pitch)
     for (int64_t j = 0; j < depth; j += n) {
       const int64_t count = std::min(n, depth - j);
+      const Vec<float> gate = gates ? load<float>(gates + j, count) : broadcast(1.0f);
       Vec<float> square[n];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < n; ++r)
-        square[r] = i + r < rows ? load<float>(from + r * pitch + j, count) : Vec<float>{};
+        square[r] = i + r < rows ? gate * load<float>(from + r * pitch + j, count) : Vec<float>{};
       transpose<float>(square);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < n; ++r) {
@@ -81,18 +83,20 @@ INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows
     const int64_t depth = std::min(kMixed, whole - k);
     mix_panels<kSamples>(weights, b, row, rows, k, depth, coefficients.data(), scratch, pitch);
     for (int64_t s = 0; s < kSamples; ++s)
-      fill_panel(scratch + s * pitch, depth, rows, k, depth, order, panel + s * size, width);
+      fill_panel(scratch + s * pitch, depth, rows, k, depth, nullptr, order, panel + s * size,
+                 width);
   }
 }
 
-// The same without a mixture, and that of p behind it.
+// The same of one kernel, and that of p behind it.
 INLINE void copy_panel(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
                        const int64_t* order, float*, float* panel, int64_t, int64_t width) {
   const int64_t whole = op.whole_depth();
-  fill_panel(op.kernels + b * op.kernel_stride + row * whole, whole, rows, 0, whole, order, panel,
-             width);
+  fill_panel(op.kernels + b * op.kernel_stride + row * whole, whole, rows, 0, whole,
+             op.pairs ? op.pairs + b * whole : nullptr, order, panel, width);
   if (op.L)
-    fill_panel(op.p + row * op.L, op.L, rows, 0, op.L, nullptr, panel + whole * width, width);
+    fill_panel(op.p + row * op.L, op.L, rows, 0, op.L, nullptr, nullptr, panel + whole * width,
+               width);
 }
 
 // A panel's outputs [row, row + rows) at `count` positions. kWhole: these are kOutputs, those whole
@@ -167,7 +171,7 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
       std::clamp(kPanels / (depth * kStrip) * kVectors, int64_t{kVectors}, vectors);
   const int64_t size = depth * n * chunk;
   const auto panels = std::make_unique_for_overwrite<float[]>(2 * size);
-  const bool mixes = op.attention || op.pairs;
+  const bool mixes = op.attention, shared = !op.pairs && op.kernel_stride == 0;
   const auto scratch = std::make_unique_for_overwrite<float[]>(mixes ? 2 * kStrip * kMixed : 0);
   Pixels pixels(op);
   for (int64_t i = begin; i < end; ++i) {
@@ -189,7 +193,7 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
       };
       for (int64_t s = 0; s < samples; ++s) {
         float* const to = panels.get() + (mixes && s % 2 ? size : 0);
-        if (mixes ? s % 2 == 0 : s == 0 || op.kernel_stride)
+        if (mixes ? s % 2 == 0 : s == 0 || !shared)
           each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
             const auto make = !mixes            ? copy_panel
                               : s + 1 < samples ? make_panels<2>  // each reads the kernels

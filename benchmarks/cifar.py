@@ -46,8 +46,8 @@ NETWORKS = {
     "dynconv_050_quiet": {"budget": 0.5, "gumbel_noise": False},
     "dynconv_030_firm": {"budget": 0.3, "aux_scale": 3.0},  # three times the authors' weight of the budget's loss
     **{family: STATIC | {"from_scratch": True} for family in layers()},
-    # Its mixtures begin as single cells and are those of evaluation when tau is 0: here after two epochs instead of all,
-    # with which evaluation gave 12 % after seven of eight epochs (measured).
+    # Its mixtures begin as single cells and are those of evaluation when tau is 0: here after two epochs, not all, with
+    # which evaluation gave 12 % after seven of eight epochs (measured).
     "kw": STATIC | {"from_scratch": True, "anneal_epochs": 2},
     # Layers that begin as the static ones, as in a network that has been trained.
     **{f"{family}_exact": STATIC for family in ("dcd", "dy")},

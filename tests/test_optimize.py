@@ -112,6 +112,14 @@ class TestModels:
         assert_same(fast, model, x.to(memory_format=torch.channels_last))
         assert fast.forward_features(x).is_contiguous(memory_format=memory_format)
 
+    @pytest.mark.skipif(timm_dynamic.ops.backend_info()["cpu"] != "loaded", reason="needs the CPU kernels")
+    @pytest.mark.parametrize("family", ["dcd", "ped", "dy", "od"])
+    def test_layers_run_by_kernels_in_channels_last(self, family):
+        model, x = timm.create_model(FAMILIES[family].tiny).eval(), torch.randn(2, 3, 64, 64)
+        fast = timm_dynamic.optimize(model, x, memory_format=torch.channels_last)
+        chosen = [line for line in timm_dynamic.explain(fast, x).splitlines() if "Conv2d): " in line]
+        assert chosen and all(line.endswith(": one call") for line in chosen)
+
     def test_is_measured(self, monkeypatch):
         monkeypatch.undo()
         monkeypatch.setattr(layout, "_SECONDS", 0)

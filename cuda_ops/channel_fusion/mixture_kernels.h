@@ -1,5 +1,5 @@
-// CPU kernels of mixtures.cpp, for one instruction set; see common/vectors.h for what the includer
-// defines.
+// The CPU kernel of mixtures.cpp for NCHW maps, for one instruction set; see common/vectors.h for
+// what the includer defines.
 
 #include "channel_fusion/strips.h"
 
@@ -233,13 +233,5 @@ inline void mixtures(const Mixtures& op, int64_t begin, int64_t end) {
     }
   }
 }
-
-}  // namespace timm_dynamic::ISA
-
-#include "channel_fusion/pixel_mixtures.h"
-
-namespace timm_dynamic::ISA {
-
-inline MixtureKernels mixture_kernels() { return {mixtures, pixel_mixtures, kLanes<float>}; }
 
 }  // namespace timm_dynamic::ISA

@@ -1,8 +1,9 @@
 // Convolutions of every sample with a mixture of kernels, on the CPU.
 //
 // No sample's weight is there as a whole: a block of it is mixed and gated in the cache and meets
-// the columns there, what the block's elements read at every output position. A block of the
-// kernels is read once for some samples, or once for some rows of a large map.
+// the columns there, what the block's elements read at every output position; or in channels_last,
+// where those lie in memory, the pixels themselves. A block of the kernels is read once for some
+// samples, or once for some rows of a large map.
 
 #include "channel_fusion/mixtures.h"
 
@@ -30,7 +31,7 @@ struct MixtureKernels {
 
 }  // namespace timm_dynamic
 
-#define KERNELS_HEADER "channel_fusion/mixture_kernels.h"
+#define KERNELS_HEADER "channel_fusion/pixel_mixtures.h"
 #include "common/dispatch.h"
 
 namespace timm_dynamic {

@@ -5,6 +5,8 @@
 // meets the pixels as they lie in memory: kOutputs positions at a time, each tap reads C numbers of
 // each.
 
+#include "channel_fusion/mixture_kernels.h"
+
 namespace timm_dynamic::ISA {
 
 // Elements of panels that are there together, positions that meet them before the next ones, and
@@ -213,5 +215,7 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
     }
   }
 }
+
+inline MixtureKernels mixture_kernels() { return {mixtures, pixel_mixtures, kLanes<float>}; }
 
 }  // namespace timm_dynamic::ISA

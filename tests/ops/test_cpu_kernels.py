@@ -96,6 +96,7 @@ MIXTURES = {
     "large map": (1, 4, 5, 20, (3, 3), 41, 50, (1, 1), (1, 1), (1, 1)),
     "large map, oblong and dilated": (2, 4, 6, 3, (5, 2), 70, 45, (1, 2), (0, 3), (3, 2)),
     "wide": (2, 1, 3, 4, (3, 3), 3, 900, (1, 1), (1, 1), (1, 1)),
+    "one kernel, strided": (3, 1, 19, 29, (3, 3), 9, 8, (2, 1), (1, 1), (1, 1)),
 }
 
 
@@ -119,10 +120,12 @@ def test_mixtures(case, layout):
         expected = (expected if shift is None else expected + shift[:, :, None, None]).clamp(*limits)
         out = OPS.channel_fusion(x, kernels, attention, *gates, None, None, shift, *limits, *options)
         check(out, expected, layout)
-    if N == 1:
-        expected = F.conv2d(x.double(), kernels[0].double(), None, *options) * a_out[:, :, None, None]
-        out = OPS.channel_fusion(x, kernels, None, None, a_out, None, None, None, -INF, INF, *options)
-        check(out, expected, layout)
+    for gates in [None, pairs] if N == 1 else []:  # and without an attention
+        weights = kernels.double() * (1 if gates is None else gates.view(B, 1, C, *kernel))
+        each = zip(x.double().split(1), weights.expand(B, *kernels.shape[1:]), strict=True)
+        expected = torch.cat([F.conv2d(one, weight, None, *options) for one, weight in each])
+        out = OPS.channel_fusion(x, kernels, None, gates, a_out, None, None, None, -INF, INF, *options)
+        check(out, expected * a_out[:, :, None, None], layout)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

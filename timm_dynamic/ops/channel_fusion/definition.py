@@ -85,7 +85,8 @@ def _definition(
     Args:
         x: `[B, C, H, W]`.
         weight: `[O, C]`; `[B, O, C]`, one for every sample; or `[N, O, C, Kh, Kw]`, to be mixed for every sample and
-            to read the columns of `x` at a stride, with padding and dilation.
+            to read the columns of `x` at a stride, with padding and dilation: with these the CPU kernel also takes
+            `x` in channels_last.
         attention: `[B, N]`, of the mixtures; may be missing where N is 1.
         in_scale, out_scale: `[B, C]`, of a mixture `[B, C * Kh * Kw]`, and `[B, O]`.
         p, v: `[O, L]` and `[B, L, H * W]`; not for mixtures.

@@ -6,7 +6,8 @@
 DATA has the photographs, DATA/train/CLASS/* and DATA/test/CLASS/*. `train` runs `timm-dynamic train` with
 configs/dynconv_resnet8.cifar10.yaml for every network and seed, seed by seed; what is in RUNS is not done again,
 and a run that was stopped goes on. `report` takes the last epoch of every finished run (none is chosen by its accuracy
-on the test set), times the networks, and writes results/cifar_cpu.json.
+on the test set), times the networks, and writes results/cifar_cpu.json. What that file says of runs that are not in
+RUNS stays; their networks are timed again, untrained, but for those whose masks need weights that are not there.
 """
 
 import argparse
@@ -51,12 +52,20 @@ NETWORKS = {
     "kw_early": STATIC | {"from_scratch": True, "anneal_epochs": 2},
     # Layers that begin as the static ones, as in a network that has been trained.
     **{f"{family}_exact": STATIC for family in ("dcd", "dy")},
+    "resnet20_static": STATIC,
+    "resnet20_dynconv_050": {"budget": 0.5},
 }
+SHIPPED = {"dynconv_050": "dynconv_resnet8.budget50_cifar10"}  # tags of weights that came of a network's first run
 
 
-def create(network: str, model: str) -> nn.Module:
+def model_of(network: str) -> str:
+    """The model of the package that it is made of."""
+    return "dynconv_resnet20" if network.startswith("resnet20") else yaml.safe_load(CONFIG.read_text())["model"]
+
+
+def create(network: str) -> nn.Module:
     """A network of the study, untrained."""
-    layer, kwargs = layer_of(network), NETWORKS[network]
+    model, layer, kwargs = model_of(network), layer_of(network), NETWORKS[network]
     if layer:
         return timm.create_model("dynamized", base=model, layer=layer, num_classes=10, **kwargs)
     return timm.create_model(model, num_classes=10, **kwargs)
@@ -77,6 +86,7 @@ def train(data: Path, runs: Path, networks: list[str], seeds: list[int], channel
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             command = [str(Path(sys.executable).with_name("timm-dynamic")), "train", str(data), "--config", str(CONFIG)]
+            command += ["--model", model_of(network)]
             command += ["--seed", str(seed), "--output", str(runs), "--experiment", folder.name, "--resume", "auto"]
             command += ["--model-kwargs", *(f"{k}={v}".replace(" ", "") for k, v in NETWORKS[network].items())]
             command += ["--dynamize", layer_of(network)] if layer_of(network) else []
@@ -97,9 +107,13 @@ def train(data: Path, runs: Path, networks: list[str], seeds: list[int], channel
             (folder / "done.json").write_text(json.dumps({**done, **environment(torch.device("cpu"))}, indent=1))
 
 
-def load(network: str, folder: Path, model: str) -> nn.Module:
-    net = create(network, model)
-    net.load_state_dict(read_checkpoint(folder / "last.pth.tar")["state_dict"])
+def load(network: str, folders: list[Path]) -> nn.Module:
+    """A network with the weights of its first run here, or those of the package; untrained without both."""
+    if not folders and network in SHIPPED:
+        return timm.create_model(SHIPPED[network], pretrained=True).eval()
+    net = create(network)
+    if folders:
+        net.load_state_dict(read_checkpoint(folders[0] / "last.pth.tar")["state_dict"])
     return net.eval()
 
 
@@ -182,22 +196,31 @@ def fastest(ways: dict[tuple[str, str], partial], iterations: int, images: int) 
     return found
 
 
-def result(network: str, folders: list[Path], net: nn.Module, batches: list[torch.Tensor]) -> dict:
-    """What the runs of a network say of it."""
-    finished = [json.loads((folder / "done.json").read_text()) for folder in folders]
-    top1 = [float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"]) for folder in folders]
+def result(network: str, folders: list[Path], net: nn.Module, batches: list[torch.Tensor], before: dict | None) -> dict:
+    """What the runs of a network say of it; `before`: what a report said of its runs, of which some may not be here."""
+    finished = {int(folder.suffix[1:]): json.loads((folder / "done.json").read_text()) for folder in folders}
+    runs = (
+        dict(zip(before["seeds"], zip(before["top1"], before["last_lines"], strict=True), strict=True))
+        if before
+        else {}
+    )
+    for folder, (seed, one) in zip(folders, finished.items(), strict=True):
+        top1 = float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"])
+        runs[seed] = top1, one["last_line"].partition(", in ")[0]
+    top1, last_lines = zip(*(runs[seed] for seed in sorted(runs)), strict=True)
+    facts = {**executed(net, batches), "routing": routing(net, batches)} if folders else before
+    commits = {str(one["commit"]) for one in finished.values()} | set(before["commits"] if before else ())
     return {
         "network": network,
-        "seeds": [int(folder.suffix[1:]) for folder in folders],
+        "seeds": sorted(runs),
         "top1": top1,
         "top1_mean": mean(top1),
         "top1_std": stdev(top1) if len(top1) > 1 else None,
         "params": sum(p.numel() for p in net.parameters()),
-        **executed(net, batches),
-        "routing": routing(net, batches),
-        "last_lines": [one["last_line"].partition(", in ")[0] for one in finished],
-        "commits": sorted({str(one["commit"]) for one in finished}),
-        "command": words(finished[0]["command"]),
+        **{key: facts[key] for key in ("macs", "share", "routing")},
+        "last_lines": last_lines,
+        "commits": sorted(commits),
+        "command": words(next(iter(finished.values()))["command"]) if finished else before["command"],
     }
 
 
@@ -208,28 +231,31 @@ def words(command: list[str]) -> str:
     return " ".join(["timm-dynamic", *command])
 
 
-def report(data: Path, runs: Path, model: str, threads: int, iterations: int, output: Path) -> None:
+def report(data: Path, runs: Path, threads: int, iterations: int, output: Path) -> None:
     torch.set_num_threads(threads)
     rows, ways = {}, {"batch_1": {}, "batch_64": {}, "training": {}}
+    earlier = {row["network"]: row for row in json.loads(output.read_text())["rows"]} if output.exists() else {}
     for network in NETWORKS:
         folders = sorted(path.parent for path in runs.glob(f"{network}.*/done.json"))
-        if not folders:
+        if not folders and network not in earlier:
             continue
-        net = load(network, folders[0], model)
+        net = load(network, folders)
         batches = photographs(net, data)
-        rows[network] = result(network, folders, net, batches)
+        rows[network] = result(network, folders, net, batches, earlier.get(network))
         print(json.dumps(rows[network]), flush=True)
+        if rows[network]["share"] is not None and not folders and network not in SHIPPED:
+            continue
         images = torch.cat(batches)
         with torch.inference_mode():
             # Every class is in every batch.
             ways["batch_1"] |= executions(network, net, list(images[::20].split(1)))
             ways["batch_64"] |= executions(network, net, [images[i::15][:64] for i in range(15)])
-        ways["training"] |= steps(network, create(network, model), images[::7][:128])
+        ways["training"] |= steps(network, create(network), images[::7][:128])
     with torch.inference_mode():
         times = {name: fastest(ways[name], iterations, int(name[6:])) for name in ("batch_1", "batch_64")}
     times["training"] = fastest(ways["training"], max(1, iterations // 10), 128)
     for network, row in rows.items():
-        row |= {name: of_all[network] for name, of_all in times.items()}
+        row |= {name: of_all.get(network) for name, of_all in times.items()}
     epochs = yaml.safe_load(CONFIG.read_text())["epochs"]
     facts = {"threads": threads, "data": "CIFAR-10, JPEG", "epochs": epochs}
     found = {**environment(torch.device("cpu")), **facts, "rows": list(rows.values())}
@@ -249,11 +275,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cifar_cpu.json")
     args = parser.parse_args()
-    model = yaml.safe_load(CONFIG.read_text())["model"]
     if args.what == "train":
         train(args.data, args.runs, args.networks, args.seeds, args.channels_last)
     else:
-        report(args.data, args.runs, model, args.threads, args.iterations, args.output)
+        report(args.data, args.runs, args.threads, args.iterations, args.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Dynamic layers are as their authors initialise them; those of `dcd_exact` and `d
 `dynconv_050` has masks with a budget of 0.5 (`quiet`: without noise; `firm`: its loss weighs three times as much),
 `static_050` half the channels, and so on. Top-1 on the 10,000 test photographs (CIFAR-10's, saved as JPEG) after the
 last epoch: none was chosen by it. MACs are those executed, masks included, on average over 1000 test images. Times are
-in ms an image, of all networks in turns, on test images: the fastest of eager, channels_last, and optimized; in
+in ms an image, of all networks in turns, on test images (none where the weights that its masks need are not kept): the fastest of eager, channels_last, and optimized; in
 training (forward and backward, batches of 128) the faster layout. Routing: the mean entropy of what layers decide, and
 the entropy of their mean decision, as shares of the highest possible, on average over layers. Where the two are equal,
 all images are decided alike.
@@ -52,10 +52,14 @@ def cifar_text(report: dict, name: str, machine: str, results: Path) -> str:
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
         text += (
             f"| {row['network']} | {row['top1_mean']:.2f}{spread} | {', '.join(map(str, row['seeds']))} | "
-            f"{row['params'] / 1e3:.0f} k | {row['macs'] / 1e6:.2f} M | {row['batch_1']['ms_per_image']:.3f} | "
-            f"{row['batch_64']['ms_per_image']:.3f} | {row['training']['ms_per_image']:.2f} | {_entropies(row)} |\n"
+            f"{row['params'] / 1e3:.0f} k | {row['macs'] / 1e6:.2f} M | {_ms(row, 'batch_1', 3)} | "
+            f"{_ms(row, 'batch_64', 3)} | {_ms(row, 'training', 2)} | {_entropies(row)} |\n"
         )
     return text
+
+
+def _ms(row: dict, name: str, digits: int) -> str:
+    return f"{row[name]['ms_per_image']:.{digits}f}" if row[name] else ""
 
 
 def _entropies(row: dict) -> str:
@@ -77,12 +81,13 @@ def bought(row: dict, rows: list[dict], cost) -> float | None:
 
 def verdict(rows: list[dict]) -> str:
     """A sentence a cost: what is above the curve of static networks, what below, and what is beyond its ends."""
-    costs = {"MACs": lambda row: row["macs"], "time at batch 64": lambda row: row["batch_64"]["ms_per_image"]}
+    costs = {"MACs": lambda row: row["macs"], "time at batch 64": _batch_64}
+    rows = [row for row in rows if not row["network"].startswith("resnet20")]
     lines = []
     for name, cost in costs.items():
         places: dict[str, list[str]] = {"above": [], "below": [], "beyond the ends of": []}
         for row in rows:
-            if not is_static(row):
+            if not is_static(row) and cost(row):
                 other = bought(row, rows, cost)
                 place = "beyond the ends of" if other is None else "above" if row["top1_mean"] > other else "below"
                 difference = "" if other is None else f" ({row['top1_mean'] - other:+.1f})"
@@ -92,19 +97,23 @@ def verdict(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _batch_64(row: dict) -> float | None:
+    return row["batch_64"] and row["batch_64"]["ms_per_image"]
+
+
 def save_plots(rows: list[dict], path: Path) -> None:
     figure = Figure((11, 4.5), layout="constrained")
     panels = {
         "MACs of an image, millions": lambda row: row["macs"] / 1e6,
-        "ms an image, batch 64": lambda row: row["batch_64"]["ms_per_image"],
+        "ms an image, batch 64": _batch_64,
     }
     for axes, (label, cost) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         static = sorted((cost(row), row["top1_mean"]) for row in rows if is_static(row))
         axes.plot(*zip(*static, strict=True), "o--", color="#777777", label="static, by width")
         for row in rows:
-            if is_static(row):
+            if is_static(row) or not cost(row):
                 continue
-            masks = row["network"].startswith("dynconv")
+            masks = "dynconv" in row["network"]
             color, marker = ("#c8641b", "s") if masks else ("#1f5fa8", "o")
             axes.errorbar(cost(row), row["top1_mean"], row["top1_std"] or 0, fmt=marker, color=color)
             axes.annotate(row["network"], (cost(row), row["top1_mean"]), xytext=(4, 4), textcoords="offset points")

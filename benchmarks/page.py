@@ -5,6 +5,7 @@ from pathlib import Path
 
 from page_best import best_text
 from page_cifar import cifar_text
+from page_finetune import finetune_text
 from page_grouped import grouped_text
 from page_images import images_text
 from page_models import models_text
@@ -172,6 +173,9 @@ def main() -> None:
         page += sparse_text(report, path.name, machine(report), path.parent)
     if report := load_if_there("cifar_cpu.json"):
         page += cifar_text(report, "cifar_cpu.json", machine(report), HERE / "results")
+    if (path := HERE / "results" / "finetune_cpu.jsonl").exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        page += finetune_text(rows, path.name, machine(rows[-1]))
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
     page += rejected_text(load("op_ddf_cpu.json"))
     page += gpu_text()

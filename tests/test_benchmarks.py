@@ -236,6 +236,18 @@ def test_cifar_in_the_page(script, tmp_path):
     assert (tmp_path / "cifar_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_fine_tuning_in_the_page(script):
+    def row(layer, top1, seed, judged="test"):
+        facts = {"images": 3000, "optimizer": "sgd", "rate": 0.02, "params": 3.5e6, "macs": 72e6, "minutes": 1.5}
+        return facts | {"layer": layer, "top1": top1, "seed": seed, "judged": judged}
+
+    rows = [row("static", 99.0, 0, "held out"), row("static", 70.0, 0), row("static", 72.0, 1)]
+    text = script("page_finetune").finetune_text([*rows, row("dcd", 73.0, 0), row("dcd", 75.0, 1)], "f", "a machine")
+    assert "3000 images, SGD:" in text
+    assert "| static | 0.02 | 2 | 71.00 ± 1.41 |  | 3.50 M | 72.0 M | 1.5 |\n" in text
+    assert "| dcd | 0.02 | 2 | 74.00 ± 1.41 | +3.00 ± 1.41 | 3.50 M | 72.0 M | 1.5 |\n" in text
+
+
 def test_what_was_measured_on_a_gpu(script, monkeypatch, tmp_path):
     page = script("page")
     monkeypatch.setattr(page, "SHIPPED", tmp_path)

@@ -92,6 +92,8 @@ def bad_inputs():
         ("--model test_vit --dynamize dy", "none of the 1 convolutions of test_vit is replaced"),
         ("--model-kwargs nonsense=1", f"cannot create {MODEL}"),
         ("--model dla60x_c --grad-checkpointing", "dla60x_c does not support --grad-checkpointing"),
+        ("--model-kwargs features_only=True", "is a FeatureListNet, without classes: leave features_only out"),
+        ("--in-chans 3 --model-kwargs in_chans=1", "--in-chans 3 contradicts --model-kwargs in_chans=1"),
         ("--opt nonsense", "Optimizer nonsense not found"),
         ("--opt-kwargs nonsense=1", "cannot create the optimizer sgd"),
         ("--sched nonsense", "argument --sched: invalid choice: 'nonsense'"),

@@ -113,6 +113,7 @@ def test_grey_images(tmp_path, capsys, small_digits):
     flags = [*FLAGS, "--checkpoint", tmp_path / "a.pth"]
     assert run(capsys, small_digits, *flags, "--in-chans", "1")[0] == 0
     assert run(capsys, small_digits, *FLAGS[:2], *flags[4:], "--input-size", "1", "32", "32")[0] == 0
+    assert run(capsys, small_digits, *flags, "--model-kwargs", "in_chans=1")[0] == 0
 
 
 def test_use_ema(tmp_path, capsys, small_digits):
@@ -240,6 +241,7 @@ def inputs(tmp_path_factory, small_digits):
         ("data --use-ema --checkpoint=", "--use-ema needs --checkpoint"),
         ("data --results-file empty/r.txt", "--results-file empty/r.txt: the name must end in .csv or .json"),
         ("data --results-file nowhere/r.csv", "--results-file nowhere/r.csv: cannot write there"),
+        ("data --checkpoint= --model-kwargs features_only=True", "without classes: leave features_only out"),
         ("data --model-kwargs foo", "expected K=V, got 'foo'"),
         ("data --model-kwargs name=x", "name is not for here"),
         ("data --model-kwargs args=1", "unexpected keyword argument 'args'"),

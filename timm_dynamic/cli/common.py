@@ -197,6 +197,12 @@ def check_classifier(name: str, model: nn.Module | None = None) -> None:
         raise ValueError(f"{name} is a network for {task}: it has {_COMMANDS[task]}")
 
 
+def check_classes(args: argparse.Namespace, model: nn.Module) -> None:
+    """Raise a `ValueError` for a model that gives features, not one output a class."""
+    if not hasattr(model, "num_classes"):
+        raise ValueError(f"{name_of(args)} is a {type(model).__name__}, without classes: leave features_only out")
+
+
 def resolve_device(args: argparse.Namespace) -> torch.device:
     """The device of `--device`, after checking that this machine has it; sets `args.device` where it was not given."""
     args.device = name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -116,6 +116,10 @@ def report_bad_images(dataset: Dataset, where: str, distributed: bool, device: t
 
 def image_channels(args: argparse.Namespace) -> int | None:
     """Image channels that the flags ask for; None for the model's own."""
+    of_model = args.model_kwargs.get("in_chans", args.in_chans)
+    if args.in_chans not in (None, of_model):
+        raise ValueError(f"--in-chans {args.in_chans} contradicts --model-kwargs in_chans={of_model}")
+    args.in_chans = of_model
     if args.input_size and args.in_chans not in (None, args.input_size[0]):
         raise ValueError(f"--in-chans {args.in_chans} contradicts --input-size {args.input_size[0]} ...")
     channels = args.input_size[0] if args.input_size else args.in_chans

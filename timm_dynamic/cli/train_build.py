@@ -12,7 +12,7 @@ from timm.task.task import TrainingTask
 from timm.utils import ApexScaler, NativeScaler
 from torch import nn
 
-from timm_dynamic.cli.common import create_model, dynamize_options, name_of
+from timm_dynamic.cli.common import check_classes, create_model, dynamize_options, name_of
 from timm_dynamic.cli.data import class_folders, image_options
 from timm_dynamic.training import DynamicTask, add_terms
 
@@ -53,6 +53,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
     }
     start = {"checkpoint": args.initial_checkpoint, "new_head": args.num_classes is not None}
     model = create_model(args.model, **start, **dynamize_options(args), **options)
+    check_classes(args, model)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing()

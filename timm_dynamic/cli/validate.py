@@ -21,6 +21,7 @@ from timm_dynamic.cli.arguments.data import INTERPOLATIONS
 from timm_dynamic.cli.arguments.files import replacing
 from timm_dynamic.cli.common import (
     amp_autocast,
+    check_classes,
     check_classifier,
     check_compile,
     create_model,
@@ -54,6 +55,7 @@ def main(args: argparse.Namespace) -> None:
     device = resolve_device(args)
     model, config = open_model(args)
     check_classifier(args.model, model)
+    check_classes(args, model)
     dataset = open_dataset(args, args.split, config, model.num_classes, max_bad=args.max_bad_images)
     loader = make_loader(dataset, args, config, device)
     if not args.class_map and 0 < (classes := count_classes(dataset)) < model.num_classes:

@@ -45,6 +45,7 @@ NETWORKS = {
     **{name: {**STATIC, "channels": list(channels)} for name, channels in WIDTHS.items()},
     **{f"dynconv_{int(100 * budget):03}": {"budget": budget} for budget in (0.7, 0.5, 0.3)},
     "dynconv_050_quiet": {"budget": 0.5, "gumbel_noise": False},
+    "dynconv_030_firm": {"budget": 0.3, "budget_weight": 30.0},  # three times the authors'
     **{family: STATIC | {"from_scratch": True} for family in layers()},
     # Its mixtures begin as single cells and are those of evaluation when tau is 0: here after two epochs, not all, with
     # which evaluation gives 12 % after seven of eight epochs.

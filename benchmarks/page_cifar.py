@@ -11,13 +11,13 @@ HEAD = """
 residual network (`dynconv_resnet8` without masks, 32 px), static and made dynamic by every family, with one recipe and
 the same seeds: `configs/dynconv_resnet8.cifar10.yaml`, {epochs} epochs, which is far from what the authors train.
 Dynamic layers are as their authors initialise them; those of `dcd_exact` and `dy_exact` begin as the static network's.
-`dynconv_050` has masks with a budget of 0.5 (`quiet`: without noise), `static_050` half the channels, and so on. Top-1
-on the 10,000 test photographs (CIFAR-10's, saved as JPEG) after the last epoch: none was chosen by it. MACs are those
-executed, masks included, on average over 1000 test images. Times are in ms an image, of all networks in turns, on test
-images (none where the weights that its masks need are not kept): the fastest of eager, channels_last, and optimized; in
-training (forward and backward, batches of 128) the faster layout. Routing: the mean entropy of what layers decide, and
-the entropy of their mean decision, as shares of the highest possible, on average over layers. Where the two are equal,
-all images are decided alike.
+`dynconv_050` has masks with a budget of 0.5 (`quiet`: without noise; `firm`: its loss weighs three times as much),
+`static_050` half the channels, and so on. Top-1 on the 10,000 test photographs (CIFAR-10's, saved as JPEG) after the
+last epoch: none was chosen by it. MACs are those executed, masks included, on average over 1000 test images. Times are
+in ms an image, of all networks in turns, on test images (none where the weights that its masks need are not kept): the
+fastest of eager, channels_last, and optimized; in training (forward and backward, batches of 128) the faster layout.
+Routing: the mean entropy of what layers decide, and the entropy of their mean decision, as shares of the highest
+possible, on average over layers. Where the two are equal, all images are decided alike.
 
 ![Accuracy against MACs and against measured time]({picture})
 

@@ -115,6 +115,7 @@ class TestArchitecture:
             ({"budget": float("nan")}, "budget must be between 0 and 1"),
             ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
             ({"aux_scale": -1}, "aux_scale must be a finite number and not negative, got -1"),
+            ({"budget_weight": -1}, "budget_weight must be a finite number and not negative, got -1"),
             ({"aux_scale": float("nan")}, "aux_scale must be a finite number and not negative, got nan"),
             ({"temperature": 0}, "temperature must be positive"),
             ({"temperature": (1.0, 2.0)}, "temperature must be positive, one number or three"),

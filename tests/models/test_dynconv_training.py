@@ -66,6 +66,13 @@ class TestTraining:
         stem = "conv_stem.weight" if kind == "inverted" else "conv1.weight"
         assert not torch.allclose(whole[stem], none[stem])
 
+    def test_weight_of_the_budget(self, kind):
+        usual, other = (build(kind, gumbel_noise=False, **kwargs).train() for kwargs in ({}, {"budget_weight": 20.0}))
+        other.load_state_dict(usual.state_dict())
+        x = image(kind)
+        (_, terms), (_, twice) = (gradients(model, x) for model in (usual, other))
+        torch.testing.assert_close({key: 2 * value for key, value in terms.items()}, twice)
+
     def test_checkpointing_changes_nothing(self, kind):
         """The noise in recomputation and the gradient of the budget included."""
         model, x = build(kind).train(), image(kind)

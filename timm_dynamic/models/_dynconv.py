@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.convert import extract_state_dict
 from timm_dynamic.layers import SparseBranch, SparseStage
-from timm_dynamic.layers.budget import BUDGET_WEIGHT, Budget
+from timm_dynamic.layers.budget import Budget
 from timm_dynamic.layers.progress import KEY, share_progress
 from timm_dynamic.layers.sparse_branch import EXECUTIONS
 from timm_dynamic.models._cfg import imagenet_cfg
@@ -36,7 +36,7 @@ class MaskedModel(nn.Module):
         budget: float,
         total_steps: int | None,
         aux_scale: float,
-        weight: float = BUDGET_WEIGHT,
+        weight: float,
     ) -> None:
         """Finish the construction of a model whose masked blocks are in their places.
 

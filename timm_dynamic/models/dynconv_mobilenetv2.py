@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
+from timm_dynamic.layers.budget import BUDGET_WEIGHT
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._mobilenetv2 import mobilenetv2_args
 
@@ -110,7 +111,7 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
 
     Args:
         *args, **kwargs: As for `EfficientNet`.
-        budget, temperature, gumbel_noise, total_steps, aux_scale: As for `DynConvResNet`.
+        budget, temperature, gumbel_noise, total_steps, aux_scale, budget_weight: As for `DynConvResNet`.
 
     Raises:
         ValueError: If an argument has an unusable value.
@@ -124,6 +125,7 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
         gumbel_noise: bool = True,
         total_steps: int | None = None,
         aux_scale: float = 1.0,
+        budget_weight: float = BUDGET_WEIGHT,
         **kwargs,
     ):
         check_budget(budget)
@@ -133,7 +135,7 @@ class DynConvMobileNetV2(MaskedModel, EfficientNet):
                 block = SparseInvertedResidual.from_block(block, temperature=temperature, gumbel_noise=gumbel_noise)
                 self.set_submodule(name, block)
         stages = [f"blocks.{i}" for i in range(len(self.blocks))]
-        self.setup_masks(stages, budget, total_steps, aux_scale)
+        self.setup_masks(stages, budget, total_steps, aux_scale, budget_weight)
 
 
 default_cfgs = generate_default_cfgs(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_dynamic.families import Family, register
 from timm_dynamic.hub import build_model
 from timm_dynamic.layers import MaskUnit, SparseBranch
+from timm_dynamic.layers.budget import BUDGET_WEIGHT
 from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.models._dynconv import MaskedModel, check_budget, checkpoint_filter_fn, dynconv_cfg
 from timm_dynamic.models._resnet import stem_conv, use_small_stem
@@ -147,6 +148,7 @@ class DynConvResNet(MaskedModel, ResNet):
         total_steps: Training forwards in the whole training, for a script that does not call
             `timm_dynamic.set_progress`. With neither, the training counts as not begun.
         aux_scale: Of the attached gradient of the budget loss; 1 / the number of batches whose gradients are summed.
+        budget_weight: Of the loss for the budget.
         small_stem: For images of 32 to 64 pixels: a 3x3 convolution with stride 1 and no max-pool.
 
     Raises:
@@ -163,6 +165,7 @@ class DynConvResNet(MaskedModel, ResNet):
         gumbel_noise: bool = True,
         total_steps: int | None = None,
         aux_scale: float = 1.0,
+        budget_weight: float = BUDGET_WEIGHT,
         small_stem: bool = False,
         **kwargs,
     ):
@@ -174,7 +177,7 @@ class DynConvResNet(MaskedModel, ResNet):
         if small_stem:
             self._use_small_stem()
         stages = [f"layer{i + 1}" for i in range(len(layers))]
-        self.setup_masks(stages, budget, total_steps, aux_scale)
+        self.setup_masks(stages, budget, total_steps, aux_scale, budget_weight)
 
     def _use_small_stem(self) -> None:
         use_small_stem(self)

@@ -143,8 +143,9 @@ def test_shipped_weights():
     assert set(SHIPPED.values()) == set(hub.PACKAGE_WEIGHTS.glob("*.safetensors"))
     assert {tag: path.stem for tag, path in SHIPPED.items()} == {tag: tag for tag in SHIPPED}
     assert all(path.stat().st_size < 1.5e6 for path in SHIPPED.values())
-    assert {tag.partition(".")[0] for tag in SHIPPED} == {family.tiny for family in FAMILIES.values()}
-    assert all(timm.get_pretrained_cfg(tag.split(".")[0]).tag == "digits" for tag in SHIPPED)
+    models = {tag.partition(".")[0] for tag in SHIPPED} - {"dynamized"}
+    assert models == {family.tiny for family in FAMILIES.values()}
+    assert all(timm.get_pretrained_cfg(model).tag == "digits" for model in models)
     assert {timm.get_pretrained_cfg(tag).license for tag in SHIPPED} == {"apache-2.0"}
 
 

@@ -6,6 +6,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from timm_dynamic.hub import PACKAGE_WEIGHTS
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 
 def imagenet_cfg(first_conv: str, classifier: str | tuple[str, ...], **kwargs) -> dict[str, Any]:
     """A cfg for `generate_default_cfgs`: of a classifier of ImageNet's images, where `kwargs` say nothing else."""
@@ -25,6 +27,7 @@ def imagenet_cfg(first_conv: str, classifier: str | tuple[str, ...], **kwargs) -
 
 def shipped_cfg(tag: str) -> dict[str, Any]:
     """What is another in the cfg of small weights that we trained, for ten classes, and ship."""
+    cifar10 = {"input_size": (3, 32, 32), "pool_size": (8, 8), "label_names": _CIFAR10}
     return {
         "file": str(PACKAGE_WEIGHTS / f"{tag}.safetensors"),
         "num_classes": 10,
@@ -36,4 +39,5 @@ def shipped_cfg(tag: str) -> dict[str, Any]:
         "std": (0.5, 0.5, 0.5),
         "origin_url": None,
         "license": "apache-2.0",
+        **(cifar10 if tag.endswith("cifar10") else {}),
     }

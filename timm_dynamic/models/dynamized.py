@@ -19,13 +19,13 @@ from timm_dynamic.convert import check_finite, check_fits, filter_fn_of, one_lin
 from timm_dynamic.hub import WEIGHT_SOURCES, check_hub_file
 from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.layers.progress import KEY
+from timm_dynamic.models._cfg import shipped_cfg
 from timm_dynamic.replace import Where, dynamize, layer_class, layer_options
 from timm_dynamic.suggest import did_you_mean
 
 _logger = logging.getLogger(__name__)
 
-_TAG = "untrained"
-default_cfgs = generate_default_cfgs({f"dynamized.{_TAG}": {}})  # every model of timm has one; see that of the base
+_TAG = "untrained"  # every model of timm has one; its cfg is that of the base
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ class Recipe:
         return dynamize(base, self.layer, self.where, **self.layer_kwargs or {})
 
 
+# Networks whose weights are in the package, by tag.
+_SHIPPED = {"kw_resnet8_cifar10": Recipe("dynconv_resnet8", {"budget": -1}, "kw")}
+default_cfgs = generate_default_cfgs(
+    {f"dynamized.{tag}": shipped_cfg(f"dynamized.{tag}") for tag in _SHIPPED} | {f"dynamized.{_TAG}*": {}}
+)
+
+
 @register_model
 def dynamized(
     pretrained: bool = False,
@@ -88,13 +95,17 @@ def dynamized(
         ValueError: If the base or the layer is missing or unknown, no convolution can be replaced, or the weights are
             another network's.
     """
-    recipe = _recipe(base, layer, where, kwargs)
+    if isinstance(pretrained_cfg, str) and (shipped := _SHIPPED.get(pretrained_cfg)):
+        base, layer, kwargs = base or shipped.base, layer or shipped.layer, {**shipped.base_kwargs, **kwargs}
+        pretrained_cfg = timm.get_pretrained_cfg(f"dynamized.{pretrained_cfg}")
     if isinstance(pretrained_cfg, str) and pretrained_cfg != _TAG:
         raise ValueError(f"dynamized has no tag {pretrained_cfg!r}: name the base's, as in base='resnet50.a1_in1k'")
+    recipe = _recipe(base, layer, where, kwargs)
     features_only = recipe.base_kwargs.pop("features_only", False)
     features = {key: recipe.base_kwargs.pop(key) for key in ("out_indices", "feature_cls") if key in kwargs}
     given = None if isinstance(pretrained_cfg, str) else pretrained_cfg
     cfg = given.to_dict() if isinstance(given, PretrainedCfg) else dict(given or {})
+    cfg = {key: value for key, value in cfg.items() if value is not None}  # it is the base's then
     if cfg:  # of a repository or a folder: what it says of the network, as timm's own models take it
         said = {"num_classes": cfg.get("num_classes"), "in_chans": (cfg.get("input_size") or [None])[0]}
         recipe.base_kwargs.update({key: v for key, v in said.items() if v is not None and key not in kwargs})

@@ -237,11 +237,8 @@ def _small_cfg(**kwargs) -> dict[str, Any]:
     )
 
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-def _shipped(tag: str, **kwargs) -> dict[str, dict[str, Any]]:
-    return {tag: _cfg(**{**shipped_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8), **kwargs})}
+def _shipped(tag: str) -> dict[str, dict[str, Any]]:
+    return {tag: _cfg(**{**shipped_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8)})}
 
 
 def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any]:
@@ -254,7 +251,7 @@ default_cfgs = generate_default_cfgs(
     {
         **_shipped("dynconv_resnet8.digits"),
         **_shipped("dynconv_resnet8.budget30_digits"),
-        **_shipped("dynconv_resnet8.budget50_cifar10", label_names=_CIFAR10),
+        **_shipped("dynconv_resnet8.budget50_cifar10"),
         "dynconv_resnet14.untrained": _small_cfg(),
         "dynconv_resnet20.untrained": _small_cfg(),
         "dynconv_resnet26.untrained": _small_cfg(),

@@ -47,9 +47,6 @@ NETWORKS = {
     "dynconv_050_quiet": {"budget": 0.5, "gumbel_noise": False},
     "dynconv_030_firm": {"budget": 0.3, "budget_weight": 30.0},  # three times the authors'
     **{family: STATIC | {"from_scratch": True} for family in layers()},
-    # Its mixtures begin as single cells and are those of evaluation when tau is 0: here after two epochs, not all, with
-    # which evaluation gives 12 % after seven of eight epochs.
-    "kw_early": STATIC | {"from_scratch": True, "anneal_epochs": 2},
     # Layers that begin as the static ones, as in a network that has been trained.
     **{f"{family}_exact": STATIC for family in ("dcd", "dy")},
     "resnet20_static": STATIC,
@@ -73,7 +70,7 @@ def create(network: str) -> nn.Module:
 
 def layer_of(network: str) -> str | None:
     """The layer that it is made dynamic with."""
-    layer = network.removesuffix("_exact").removesuffix("_early")
+    layer = network.removesuffix("_exact")
     return layer if layer in layers() else None
 
 

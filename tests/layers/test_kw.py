@@ -64,6 +64,15 @@ def test_from_conv(args, kwargs, ratio):
 
 
 @pytest.mark.parametrize(
+    ("epoch", "epochs", "done"), [(0, 300, 0), (5, 300, 0.25), (20, 100, 1), (99, 100, 1), (1, 8, 0.5), (2, 8, 1)]
+)
+def test_tau_falls_in_20_epochs_or_a_quarter_of_a_short_training(epoch, epochs, done):
+    layer = KWConv2d(8, 8, 3)
+    timm_dynamic.set_progress(layer, epoch, epochs)
+    assert layer.progress(True).item() == pytest.approx(done)
+
+
+@pytest.mark.parametrize(
     ("ratio", "message"),
     [
         (0.5, "less cells than parts of the kernel"),

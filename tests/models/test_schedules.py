@@ -53,10 +53,10 @@ def saved(model):
 
 @every_family
 class TestCheckpoints:
-    @pytest.mark.parametrize("epoch", [0, 3, 10])
+    @pytest.mark.parametrize("epoch", [0, 3, 40])
     def test_set_progress(self, family, epoch):
         model = build(family)
-        set_progress(model, epoch, 10)
+        set_progress(model, epoch, 40)
         other = build(family)
         other.load_state_dict(saved(model))
         for training in (True, False):
@@ -77,7 +77,7 @@ class TestCheckpoints:
 
     def test_without_state_it_is_over(self, family):
         model = build(family)
-        set_progress(model, 1, 10)
+        set_progress(model, 1, 40)
         state = {key: value for key, value in model.state_dict().items() if key != KEY}
         model.load_state_dict(state)
         assert progress(model)() == 1
@@ -90,7 +90,7 @@ class TestCheckpoints:
     def test_loading_does_not_begin_it(self, family):
         model = build(family, 4)
         other = build(family)
-        set_progress(other, 10, 10)
+        set_progress(other, 40, 40)
         model.load_state_dict(other.state_dict())
         model(X)
         assert progress(model)() == progress(model)(training=True) == 1
@@ -100,24 +100,24 @@ class TestCheckpoints:
         states = []
         for epoch in (2, 4):
             model = build(family)
-            set_progress(model, epoch, 10)
+            set_progress(model, epoch, 40)
             states.append(model.state_dict())
         mean = {key: ((states[0][key].double() + states[1][key].double()) / 2).float() for key in states[0]}
         model.load_state_dict(mean)
         other = build(family)
-        set_progress(other, 3, 10)
+        set_progress(other, 3, 40)
         assert progress(model)().item() == pytest.approx(progress(other)().item(), rel=1e-6)
 
     def test_bad_state(self, family):
         model = build(family)
-        set_progress(model, 1, 10)
+        set_progress(model, 1, 40)
         for value in (torch.tensor(float("nan")), torch.tensor(-1), torch.zeros(2)):
             with pytest.raises(RuntimeError, match="progress must be one number"):
                 model.load_state_dict({**model.state_dict(), KEY: value})
 
     def test_features(self, family):
         model = build(family, features_only=True)
-        set_progress(model, 3, 10)
+        set_progress(model, 3, 40)
         assert list(model.state_dict())[-1] == KEY
         other = build(family, features_only=True)
         other.load_state_dict(saved(model))
@@ -188,8 +188,8 @@ class TestCopiesAndDevices:
         model = build(family, 8 if early else None)
         ema = ModelEmaV3(model, decay=0.5)
         if not early:
-            set_progress(model, 3, 10)
-            set_progress(ema, 3, 10)
+            set_progress(model, 3, 40)
+            set_progress(ema, 3, 40)
         model(X)
         ema.update(model)
         assert progress(ema.module)() == progress(model)()
@@ -203,7 +203,7 @@ class TestCopiesAndDevices:
         model = build(family)
         model.load_state_dict({key: value for key, value in model.state_dict().items() if key != KEY})
         ema, averaged = ModelEmaV3(model, decay=0.0), AveragedModel(model)
-        set_progress(model, 3, 10)
+        set_progress(model, 3, 40)
         ema.update(model), averaged.update_parameters(model)
         expected = output(model, False)
         for one in (ema.module, averaged.module):
@@ -224,21 +224,21 @@ class TestCopiesAndDevices:
 
     def test_casts(self, family):
         model = build(family)
-        set_progress(model, 3, 7)
+        set_progress(model, 3, 28)
         expected = progress(model)().item()
         for other in (model.bfloat16().float(), model.half().double()):
             assert progress(other)() == expected
 
     def test_to_empty(self, family):
         model = build(family)
-        set_progress(model, 3, 10)
+        set_progress(model, 3, 40)
         expected = progress(model)()
         assert progress(model.to_empty(device="cpu"))() == expected
 
     @pytest.mark.parametrize("known", [True, False])
     def test_assigned_to_meta(self, family, known):
         model = build(family)
-        set_progress(model, 3, 10)
+        set_progress(model, 3, 40)
         state = {key: value for key, value in model.state_dict().items() if known or key != KEY}
         model.load_state_dict(state)
         other = build(family, device="meta")
@@ -249,11 +249,11 @@ class TestCopiesAndDevices:
     def test_inference_mode(self, family):
         model = build(family)
         with torch.inference_mode():
-            set_progress(model, 3, 10)
+            set_progress(model, 3, 40)
             model.eval()(X)
         model.train()(X).sum().backward()
         with torch.inference_mode():
-            set_progress(model, 4, 10)
+            set_progress(model, 4, 40)
         model(X).sum().backward()
 
 
@@ -263,7 +263,7 @@ def test_a_layer_by_itself(layer, epoch):
     """Whether the schedule has begun or not."""
     x, outputs, layer, other = torch.randn(2, 8, 6, 6), [], layer(), layer()
     if epoch is not None:
-        set_progress(layer, epoch, 10)
+        set_progress(layer, epoch, 40)
     other.load_state_dict(saved(layer))
     for one in (layer, other):
         torch.manual_seed(0)
@@ -277,7 +277,7 @@ def test_dynamized_network():
 
     model, other = build(), build()
     ema = ModelEmaV3(model, decay=0.5)
-    set_progress(model, 2, 10)
+    set_progress(model, 2, 40)
     ema.update(model)
     assert list(model.state_dict())[-1] == KEY
     other.load_state_dict(saved(model))
@@ -296,7 +296,7 @@ def test_layers_of_two_kinds(layers):
         return [module().item() for module in model.modules() if isinstance(module, Progress)]
 
     model, other = build(), build()
-    set_progress(model, 2, 10)
+    set_progress(model, 2, 40)
     other.load_state_dict(saved(model))
     assert shares(other) == shares(model) and len({*shares(model)} - {1.0}) > 0
     assert len(shares(model)) == sum("progress" in key for key in model.state_dict()) == 2

@@ -52,7 +52,11 @@ NETWORKS = {
     "resnet20_static": STATIC,
     "resnet20_dynconv_050": {"budget": 0.5},
 }
-SHIPPED = {"dynconv_050": "dynconv_resnet8.budget50_cifar10"}  # tags of weights that came of a network's first run
+# Tags of weights that came of a network's first run.
+SHIPPED = {
+    "dynconv_050": "dynconv_resnet8.budget50_cifar10",
+    "dynconv_030_firm": "dynconv_resnet8.budget30_cifar10",
+}
 
 
 def model_of(network: str) -> str:

@@ -252,6 +252,7 @@ default_cfgs = generate_default_cfgs(
         **_shipped("dynconv_resnet8.digits"),
         **_shipped("dynconv_resnet8.budget30_digits"),
         **_shipped("dynconv_resnet8.budget50_cifar10"),
+        **_shipped("dynconv_resnet8.budget30_cifar10"),
         "dynconv_resnet14.untrained": _small_cfg(),
         "dynconv_resnet20.untrained": _small_cfg(),
         "dynconv_resnet26.untrained": _small_cfg(),

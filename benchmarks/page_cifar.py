@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+_ALIKE = 0.01  # a hundredth of what routing can differ by
 HEAD = """
 ## Every family on CIFAR-10
 
@@ -94,7 +95,19 @@ def verdict(rows: list[dict]) -> str:
                 places[place].append(f"{row['network']}{difference}")
         found = "; ".join(f"{place} the curve: {', '.join(names)}" for place, names in places.items() if names)
         lines.append(f"- Beside static networks of the same {name} (in points), {found}.")
+    routed = [row for row in rows if row["routing"]]
+    alike = [row["network"] for row in routed if _spread(row) < _ALIKE]
+    if alike:
+        others = ", ".join(row["network"] for row in routed if _spread(row) >= _ALIKE)
+        lines.append(
+            f"- All images are decided nearly alike (the two entropies are within {_ALIKE:g}) by {', '.join(alike)}"
+            f"{f'; not by {others}' if others else ''}."
+        )
     return "\n".join(lines)
+
+
+def _spread(row: dict) -> float:
+    return row["routing"]["entropy_of_mean"] - row["routing"]["mean_entropy"]
 
 
 def _batch_64(row: dict) -> float | None:

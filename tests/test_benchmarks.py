@@ -227,11 +227,13 @@ def test_cifar_in_the_page(script, tmp_path):
         }  # fmt: skip
 
     rows = [row("static", 80.0, 2), row("static_050", 70.0, 1), row("dcd", 76.0, 1.5), row("od", 74.0, 1.5)]
-    report = {"rows": [*rows, row("ddf", 71.0, 0.5)], "epochs": 8}
+    alike = {"routing": {"mean_entropy": 0.745, "entropy_of_mean": 0.75}}
+    report = {"rows": [*rows, row("ddf", 71.0, 0.5) | alike], "epochs": 8}
     page = script("page_cifar")
     text = page.cifar_text(report, "cifar_cpu.json", "a machine", tmp_path)
     places = "above the curve: dcd (+1.0); below the curve: od (-1.0); beyond the ends of the curve: ddf."
     assert text.count(places) == 2
+    assert "within 0.01) by ddf; not by static, static_050, dcd, od." in text
     assert "| dcd | 76.00 | 0 | 10 k | 1.50 M | 1.500 | 1.500 | 2.50 | 0.5000, 0.7500 |\n" in text
     assert (tmp_path / "cifar_cpu.png").read_bytes().startswith(b"\x89PNG")
 

@@ -18,7 +18,9 @@ last epoch: none was chosen by it. MACs are those executed, masks included, on a
 in ms an image, of all networks in turns, on test images (none where the weights that its masks need are not kept): the
 fastest of eager, channels_last, and optimized; in training (forward and backward, batches of 128) the faster layout.
 Routing: the mean entropy of what layers decide, and the entropy of their mean decision, as shares of the highest
-possible, on average over layers. Where the two are equal, all images are decided alike.
+possible, on average over layers. Where the two are equal, all images are decided alike. DY's temperature falls from 30
+to 1 over ten epochs, as its authors have it: in the eighth and last one here it is 7.4, and its attention still nearly
+even.
 
 ![Accuracy against MACs and against measured time]({picture})
 

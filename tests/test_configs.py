@@ -78,6 +78,8 @@ def test_config_is_taken_over(path):
 
 def config_of(tag):
     """The stem of the config that weights come from: one for all budgets."""
+    if tag.startswith("dynamized."):  # the base's
+        return re.sub(r"dynamized\.\w+_resnet8_", "dynconv_resnet8.", tag)
     if tag.startswith("dynconv_resnet8."):  # ours, for several datasets
         return re.sub(r"\.budget\d+_", ".", tag)
     name = re.sub(r"_[24]x(?=\.)", "", tag)  # one for all numbers of kernels

@@ -199,29 +199,25 @@ def fastest(ways: dict[tuple[str, str], partial], iterations: int, images: int) 
 
 def result(network: str, folders: list[Path], net: nn.Module, batches: list[torch.Tensor], before: dict | None) -> dict:
     """What the runs of a network say of it; `before`: what a report said of its runs, of which some may not be here."""
-    finished = {int(folder.suffix[1:]): json.loads((folder / "done.json").read_text()) for folder in folders}
-    runs = (
-        dict(zip(before["seeds"], zip(before["top1"], before["last_lines"], strict=True), strict=True))
-        if before
-        else {}
-    )
-    for folder, (seed, one) in zip(folders, finished.items(), strict=True):
-        top1 = float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"])
-        runs[seed] = top1, one["last_line"].partition(", in ")[0]
-    top1, last_lines = zip(*(runs[seed] for seed in sorted(runs)), strict=True)
+    runs = {run["seed"]: run for run in before["runs"]} if before else {}
+    for folder in folders:
+        done, seed = json.loads((folder / "done.json").read_text()), int(folder.suffix[1:])
+        runs[seed] = {
+            "seed": seed,
+            "top1": float(list(csv.DictReader(open(folder / "summary.csv")))[-1]["eval_top1"]),
+            "last_line": done["last_line"].partition(", in ")[0],
+            "commit": done["commit"],
+            "command": words(done["command"]),
+        }
+    top1 = [run["top1"] for run in runs.values()]
     facts = {**executed(net, batches), "routing": routing(net, batches)} if folders else before
-    commits = {str(one["commit"]) for one in finished.values()} | set(before["commits"] if before else ())
     return {
         "network": network,
-        "seeds": sorted(runs),
-        "top1": top1,
+        "runs": sorted(runs.values(), key=lambda run: run["seed"]),
         "top1_mean": mean(top1),
         "top1_std": stdev(top1) if len(top1) > 1 else None,
         "params": sum(p.numel() for p in net.parameters()),
         **{key: facts[key] for key in ("macs", "share", "routing")},
-        "last_lines": last_lines,
-        "commits": sorted(commits),
-        "command": words(next(iter(finished.values()))["command"]) if finished else before["command"],
     }
 
 

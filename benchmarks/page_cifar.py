@@ -52,9 +52,10 @@ def cifar_text(report: dict, name: str, machine: str, results: Path) -> str:
         verdict=verdict(report["rows"]),
     )
     for row in report["rows"]:
+        seeds = ", ".join(str(run["seed"]) for run in row["runs"])
         spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
         text += (
-            f"| {row['network']} | {row['top1_mean']:.2f}{spread} | {', '.join(map(str, row['seeds']))} | "
+            f"| {row['network']} | {row['top1_mean']:.2f}{spread} | {seeds} | "
             f"{row['params'] / 1e3:.0f} k | {row['macs'] / 1e6:.2f} M | {_ms(row, 'batch_1', 3)} | "
             f"{_ms(row, 'batch_64', 3)} | {_ms(row, 'training', 2)} | {_entropies(row)} |\n"
         )

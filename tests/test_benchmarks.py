@@ -222,8 +222,9 @@ def test_cifar_in_the_page(script, tmp_path):
     def row(network, top1, cost):
         times = {f"batch_{size}": {"ms_per_image": cost} for size in (1, 64)}
         return {
-            "network": network, "top1_mean": top1, "top1_std": None, "seeds": [0], "params": 1e4, "macs": 1e6 * cost,
-            "training": {"ms_per_image": 2.5}, "routing": {"mean_entropy": 0.5, "entropy_of_mean": 0.75}, **times,
+            "network": network, "top1_mean": top1, "top1_std": None, "runs": [{"seed": 0}], "params": 1e4,
+            "macs": 1e6 * cost, "training": {"ms_per_image": 2.5},
+            "routing": {"mean_entropy": 0.5, "entropy_of_mean": 0.75}, **times,
         }  # fmt: skip
 
     rows = [row("static", 80.0, 2), row("static_050", 70.0, 1), row("dcd", 76.0, 1.5), row("od", 74.0, 1.5)]

@@ -53,7 +53,8 @@ def cases(device: str, kind: str) -> list[str]:
     """
     paths = kind == "paths"
     if kind == "best":
-        torch_cases = [f"--mode {mode} --batch-size {n}" for mode, n in (("eval", 1), ("eval", 16), ("train", 16))]
+        within_torch = (("eval", 1), ("eval", 16), ("train", 16), ("eval", 128))
+        torch_cases = [f"--mode {mode} --batch-size {n}" for mode, n in within_torch]
         return ["--runtime onnxruntime --batch-size 1 16", *torch_cases]
     if device == "cuda":
         sizes = [("eval", "1 32 64 128"), ("train", "32 64 128")]
@@ -178,7 +179,7 @@ def main() -> None:
         f"{model} {case}"
         for case in cases(args.device, kind)
         for model in models
-        if "+" not in model or case.startswith("--mode eval")
+        if "+" not in model or case in ("--mode eval --batch-size 1", "--mode eval --batch-size 16")
     ]
     try:
         samples = started(output, head)

@@ -86,6 +86,8 @@ def onnxruntime_ways(model: nn.Module, x: Tensor, folder: Path, threads: int) ->
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads of a session that was run before would otherwise wait for more work on the cores that the next one needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     ways = {}
     for name, exported in (("as it is", model), ("optimized", optimize(model, x))):
         path = folder / f"{name}.onnx"

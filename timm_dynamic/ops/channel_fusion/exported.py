@@ -4,9 +4,9 @@ In evaluation both norms are affine maps of the latent channels u = Q x:
 
     P (BN2(Phi BN1(u)) + BN1(u)) = P (A u + a)        A = (s2 Phi + 1) s1,  a = (s2 Phi + 1) t1 + t2
 
-with the slopes s and offsets t of the norms. A, a and the scale before hsig are affine maps of the gated features z: one
-product gives all three (dcd_mobilenetv2 at batch 1, two threads: 0.95 of the time of a product for each and the norms'
-arithmetic). Where positions are many for a latent channel, a 1x1 convolution has one matrix a sample,
+with the slopes s and offsets t of the norms. A, a and the scale before hsig are affine maps of the gated features z:
+one product gives all three (dcd_mobilenetv2 at batch 1, two threads: 0.95 of the time of a product for each and the
+norms' arithmetic). Where positions are many for a latent channel, a 1x1 convolution has one matrix a sample,
 `scale * W + P A Q`, in a Scan with its bias and activation: no map is written twice. Elsewhere that matrix costs as
 much as the convolution; there P is a static convolution of A u + a.
 

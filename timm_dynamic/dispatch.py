@@ -16,7 +16,7 @@ from timm_dynamic.ops.precision import is_autocast
 
 __all__ = ["Implementation", "Situation", "changed_part", "choose", "explain", "has_hooks", "use"]
 
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
@@ -24,7 +24,7 @@ _GLOBAL_HOOKS = (
 )
 # Called with every layer, its input and what runs, by `explain`.
 _Observer = Callable[[nn.Module, Tensor, Implementation | None], None]
-_observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
+observer: ContextVar[_Observer | None] = ContextVar("observer", default=None)
 
 
 def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
@@ -43,9 +43,9 @@ def choose(layer: nn.Module, x: Tensor) -> Implementation | None:
     if (torch.compiler.is_compiling() and not kernels.exports_to_onnx()) or torch.jit.is_tracing():
         return None
     row = _choose(layer, x)
-    observer = _observer.get()
-    if observer is not None:
-        observer(layer, x, row)
+    observe = observer.get()
+    if observe is not None:
+        observe(layer, x, row)
     return row
 
 
@@ -113,7 +113,7 @@ def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
 
     With an input, also parts whose parameters are on another device, or of another dtype without autocast.
     """
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return "global hooks"
     if layer.overridden or "formula" in vars(layer):
         return f"{', '.join(layer.overridden) or 'formula'} is not the family's"
@@ -134,7 +134,7 @@ def changed_part(layer: nn.Module, x: Tensor | None = None) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at what a module takes and gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or any(_GLOBAL_HOOKS))
+    return bool(module._forward_hooks or module._forward_pre_hooks or any(GLOBAL_HOOKS))
 
 
 def _unusual_parameter(parameter: Tensor, x: Tensor | None) -> str | None:
@@ -201,12 +201,12 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         model = copy.deepcopy(model)  # whose running statistics may change
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     lines: list[str] = []
-    token = _observer.set(lambda layer, x, row: lines.extend(_lines(names.get(layer, "?"), layer, x, row)))
+    token = observer.set(lambda layer, x, row: lines.extend(_lines(names.get(layer, "?"), layer, x, row)))
     try:
         with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
             model(x)
     finally:
-        _observer.reset(token)
+        observer.reset(token)
     return Explanation("\n".join(lines) or "no layer of this model chooses between implementations")
 
 

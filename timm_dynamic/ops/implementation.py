@@ -58,6 +58,11 @@ class Implementation:
     cannot: Callable[[Any, Tensor], str | None] = _never
     pays: Callable[[Any, Tensor], str | None] = _never
 
+    @property
+    def always_pays(self) -> bool:
+        """Whether it is faster than the formula wherever it can run."""
+        return self.pays is _never
+
     def reason_against(self, layer: Any, x: Tensor, situation: Situation) -> str | None:
         """Why it cannot run here, in words, or None; whether it pays is another question."""
         if situation.exported != self.exported:

@@ -105,6 +105,25 @@ def unusual(x: Tensor) -> str | None:
     return None
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether a call on a CPU is eager, of a float32 tensor, and nothing looks at its operations or changes them."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_watched()
+        and not transforms()
+    )
+
+
+def has_choices() -> bool:
+    """Whether `timm_dynamic.use` asks for anything in this context."""
+    return bool(_choices.get())
+
+
 def exports_to_onnx() -> bool:
     """Whether a graph is made for ONNX, of the operations of `torch.export`: not by tracing, as exporters once did."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

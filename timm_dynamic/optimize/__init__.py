@@ -12,6 +12,7 @@ What it does, on a deep copy in eval mode, by what one forward on an example sho
   treated as others are. The new module gives the same output in eval mode, can be copied and pickled, and nothing in it
   is touched.
 - The memory format is what was faster on the example.
+- Dynamic layers keep the implementation that they choose for the example (`timm_dynamic.explain`).
 
 An output that anything else reads, modules that run twice, modules with hooks, subclasses that nobody knows here: all
 of them are left as they are. `print(fast.report)` says what was done and what was left.
@@ -33,6 +34,7 @@ from timm_dynamic.optimize.graph import CudaGraph
 from timm_dynamic.optimize.layout import choose_format
 from timm_dynamic.optimize.packed_conv import FORMATS, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted, listed
+from timm_dynamic.optimize.settled import settle
 from timm_dynamic.optimize.trace import Trace
 
 __all__ = ["PackedConv2d", "optimize"]
@@ -92,6 +94,9 @@ def optimize(
         fast.__class__ = inference_class(type(fast))
         fast.report, fast.cuda_graph, fast._memory_format = report, None, "contiguous"
         choose_format(fast, inputs, memory_format, report)
+        settled = settle(fast, inputs)
+        if settled:
+            report.append(f"{counted(settled, 'dynamic layer')} with a fixed implementation")
         if compile:
             fast.compile(**(compile if isinstance(compile, dict) else {}))
             report.append("compiled at the first call")

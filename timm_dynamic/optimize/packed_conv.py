@@ -6,6 +6,8 @@ import torch
 from timm.layers import activations
 from torch import Tensor, nn
 
+from timm_dynamic.ops.kernels import is_plain
+
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}  # which cannot be pickled
 
 
@@ -87,21 +89,13 @@ class PackedConv2d(nn.Conv2d):
     @torch.jit.unused
     def _can_run_packed(self, x: Tensor) -> bool:
         return (
-            not torch.compiler.is_compiling()
-            and self.result_format is not None
+            self.result_format is not None
             and self._packed is not None
-            and type(x) is Tensor
-            and x.dtype == torch.float32
-            and x.device.type == "cpu"
+            and is_plain(x)
             and x.dim() == 4
             and x.shape[1] == self.in_channels
             and x.numel() > 0
             and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.jit.is_tracing()
-            and not torch.is_autocast_enabled("cpu")
-            and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch.autograd.forward_ad._current_level < 0
             and not self.act._forward_hooks
             and not self.act._forward_pre_hooks
         )

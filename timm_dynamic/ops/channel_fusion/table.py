@@ -66,19 +66,11 @@ def _cannot_run_in_one_call(layer, x: Tensor) -> str | None:
 def _run_in_one_call(layer, x: Tensor) -> Tensor:
     heads, bn1, bn2 = _parameters(layer)
     norms = ([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2))
-    low, high = layer.limits or NO_LIMITS
+    (conv, p), (low, high) = (layer.conv, layer.p), layer.limits or NO_LIMITS
+    options = (layer.stride, layer.zero_padding, layer.dilation, layer.groups)
     return torch.ops.timm_dynamic.dcd_conv(
-        *(x, heads, layer.q.weight, *norms, bn1.eps, bn2.eps, layer.pool_size, layer.p.weight, layer.p.bias),
-        *(
-            layer.conv.weight,
-            layer.conv.bias,
-            layer.stride,
-            layer.zero_padding,
-            layer.dilation,
-            layer.groups,
-            low,
-            high,
-        ),
+        *(x, heads, layer.q.weight, *norms, bn1.eps, bn2.eps, layer.pool_size, p.weight, p.bias),
+        *(conv.weight, conv.bias, *options, low, high),
     )
 
 

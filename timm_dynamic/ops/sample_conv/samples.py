@@ -30,7 +30,7 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     if is_pointwise(weight, padding, groups):
         out = x[:, :, :: stride[0], :: stride[1]]
         out = torch.bmm(weight.flatten(2), out.flatten(2)).view(B, O, out.shape[2], out.shape[3])
-    elif _is_filtering(x, weight, stride, padding, dilation, groups) and _filters(x, stride):
+    elif filters(x, weight, stride, padding, dilation, groups):
         K = weight.shape[3]
         return ddf(x, weight.view(B, O, K, K), x.new_ones(1, K * K, 1, 1), K, dilation[0], stride[0])
     elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
@@ -49,6 +49,18 @@ def convolve_groups(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dila
     B, O = weight.shape[0], weight.shape[1]
     out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), None, stride, padding, dilation, B * groups)
     return out.view(B, O, out.shape[2], out.shape[3])
+
+
+def filters(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+    """Whether the kernel of `dynamic_filter` convolves, faster than a grouped convolution does; `weight` or kernels."""
+    return _is_filtering(x, weight, stride, padding, dilation, groups) and _filters(x, stride)
+
+
+def filter_depthwise(x: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """The depthwise convolution with `weight`, `[B, C, K*K]` or `[1, C, K*K]`, in one call, without autograd."""
+    ones = x.new_ones(1, 1, kernel_size**2, 1, 1)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.timm_dynamic.dynamic_filter(x, ones, weight, kernel_size, "mul", 1, dilation, stride, 1)
 
 
 def _is_filtering(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_dynamic import count_macs, families, optimize
-from timm_dynamic.timing import measure, summarise
+from timm_dynamic.timing import environment, measure, summarise
 
 CPU = torch.device("cpu")
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
@@ -82,26 +82,27 @@ def _step(model: nn.Module, form: torch.memory_format, prepare: Callable) -> Way
 
 def onnxruntime_ways(model: nn.Module, x: Tensor, folder: Path, threads: int) -> dict[str, Way]:
     """Sessions of both files."""
+    ways = {}
+    for name, exported in (("as it is", model), ("optimized", optimize(model, x))):
+        path, shapes = folder / f"{name}.onnx", ({0: torch.export.Dim.DYNAMIC},)
+        torch.onnx.export(
+            *(exported, (x,), path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+        )
+        ways[name] = onnxruntime_way(path, threads)
+    return ways
+
+
+def onnxruntime_way(path: Path, threads: int) -> Callable[..., None]:
+    """Runs a file on its inputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads of a session that was run before would otherwise wait for more work on the cores that the next one needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    ways = {}
-    for name, exported in (("as it is", model), ("optimized", optimize(model, x))):
-        path = folder / f"{name}.onnx"
-        shapes = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(
-            *(exported, (x,), path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
-        )
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        ways[name] = partial(_infer, session, session.get_inputs()[0].name)
-    return ways
-
-
-def _infer(session, name: str, x: Tensor) -> None:
-    session.run(None, {name: x.numpy()})
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return lambda *inputs: session.run(None, {name: t.numpy() for name, t in zip(names, inputs, strict=True)})
 
 
 def compare(networks: dict[str, dict[str, Way]], x: Tensor, iterations: int) -> dict:
@@ -158,6 +159,7 @@ def main() -> None:
                     ways[network] = onnxruntime_ways(model, torch.randn(2, *size), path, args.threads)
             iterations = args.iterations if batch_size == 1 else -(-args.iterations // 4)
             row = {"model": args.model, "baseline": twin, "runtime": args.runtime, "mode": args.mode}
+            row["commit"] = environment(CPU)["commit"]
             rows.append(
                 row
                 | {"batch_size": batch_size, "img_size": size[-1], "iterations": iterations}

@@ -175,7 +175,7 @@ def main() -> None:
         page += cifar_text(report, "cifar_cpu.json", machine(report), HERE / "results")
     if (path := HERE / "results" / "finetune_cpu.jsonl").exists():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        page += finetune_text(rows, path.name, machine(rows[-1]))
+        page += finetune_text(rows, path.name, "; ".join(dict.fromkeys(map(machine, rows))))
     page += digits_table("digits_budgets_cpu.json") + loop_table("digits_train_loop.json")
     page += rejected_text(load("op_ddf_cpu.json"))
     page += gpu_text()

@@ -12,6 +12,13 @@ in turns. Maps stay in the caches in part, so that only the first two are floors
 | network | batch | measured, ms | at least, ms | MACs | parameters | maps | calls |
 |---|---|---|---|---|---|---|---|
 """
+WEIGHTS = """
+In onnxruntime a sample's weight has a bound of its own: the runtime lays out constant weights in blocks beforehand.
+Convolutions whose weight is an input, in units of the same ones with a constant weight (one image, in the same run):
+
+| channels | map | kernel | groups | time |
+|---|---|---|---|---|
+"""
 BOUNDS = ("arithmetic", "parameters", "maps", "calls")
 
 
@@ -33,4 +40,8 @@ def roof_text(report: dict, name: str, machine: str) -> str:
         cells += [(ours[bound], static[bound]) for bound in BOUNDS]
         text += f"| `{row['model']}` | {row['batch_size']} | "
         text += " | ".join(f"{mine:.1f} ({other:.1f})" for mine, other in cells) + " |\n"
+    text += WEIGHTS
+    for row in report["varying_weights"]:
+        size, kernel = (f"{row[key]}x{row[key]}" for key in ("size", "kernel_size"))
+        text += f"| {row['channels']} | {size} | {kernel} | {row['groups']} | {row['time_ratio']:.2f} |\n"
     return text

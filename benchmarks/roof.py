@@ -7,15 +7,21 @@ cache holds, and a call that does nothing. Then, for the copies that `timm_dynam
 of its static twin, in turns: their time, and what they would take at these rates for their multiply-accumulates alone,
 for reading every parameter once, for reading and writing all maps from memory, and for their calls. No network can be
 faster than the largest of the first two; maps stay in the caches in part, and calls overlap with nothing.
+
+At last what bounds a sample's weight in onnxruntime: convolutions whose weight is an input beside the same ones with a
+constant, which the runtime lays out in blocks beforehand.
 """
 
 import argparse
 import json
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
+from best import onnxruntime_way
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +36,8 @@ MODELS = (
     *("dcd_resnet50", "dcd_mobilenetv2", "ped_resnet18", "dy_mobilenetv2", "ddf_mul_resnet50"),
     *("od_resnet18", "od_resnet18_4x", "od_mobilenetv2_4x", "kw1x_resnet18", "cond_efficientnet_b0_4e"),
 )
+# Of convolutions in onnxruntime: channels, size of the map and of the kernel, groups.
+SHAPES = ((64, 56, 3, 1), (128, 28, 3, 1), (512, 7, 3, 1), (96, 56, 3, 96), (384, 14, 3, 384), (512, 14, 1, 1))
 CPU = torch.device("cpu")
 
 
@@ -114,6 +122,37 @@ def row(name: str, batch_size: int, iterations: int, rate: dict[str, float]) -> 
     return found
 
 
+class Chain(nn.Module):
+    """Eight times the same convolution, with a constant weight or an input."""
+
+    def __init__(self, weight: Tensor, groups: int):
+        super().__init__()
+        self.weight, self.groups = nn.Parameter(weight), groups
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        for _ in range(8):  # so that what brings the first map into the runtime's layout counts little
+            x = F.conv2d(x, self.weight if weight is None else weight, padding="same", groups=self.groups)
+        return x
+
+
+def varying_weights(iterations: int, threads: int) -> list[dict]:
+    """How much longer onnxruntime convolves one image with a weight that is not a constant."""
+    rows = []
+    for channels, size, kernel_size, groups in SHAPES:
+        x, weight = torch.randn(1, channels, size, size), torch.randn(channels, channels // groups, *2 * (kernel_size,))
+        weight /= weight[0].numel() ** 0.5
+        steps = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, inputs in (("constant", (x,)), ("input", (x, weight))):
+                path = Path(folder, f"{name}.onnx")
+                torch.onnx.export(Chain(weight, groups).eval(), inputs, path, dynamo=True, verbose=False)
+                steps[name] = partial(onnxruntime_way(path, threads), *inputs)
+        times = {name: summarise(found)["median_ms"] for name, found in measure(steps, iterations, 3, CPU).items()}
+        shape = {"channels": channels, "size": size, "kernel_size": kernel_size, "groups": groups}
+        rows.append({**shape, "time_ratio": times["input"] / times["constant"]})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
@@ -125,6 +164,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rate = rates()
     report = {**environment(CPU), "threads": args.threads, "rates": rate, "rows": []}
+    report["varying_weights"] = varying_weights(args.iterations, args.threads)
     for name in tqdm(args.models, unit="model", disable=None):
         report["rows"] += [row(name, batch_size, args.iterations, rate) for batch_size in args.batch_sizes]
         with replacing(args.output) as temporary:

@@ -212,8 +212,20 @@ def test_roof(script):
     side = {"median_ms": 9.0, "arithmetic": 4.0, "parameters": 5.0, "maps": 2.0, "calls": 1.0}
     report = {"rates": {"macs": 4e10, "bytes": 2e10, "call_s": 3e-6}}
     report["rows"] = [{"model": "m", "batch_size": 1, "ours": side, "static": side | {"parameters": 1.0}}]
+    weights = {"channels": 64, "size": 56, "kernel_size": 3, "groups": 1}
+    report["varying_weights"] = [weights | {"time_ratio": 1.5}]
     text = script("page_roof").roof_text(report, "roof_cpu.json", "a machine")
     assert "| `m` | 1 | 9.0 (9.0) | 5.0 (4.0) | 4.0 (4.0) | 5.0 (1.0) | 2.0 (2.0) | 1.0 (1.0) |\n" in text
+    assert text.endswith("| 64 | 56x56 | 3x3 | 1 | 1.50 |\n")
+
+
+def test_varying_weights(script, monkeypatch):
+    """Two files, of which one has the weight as an input."""
+    pytest.importorskip("onnxruntime")
+    roof = script("roof")
+    monkeypatch.setattr(roof, "SHAPES", ((4, 5, 3, 4),))
+    (row,) = roof.varying_weights(1, 1)
+    assert (row["channels"], row["size"], row["kernel_size"], row["groups"]) == (4, 5, 3, 4) and row["time_ratio"] > 0
 
 
 def test_cifar_in_the_page(script, tmp_path):

@@ -71,13 +71,33 @@ def forward_of_a_part(layer):
     layer.p.forward = lambda v: nn.Conv2d.forward(layer.p, v) + 1
 
 
+def formula_of_the_layer(layer):
+    layer.formula = lambda x: type(layer).formula(layer, x) + 1
+
+
+class Doubled(torch.Tensor):
+    """As quantised weights are: of another class."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        args = [one.as_subclass(torch.Tensor) * 2 if isinstance(one, cls) else one for one in args]
+        return function(*args, **(kwargs or {}))
+
+
+def another_kind_of_weight(layer):
+    layer.fc_scale._parameters["weight"] = layer.fc_scale.weight.detach().as_subclass(Doubled)
+
+
 def norm_in_training(layer):
     layer.bn1.train()
 
 
 @pytest.mark.parametrize(
     "change",
-    [hook_on_a_part, hook_before_a_part, another_part, another_part_within, forward_of_a_part, norm_in_training],
+    [
+        *(hook_on_a_part, hook_before_a_part, another_part, another_part_within, forward_of_a_part),
+        *(formula_of_the_layer, another_kind_of_weight, norm_in_training),
+    ],
 )
 def test_changed_parts_are_called(change):
     """The layer then gives what its formula gives."""
@@ -86,9 +106,9 @@ def test_changed_parts_are_called(change):
     x = torch.randn(3, 8, 9, 9)
     with torch.no_grad():
         before = fast(x)
-        assert fast.settled.holds(x)
+        assert fast.settled.holds(fast, x)
         change(fast)
-        assert not fast.settled.holds(x)
+        assert not fast.settled.holds(fast, x)
         y = fast(x)
         torch.testing.assert_close(y, fast.formula(x), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(y, before, atol=1e-2)
@@ -99,16 +119,22 @@ def test_calls_that_are_unlike_the_example():
     layer = DCDConv2d(8, 12, 3, padding=1).eval()
     (fast,) = timm_dynamic.optimize(nn.Sequential(layer).eval(), torch.randn(2, 8, 9, 9))
     x = torch.randn(3, 8, 9, 9)
-    assert fast.settled.holds(x) and fast.settled.holds(x.contiguous(memory_format=torch.channels_last))
+    assert fast.settled.holds(fast, x) and fast.settled.holds(fast, x.contiguous(memory_format=torch.channels_last))
     for other in (x.double(), x[:0], x[..., ::2], x.as_subclass(nn.Buffer)):
-        assert not fast.settled.holds(other)
+        assert not fast.settled.holds(fast, other)
     contexts = (
         timm_dynamic.use(dcd="formula"), torch.enable_grad(), torch.autocast("cpu"), FlopCounterMode(display=False)
     )  # fmt: skip
     for context in contexts:
         with context:
-            assert not fast.settled.holds(x)
+            assert not fast.settled.holds(fast, x)
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    assert not fast.settled.holds(x)
+    assert not fast.settled.holds(fast, x)
     handle.remove()
-    assert fast.settled.holds(x) and not torch.vmap(lambda x: x * fast.settled.holds(x[None]))(x).any()
+    assert fast.settled.holds(fast, x) and not torch.vmap(lambda x: x * fast.settled.holds(fast, x[None]))(x).any()
+
+
+def test_only_where_it_can_hold():
+    model = nn.Sequential(DCDConv2d(8, 12, 3, padding=1)).double().eval()
+    fast = timm_dynamic.optimize(model, torch.randn(2, 8, 9, 9).double())
+    assert fast[0].settled is None and not any("fixed implementation" in line for line in fast.report)

@@ -12,13 +12,15 @@ from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_choices, is_plain
 from timm_dynamic.ops.shapes import is_dense
 
+_PLAIN = {nn.Parameter, Tensor, type(None)}
+
 
 class Settled:
     """The row of its table that a layer of an optimized model runs, for calls like the example.
 
     To choose takes longer than many a layer at batch 1: 55 of 100 us with DCD, where a static convolution's whole call
-    takes 12 (one sample of 16 channels, an AMD EPYC, November 2026). What was true of the layer's parameters when it
-    was optimized is not asked again; whether its parts are still there, and nobody waits for their calls, is.
+    takes 12 (one sample of 16 channels, an AMD EPYC, November 2026). Asked again is only what later changes of the
+    layer can undo: whether its parts are still there, with plain parameters, and nobody waits for their calls.
 
     Attributes:
         row: What runs.
@@ -28,18 +30,24 @@ class Settled:
         self.row = row
         self._parts = list(_parts(layer))
 
-    def holds(self, x: Tensor) -> bool:
+    def holds(self, layer: DynamicLayer, x: Tensor) -> bool:
         """Whether the row runs a call with this input, which the layer has checked."""
         if torch.is_grad_enabled() or not is_plain(x) or not is_dense(x) or x.numel() == 0:
             return False
         if has_choices() or observer.get() is not None or any(GLOBAL_HOOKS):
             return False
+        if "formula" in layer.__dict__ or not _are_plain(layer._parameters):
+            return False
         for siblings, name, part in self._parts:
             if siblings.get(name) is not part or part.training or part._forward_hooks or part._forward_pre_hooks:
                 return False
-            if "forward" in part.__dict__ or "_conv_forward" in part.__dict__:
+            if "forward" in part.__dict__ or "_conv_forward" in part.__dict__ or not _are_plain(part._parameters):
                 return False
         return True
+
+
+def _are_plain(parameters: dict[str, Tensor | None]) -> bool:
+    return _PLAIN.issuperset(map(type, parameters.values()))
 
 
 def _parts(layer: DynamicLayer) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
@@ -54,7 +62,7 @@ def _parts(layer: DynamicLayer) -> Iterator[tuple[dict[str, Any], str, nn.Module
 def settle(fast: nn.Module, inputs: tuple) -> int:
     """Let the layers of an optimized model keep what they choose for an example; their number."""
     chosen: dict[DynamicLayer, set[Implementation | None]] = {}
-    token = observer.set(lambda layer, x, row: chosen.setdefault(layer, set()).add(row))
+    token = observer.set(lambda layer, x, row: chosen.setdefault(layer, set()).add(row if is_plain(x) else None))
     try:
         fast(*inputs)
     finally:

@@ -30,7 +30,7 @@ def convolve(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: P
     if is_pointwise(weight, padding, groups):
         out = x[:, :, :: stride[0], :: stride[1]]
         out = torch.bmm(weight.flatten(2), out.flatten(2)).view(B, O, out.shape[2], out.shape[3])
-    elif filters(x, weight, stride, padding, dilation, groups):
+    elif is_filtered(x, weight, stride, padding, dilation, groups):
         K = weight.shape[3]
         return ddf(x, weight.view(B, O, K, K), x.new_ones(1, K * K, 1, 1), K, dilation[0], stride[0])
     elif torch.compiler.is_compiling() or (B > 0 and _grouped(weight)):
@@ -51,7 +51,7 @@ def convolve_groups(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dila
     return out.view(B, O, out.shape[2], out.shape[3])
 
 
-def filters(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
+def is_filtered(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     """Whether the kernel of `dynamic_filter` convolves, faster than a grouped convolution does; `weight` or kernels."""
     return _is_filtering(x, weight, stride, padding, dilation, groups) and _filters(x, stride)
 

@@ -9,7 +9,7 @@ from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
-from timm_dynamic.ops.sample_conv.samples import filter_depthwise, filters, mix
+from timm_dynamic.ops.sample_conv.samples import filter_depthwise, is_filtered, mix
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
 from timm_dynamic.ops.shapes import gate_groups, is_dense
 
@@ -121,7 +121,7 @@ def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Te
     if is_fused(x, attention, kernels, layer.groups):
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         return fused(x, attention, kernels, pairs, a_out, *options, bias, *limits)
-    if filters(x, kernels, *options, layer.groups):
+    if is_filtered(x, kernels, *options, layer.groups):
         pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
         weight = (kernels if attention is None else mix(attention, kernels)).flatten(2)
         weight = weight if pairs is None else weight * pairs[:, None] * a_out[:, :, None]

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dynamic
 from timm_dynamic.families import FAMILIES
-from timm_dynamic.layers import base
-from timm_dynamic.layers.dcd import DCDConv2d
+from timm_dynamic.layers import DCDConv2d, DynamicConv2d, ODConv2d, PEDConv2d, base
 
 pytestmark = pytest.mark.skipif(timm_dynamic.backend_info()["cpu"] != "loaded", reason="there are no CPU kernels here")
 
@@ -132,6 +131,41 @@ def test_calls_that_are_unlike_the_example():
     assert not fast.settled.holds(fast, x)
     handle.remove()
     assert fast.settled.holds(fast, x) and not torch.vmap(lambda x: x * fast.settled.holds(fast, x[None]))(x).any()
+
+
+def another_weight(fast):
+    part, name = (fast.q, "weight") if isinstance(fast, DCDConv2d) else (fast, "bias")
+    setattr(part, name, nn.Parameter(torch.randn_like(getattr(part, name))))
+
+
+def weights_in_place(fast):
+    fast.load_state_dict({name: value * 1.5 for name, value in fast.state_dict().items()})
+
+
+def other_tensors_for_weights(fast):
+    fast.load_state_dict({name: value * 1.5 for name, value in fast.state_dict().items()}, assign=True)
+
+
+def other_data_of_weights(fast):
+    fast.double()
+    for value in fast.parameters():
+        value.mul_(1.5)
+    fast.float()
+
+
+@pytest.mark.parametrize("change", [another_weight, weights_in_place, other_tensors_for_weights, other_data_of_weights])
+@pytest.mark.parametrize("kind", [DCDConv2d, PEDConv2d, DynamicConv2d, ODConv2d])
+@torch.no_grad()
+def test_other_weights_are_read(kind, change):
+    """And the layer need not choose again."""
+    layer = nn.Sequential(kind(8, 12, 3, padding=1), nn.BatchNorm2d(12)).eval()
+    (fast, _) = timm_dynamic.optimize(layer, torch.randn(2, 8, 9, 9))
+    x = torch.randn(3, 8, 9, 9)
+    before = fast(x)
+    change(fast)
+    y = fast(x)
+    assert fast.settled.holds(fast, x) and not torch.allclose(y, before, atol=1e-2)
+    torch.testing.assert_close(y, fast.formula(x), rtol=1e-4, atol=1e-4)
 
 
 def test_only_where_it_can_hold():

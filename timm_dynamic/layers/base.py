@@ -67,7 +67,9 @@ class DynamicLayer(nn.Module):
     @torch.jit.unused
     def _dispatch(self, x: Tensor) -> Tensor:
         settled = self.settled
-        implementation = settled.row if settled is not None and settled.holds(self, x) else choose(self, x)
+        if settled is not None and settled.holds(self, x):
+            return settled.run(x)
+        implementation = choose(self, x)
         if implementation is not None:
             return implementation.run(self, x)
         y = self.formula(x)

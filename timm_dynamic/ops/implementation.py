@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ def _never(layer: Any, x: Tensor) -> None:
     return None
 
 
+def _run(prepare: Callable[[Any], Callable[[Tensor], Tensor]], layer: Any, x: Tensor) -> Tensor:
+    return prepare(layer)(x)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A way to run a layer that equals its formula.
@@ -38,6 +43,9 @@ class Implementation:
     Attributes:
         name: For `timm_dynamic.explain` and `timm_dynamic.use`.
         run: Computes the layer's output from the layer and its input; applies `layer.limits` itself.
+        prepare: Instead of `run`: reads what there is to read of a layer, and returns what computes the output from the
+            input. Layers of optimized models call it once: modules find their attributes slowly. What it keeps are
+            attributes and whole parameters, nothing that was computed of them.
         devices: Types of devices that it runs on.
         dtypes: Of input and parameters that it takes.
         gradients: Whether it is for calls with gradients (True) or without (False).
@@ -49,7 +57,7 @@ class Implementation:
     """
 
     name: str
-    run: Callable[[Any, Tensor], Tensor]
+    run: Callable[[Any, Tensor], Tensor] | None = None
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     gradients: bool = False
@@ -57,6 +65,11 @@ class Implementation:
     exported: bool = False
     cannot: Callable[[Any, Tensor], str | None] = _never
     pays: Callable[[Any, Tensor], str | None] = _never
+    prepare: Callable[[Any], Callable[[Tensor], Tensor]] | None = None
+
+    def __post_init__(self):
+        if self.run is None:
+            object.__setattr__(self, "run", partial(_run, self.prepare))
 
     @property
     def always_pays(self) -> bool:

@@ -1,5 +1,7 @@
 """How a `DCDConv2d` runs faster than by its formula."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,15 +65,15 @@ def _cannot_run_in_one_call(layer, x: Tensor) -> str | None:
     return _input_problem(layer, x)
 
 
-def _run_in_one_call(layer, x: Tensor) -> Tensor:
+def _one_call(layer) -> Callable[[Tensor], Tensor]:
     heads, bn1, bn2 = _parameters(layer)
     norms = ([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2))
-    (conv, p), (low, high) = (layer.conv, layer.p), layer.limits or NO_LIMITS
+    (conv, p), limits = (layer.conv, layer.p), layer.limits or NO_LIMITS
     options = (layer.stride, layer.zero_padding, layer.dilation, layer.groups)
-    return torch.ops.timm_dynamic.dcd_conv(
-        *(x, heads, layer.q.weight, *norms, bn1.eps, bn2.eps, layer.pool_size, p.weight, p.bias),
-        *(conv.weight, conv.bias, *options, low, high),
-    )
+    given = (heads, layer.q.weight, *norms, bn1.eps, bn2.eps, layer.pool_size, p.weight, p.bias)
+    given = (*given, conv.weight, conv.bias, *options, *limits)
+    operator = torch.ops.timm_dynamic.dcd_conv.default
+    return lambda x: operator(x, *given)
 
 
 def _cannot_train(layer, x: Tensor) -> str | None:
@@ -109,7 +111,7 @@ def _cannot_export(layer, x: Tensor) -> str | None:
 TABLE = (
     # Some twenty small operations a layer, whose overhead is most of their time at batch 1; at batch 16 the maps are
     # read and written less often (benchmarks/models.py, on a CPU).
-    Implementation("one call", _run_in_one_call, cannot=_cannot_run_in_one_call),
+    Implementation("one call", prepare=_one_call, cannot=_cannot_run_in_one_call),
     # Fewer maps kept, and fewer passes over them: 1.1 instead of 1.3 of the static network's training step
     # (benchmarks/models.py, dcd_resnet50 at batch 16, on a CPU).
     Implementation(

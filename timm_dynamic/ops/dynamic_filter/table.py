@@ -1,5 +1,7 @@
 """How a `DDFPack` runs faster than by its formula."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,23 +29,24 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
     return None if has_kernel("cpu", "dynamic_filter") else "the CPU kernels are not loaded"
 
 
-def _infer(layer, x: Tensor) -> Tensor:
+def _inference(layer) -> Callable[[Tensor], Tensor]:
     spatial_weight, spatial_bias, *channel, std = _parameters(layer)
-    norm, operators = layer.spatial_branch[1], torch.ops.timm_dynamic
-    B, C = x.shape[:2]
-    K, stride, head, taps = layer.kernel_size[0], layer.stride[0], layer.head, norm.taps
-    with torch._C._AutoDispatchBelowAutograd():  # saves every operator a call of Python
-        filters = operators.filter_norm(_channel_branch(x, *channel)[:, :, None, None], taps, 1.0)
-        channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B, C, taps)
-        spatial_filter = operators.filter_norm(_convolve(x, spatial_weight, spatial_bias, stride), taps, norm.scale)
-        size = spatial_filter.shape[2:]
-        spatial_filter = spatial_filter.view(B, head, taps, *size)
-        y = operators.dynamic_filter(
-            x, spatial_filter, channel_filter, K, layer.kernel_combine, head, layer.dilation[0], stride, 1
-        )
-        if layer.bias is not None:
-            y = y.add_(layer.bias[:, None, None])
-        return y if layer.limits is None else y.clamp_(*layer.limits)
+    norm, operators, bias, limits = layer.spatial_branch[1], torch.ops.timm_dynamic, layer.bias, layer.limits
+    K, stride, head, taps, scale = layer.kernel_size[0], layer.stride[0], layer.head, norm.taps, norm.scale
+    options = (K, layer.kernel_combine, head, layer.dilation[0], stride, 1)
+
+    def run(x: Tensor) -> Tensor:
+        B, C = x.shape[:2]
+        with torch._C._AutoDispatchBelowAutograd():  # saves every operator a call of Python
+            filters = operators.filter_norm(_channel_branch(x, *channel)[:, :, None, None], taps, 1.0)
+            channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B, C, taps)
+            spatial_filter = operators.filter_norm(_convolve(x, spatial_weight, spatial_bias, stride), taps, scale)
+            spatial_filter = spatial_filter.view(B, head, taps, *spatial_filter.shape[2:])
+            y = operators.dynamic_filter(x, spatial_filter, channel_filter, *options)
+            y = y if bias is None else y.add_(bias[:, None, None])
+            return y if limits is None else y.clamp_(*limits)
+
+    return run
 
 
 def _channel_branch(x: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,5 +69,5 @@ TABLE = (
     # Half of the channel branch's time and two thirds of the spatial branch's at batch 1 and 16, and less overhead
     # between them; `pooled_heads` is slower for so many scores. In channels_last a quarter less of the whole layer at
     # batch 1 (the layers of ddf_mul_resnet50, on a CPU).
-    Implementation("products", _infer, cannot=_cannot_infer),
+    Implementation("products", prepare=_inference, cannot=_cannot_infer),
 )

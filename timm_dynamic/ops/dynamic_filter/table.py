@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
@@ -31,7 +30,7 @@ def _cannot_infer(layer, x: Tensor) -> str | None:
 
 
 def _inference(layer) -> Callable[[Tensor], Tensor]:
-    spatial_weight, spatial_bias, *channel, std = _parameters(layer)
+    spatial_weight, spatial_bias, *hidden, weight, channel_bias, std = _parameters(layer)
     norm, operators, bias, limits = layer.spatial_branch[1], torch.ops.timm_dynamic, layer.bias, layer.limits
     K, stride, head, taps, scale = layer.kernel_size[0], layer.stride[0], layer.head, norm.taps, norm.scale
     options = (K, layer.kernel_combine, head, layer.dilation[0], stride, 1)
@@ -39,7 +38,8 @@ def _inference(layer) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         B, C = x.shape[:2]
         with torch._C._AutoDispatchBelowAutograd():  # saves every operator a call of Python
-            filters = operators.filter_norm(_channel_branch(x, *channel)[:, :, None, None], taps, 1.0)
+            (scores,) = operators.pooled_heads(x, *hidden, [weight], [channel_bias], ["none"], 1.0)
+            filters = operators.filter_norm(scores[:, :, None, None], taps, 1.0)
             channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B, C, taps)
             spatial_filter = operators.filter_norm(_convolve(x, spatial_weight, spatial_bias, stride), taps, scale)
             spatial_filter = spatial_filter.view(B, head, taps, *spatial_filter.shape[2:])
@@ -48,12 +48,6 @@ def _inference(layer) -> Callable[[Tensor], Tensor]:
             return y if limits is None else y.clamp_(*limits)
 
     return run
-
-
-def _channel_branch(x: Tensor, hidden_weight: Tensor, hidden_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[B, C*K*K]`."""
-    hidden = F.relu(F.linear(x.mean((2, 3)), hidden_weight.flatten(1), hidden_bias))
-    return F.linear(hidden, weight.flatten(1), bias)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
@@ -73,7 +67,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
 
 TABLE = (
     # Half of the channel branch's time and two thirds of the spatial branch's at batch 1 and 16, and less overhead
-    # between them; `pooled_heads` is slower for so many scores. In channels_last a quarter less of the whole layer at
-    # batch 1 (the layers of ddf_mul_resnet50, on a CPU).
+    # between them (the layers of ddf_mul_resnet50, on a CPU).
     Implementation("products", prepare=_inference, cannot=_cannot_infer),
 )

@@ -23,6 +23,7 @@ def average(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = {
+    "none": lambda z: z,
     "sigmoid": torch.sigmoid,
     "sigmoid2": lambda z: 2 * torch.sigmoid(z),
     "softmax": lambda z: F.softmax(z, 1),
@@ -44,7 +45,7 @@ def _definition(
         x: `[B, C, H, W]`.
         hidden_weight, hidden_bias: `[hidden, C]` and `[hidden]`.
         weights, biases: Of every head, `[n, hidden]` and `[n]`.
-        activations: Of every head: `"sigmoid"`, `"sigmoid2"` (2 * sigmoid), or `"softmax"`.
+        activations: Of every head: `"none"`, `"sigmoid"`, `"sigmoid2"` (2 * sigmoid), or `"softmax"`.
         temperature: Of all scores.
 
     Returns:

@@ -63,16 +63,29 @@ namespace {
 
 using Pair = std::vector<int64_t>;
 
-// With a mixture of kernels, [N, O, C, Kh, Kw], for every sample.
+// With a mixture of kernels, [N, O, C, Kh, Kw], for every sample; or of cells, [N, cell_outputs,
+// cell_inputs], with an attention [B, Kh, Kw, outputs, inputs, N].
 Tensor mixtures(const Tensor& x, const Tensor& kernels, const std::optional<Tensor>& attention,
                 const std::optional<Tensor>& pairs, const std::optional<Tensor>& a_out,
                 const std::optional<Tensor>& shift, double low, double high, const Pair& stride,
                 const Pair& padding, const Pair& dilation) {
   Mixtures op = {};
   op.B = x.size(0), op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
-  op.N = kernels.size(0), op.O = kernels.size(1), op.Kh = kernels.size(3), op.Kw = kernels.size(4);
-  STD_TORCH_CHECK(kernels.size(2) == op.C && (attention || op.N == 1), "kernels must be [N, O, ",
-                  op.C, ", Kh, Kw], one or with an attention, got ", shape_text(kernels));
+  op.N = kernels.size(0);
+  const bool cells = kernels.dim() == 3;
+  if (cells) {
+    STD_TORCH_CHECK(attention->dim() == 6 && attention->size(4) * kernels.size(2) == op.C,
+                    "of cells ", shape_text(kernels), " the attention must be [", op.B,
+                    ", Kh, Kw, outputs, inputs, ", op.N, "] with ", op.C,
+                    " channels in the inputs' cells, got ", shape_text(*attention));
+    op.cell_outputs = kernels.size(1), op.cell_inputs = kernels.size(2);
+    op.O = attention->size(3) * op.cell_outputs;
+    op.Kh = attention->size(1), op.Kw = attention->size(2);
+  } else {
+    op.O = kernels.size(1), op.Kh = kernels.size(3), op.Kw = kernels.size(4);
+    STD_TORCH_CHECK(kernels.size(2) == op.C && (attention || op.N == 1), "kernels must be [N, O, ",
+                    op.C, ", Kh, Kw], one or with an attention, got ", shape_text(kernels));
+  }
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation are pairs");
   op.stride_y = stride[0], op.stride_x = stride[1];
@@ -82,16 +95,21 @@ Tensor mixtures(const Tensor& x, const Tensor& kernels, const std::optional<Tens
   op.Wo = (op.W + 2 * op.padding_x - op.dilation_x * (op.Kw - 1) - 1) / op.stride_x + 1;
   STD_TORCH_CHECK(op.Ho > 0 && op.Wo > 0, "x ", shape_text(x), " is too small for kernels ",
                   shape_text(kernels));
-  op.channels_last = !x.is_contiguous();
+  op.channels_last = cells || !x.is_contiguous();
+  STD_TORCH_CHECK(!cells || is_dense_channels_last(x), "x must be channels_last");
   const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo}, op.channels_last);
   op.x = floats(x), op.out = mutable_floats(out);
   op.kernels = parameter("weight", kernels, kernels.numel(), x);
-  op.attention = optional_parameter("attention", attention, op.B * op.N, x);
+  const int64_t blocks = cells ? op.O * op.whole_depth() / (kernels.numel() / op.N) : 1;
+  op.attention = optional_parameter("attention", attention, op.B * blocks * op.N, x);
   op.pairs = optional_parameter("in_scale", pairs, op.B * op.whole_depth(), x);
-  op.a_out = optional_parameter("out_scale", a_out, op.B * op.O, x), op.a_out_stride = op.O;
-  const bool shared = shift && shift->dim() == 2 && shift->size(0) == 1;
-  op.shift = optional_parameter("shift", shift, (shared ? 1 : op.B) * op.O, x);
-  op.shift_stride = shared ? 0 : op.O;
+  const auto rows_of = [&](const std::optional<Tensor>& t) {  // one for all samples, or for each
+    return t && t->dim() == 2 && t->size(0) == 1 ? 1 : op.B;
+  };
+  op.a_out = optional_parameter("out_scale", a_out, rows_of(a_out) * op.O, x);
+  op.a_out_stride = rows_of(a_out) == 1 ? 0 : op.O;
+  op.shift = optional_parameter("shift", shift, rows_of(shift) * op.O, x);
+  op.shift_stride = rows_of(shift) == 1 ? 0 : op.O;
   op.low = static_cast<float>(low), op.high = static_cast<float>(high);
   run_mixtures(op);
   return out;
@@ -102,8 +120,9 @@ Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional
                       const std::optional<Tensor>& p, const std::optional<Tensor>& v,
                       const std::optional<Tensor>& shift, double low, double high,
                       const Pair& stride, const Pair& padding, const Pair& dilation) {
-  check_maps("x", x, weight.dim() == 5);
-  if (weight.dim() == 5)
+  const bool mixes = weight.dim() == 5 || (weight.dim() == 3 && attention);
+  check_maps("x", x, mixes);
+  if (mixes)
     return mixtures(x, weight, attention, in_scale, out_scale, shift, low, high, stride, padding,
                     dilation);
   const bool one = weight.dim() == 2;

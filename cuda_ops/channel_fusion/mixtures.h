@@ -10,13 +10,18 @@ namespace timm_dynamic {
 // Maps are float32, NCHW or channels_last; pairs is [B, C * Kh * Kw], the elements of a kernel but
 // for its outputs. Pointers may be null: an attention of 1 (N is 1 then), gates of 1, no second
 // product (L is 0 then), no base, no shift. Strides between samples may be 0. Only in channels_last
-// can a sample have a kernel of its own, and are there a base and the second product, with v of
-// [B, positions, L].
+// can a sample have a kernel of its own, or one of cells, and are there a base and the second
+// product, with v of [B, positions, L].
+//
+// With cells a kernel is made of blocks, [taps, O / cell_outputs, C / cell_inputs] of them, each a
+// mixture of all cells: `kernels` is [N, cell_outputs, cell_inputs], and `attention` [B, blocks,
+// N].
 struct Mixtures {
   int64_t B, N, C, O, H, W, Ho, Wo, Kh, Kw;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   const float *x, *attention, *kernels, *pairs, *a_out, *shift;
   int64_t kernel_stride, a_out_stride, shift_stride;
+  int64_t cell_outputs, cell_inputs;  // 0: no cells
   int64_t L;
   const float *p, *v, *base, *base_scale;
   bool channels_last;

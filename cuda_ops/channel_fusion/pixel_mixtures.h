@@ -48,13 +48,13 @@ class Pixels {
   std::vector<const float*> pixels_;
 };
 
-// Elements [first, first + depth) of `rows` rows, `pitch` apart, to the columns of a panel that is
-// `width` wide, zeros beyond; times the gates of elements, if there are any. `order` is null where
-// they keep theirs.
+// Elements [first, first + depth) of `rows` rows, `pitch` apart, to as many columns of a panel that
+// is `width` wide, and zeros to their last vector's end; times the gates of elements, if there are
+// any. `order` is null where they keep theirs.
 inline void fill_panel(const float* from, int64_t pitch, int64_t rows, int64_t first, int64_t depth,
                        const float* gates, const int64_t* order, float* panel, int64_t width) {
   constexpr int64_t n = kLanes<float>;
-  for (int64_t i = 0; i < width; i += n, from += n * pitch)
+  for (int64_t i = 0; i < rows; i += n, from += n * pitch)
     for (int64_t j = 0; j < depth; j += n) {
       const int64_t count = std::min(n, depth - j);
       const Vec<float> gate = gates ? load<float>(gates + j, count) : broadcast(1.0f);
@@ -88,6 +88,75 @@ INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows
     for (int64_t s = 0; s < kSamples; ++s)
       fill_panel(scratch + s * pitch, depth, rows, k, depth, nullptr, order, panel + s * size,
                  width);
+  }
+}
+
+// Of kTaps blocks, side by side in a kernel's row, that row: mixtures of rows of the cells, which
+// are `pitch` apart. So far apart are also the coefficients of one block and the next.
+template <int kTaps>
+INLINE void mix_cells(const float* cells, int64_t pitch, int64_t N, const float* coefficients,
+                      int64_t apart, int64_t inputs, float* to, int64_t C) {
+  constexpr int kCount = 3;
+  constexpr int64_t n = kLanes<float>;
+  for (int64_t c = 0; c < inputs; c += kCount * n) {
+    Vec<float> sums[kTaps][kCount] = {};
+    for (int64_t cell = 0; cell < N; ++cell) {
+      Vec<float> values[kCount];
+      for (int v = 0; v < kCount; ++v) values[v] = load<float>(cells + cell * pitch + c + v * n);
+#pragma GCC unroll 3
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const Vec<float> coefficient = broadcast(coefficients[tap * apart + cell]);
+        for (int v = 0; v < kCount; ++v) sums[tap][v] += coefficient * values[v];
+      }
+    }
+#pragma GCC unroll 3
+    for (int tap = 0; tap < kTaps; ++tap)
+      for (int v = 0; v < kCount; ++v)
+        store<float>(to + tap * C + c + v * n, sums[tap][v], inputs - c - v * n);
+  }
+}
+
+// Rows of cells in scratch are so far apart: with a slack that vectors may read, and not by a power
+// of two, whose multiples share few sets of the cache.
+INLINE int64_t cell_pitch(const Mixtures& op) { return op.cell_inputs + 5 * kLanes<float>; }
+
+INLINE int64_t cell_scratch(const Mixtures& op) {
+  return kLanes<float> * (op.N * cell_pitch(op) + op.whole_depth());
+}
+
+// The panels of kernels of cells, whose elements are (tap, c), of some samples.
+INLINE void make_cell_panels(const Mixtures& op, int64_t b, int64_t samples, int64_t row,
+                             int64_t rows, float* scratch, float* panel, int64_t size,
+                             int64_t width) {
+  constexpr int64_t n = kLanes<float>;
+  const int64_t whole = op.whole_depth(), taps = op.taps(), pitch = cell_pitch(op);
+  const int64_t outputs = op.O / op.cell_outputs, inputs = op.C / op.cell_inputs;
+  const int64_t apart = outputs * inputs * op.N;  // of the coefficients of one tap and the next
+  float* const kernel = scratch + n * op.N * pitch;
+  for (int64_t i = 0; i < rows; i += n) {
+    const int64_t count = std::min(n, rows - i);
+    for (int64_t cell = 0; cell < op.N; ++cell)
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t from = cell * op.cell_outputs + (row + i + r) % op.cell_outputs;
+        std::copy_n(op.kernels + from * op.cell_inputs, op.cell_inputs,
+                    scratch + (cell * n + r) * pitch);
+      }
+    for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t input = 0; input < inputs; ++input) {
+          const int64_t block = (row + i + r) / op.cell_outputs * inputs + input;
+          const float* coefficients = op.attention + (b + s) * taps * apart + block * op.N;
+          float* to = kernel + r * whole + input * op.cell_inputs;
+          for (int64_t tap = 0, together; tap < taps; tap += together) {
+            together = taps - tap < 3 ? 1 : 3;
+            const auto mix = together == 3 ? mix_cells<3> : mix_cells<1>;
+            mix(scratch + r * pitch, n * pitch, op.N, coefficients, apart, op.cell_inputs, to,
+                op.C);
+            coefficients += together * apart, to += together * op.C;
+          }
+        }
+      fill_panel(kernel, whole, count, 0, whole, nullptr, nullptr, panel + s * size + i, width);
+    }
   }
 }
 
@@ -173,9 +242,14 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   const int64_t chunk =
       std::min(std::max<int64_t>(kPanels / (depth * kStrip), 1) * kVectors, vectors);
   const int64_t size = depth * n * chunk;
-  const auto panels = std::make_unique_for_overwrite<float[]>(2 * size);
-  const bool mixes = op.attention, shared = !op.pairs && op.kernel_stride == 0;
-  const auto scratch = std::make_unique_for_overwrite<float[]>(mixes ? 2 * kStrip * kMixed : 0);
+  // Samples whose panels are made together: each time the kernels are read. With twice as many of
+  // cells no time is saved.
+  const int64_t together = op.attention ? 2 : 1;
+  const bool shared = together == 1 && !op.pairs && op.kernel_stride == 0;
+  const auto panels = std::make_unique_for_overwrite<float[]>(together * size);
+  const auto scratch = std::make_unique_for_overwrite<float[]>(op.cell_outputs ? cell_scratch(op)
+                                                               : op.attention  ? 2 * kStrip * kMixed
+                                                                               : 0);
   Pixels pixels(op);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t unit = i / op.parts, part = i % op.parts;
@@ -195,11 +269,14 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
         }
       };
       for (int64_t s = 0; s < samples; ++s) {
-        float* const to = panels.get() + (mixes && s % 2 ? size : 0);
-        if (mixes ? s % 2 == 0 : s == 0 || !shared)
+        float* const to = panels.get() + s % together * size;
+        if (s % together == 0 && (s == 0 || !shared))
           each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
-            const auto make = !mixes            ? copy_panel
-                              : s + 1 < samples ? make_panels<2>  // each reads the kernels
+            if (op.cell_outputs)
+              return make_cell_panels(op, b + s, std::min(together, samples - s), row, outputs,
+                                      scratch.get(), panel, size, width * n);
+            const auto make = together == 1     ? copy_panel
+                              : s + 1 < samples ? make_panels<2>
                                                 : make_panels<1>;
             make(op, b + s, row, outputs, pixels.order(), scratch.get(), panel, size, width * n);
           });

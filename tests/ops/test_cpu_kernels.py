@@ -10,6 +10,7 @@ from pairs import in_turns
 from torch import Tensor
 
 from timm_dynamic.ops import backend_info
+from timm_dynamic.ops.registration import OPERATORS
 
 pytestmark = pytest.mark.skipif(backend_info()["cpu"] != "loaded", reason=f"CPU kernel {backend_info()['cpu']}")
 
@@ -126,6 +127,57 @@ def test_mixtures(case, layout):
         expected = torch.cat([F.conv2d(one, weight, None, *options) for one, weight in each])
         out = OPS.channel_fusion(x, kernels, None, gates, a_out, None, None, None, -INF, INF, *options)
         check(out, expected * a_out[:, :, None, None], layout)
+
+
+# (B, N, outputs and inputs of a cell, cells of a kernel, kernel, H, W, stride, padding, dilation): cells
+# whose outputs are no whole vectors, some samples, parts of a large map.
+CELLS = {
+    "whole": (3, 27, 32, 40, 1, 1, (3, 3), 7, 7, (1, 1), (1, 1), (1, 1)),
+    "blocks": (2, 7, 12, 20, 2, 3, (3, 3), 9, 8, (2, 2), (1, 1), (1, 1)),
+    "small blocks": (5, 3, 5, 7, 3, 2, (5, 2), 4, 6, (1, 1), (2, 1), (1, 1)),
+    "1x1": (17, 9, 48, 24, 1, 2, (1, 1), 5, 3, (1, 1), (0, 0), (1, 1)),
+    "one pixel": (2, 1, 3, 1, 1, 1, (3, 3), 1, 1, (1, 1), (1, 1), (1, 1)),
+    "large map": (1, 4, 16, 8, 1, 1, (3, 3), 41, 50, (1, 2), (2, 3), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_cells(case):
+    B, N, outputs, inputs, rows, columns, kernel, H, W, *options = CELLS[case]
+    Co, C = rows * outputs, columns * inputs
+    x = torch.randn(B, C, H, W).contiguous(memory_format=torch.channels_last)
+    attention, cells = torch.randn(B, *kernel, rows, columns, N), torch.randn(N, outputs, inputs)
+    attention *= (N * C * math.prod(kernel)) ** -0.5
+    weights = torch.einsum("byxoin,npq->bopiqyx", attention.double(), cells.double()).reshape(B, Co, C, *kernel)
+    each = zip(x.double().split(1), weights, strict=True)
+    expected = torch.cat([F.conv2d(one, weight, None, *options) for one, weight in each])
+    for a_out, shift, limits in (
+        (None, None, (-INF, INF)),
+        (torch.randn(1, Co), torch.randn(1, Co), (-0.5, 0.5)),
+        (torch.randn(B, Co), torch.randn(B, Co), (0.0, INF)),
+    ):
+        wanted = expected if a_out is None else expected * a_out[:, :, None, None] + shift[:, :, None, None]
+        args = (x, cells, attention, None, a_out, None, None, shift, *limits, *options)
+        check(OPS.channel_fusion(*args), wanted.clamp(*limits), "channels_last")
+        assert OPERATORS["channel_fusion"].definition(*double(args)).allclose(wanted.clamp(*limits))
+
+
+def test_cells_refuse():
+    x, cells = torch.randn(2, 6, 5, 5), torch.randn(4, 8, 3)
+    attention = torch.randn(2, 3, 3, 1, 2, 4)
+    nothing = (None,) * 5
+
+    def run(x, cells, attention):
+        return OPS.channel_fusion(x, cells, attention, *nothing, -INF, INF, (1, 1), (1, 1), (1, 1))
+
+    with pytest.raises(RuntimeError, match="x must be channels_last"):
+        run(x, cells, attention)
+    x = x.contiguous(memory_format=torch.channels_last)
+    for wrong in (torch.randn(2, 4), torch.randn(2, 3, 3, 1, 1, 4)):
+        with pytest.raises(RuntimeError, match="the attention must be"):
+            run(x, cells, wrong)
+    with pytest.raises(RuntimeError, match="attention must be"):
+        run(x, cells, attention[:1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

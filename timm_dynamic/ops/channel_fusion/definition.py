@@ -87,15 +87,20 @@ def _definition(
         weight: `[O, C]`; `[B, O, C]`, one for every sample; or `[N, O, C, Kh, Kw]`, to be mixed for every sample and
             to read the columns of `x` at a stride, with padding and dilation: with these the CPU kernel also takes
             `x` in channels_last.
-        attention: `[B, N]`, of the mixtures; may be missing where N is 1.
-        in_scale, out_scale: `[B, C]`, of a mixture `[B, C * Kh * Kw]`, and `[B, O]`.
+        attention: `[B, N]`, of the mixtures; may be missing where N is 1. Or `[B, Kh, Kw, o, i, N]`: then `weight` is
+            `[N, O / o, C / i]`, cells of whose mixtures a sample's kernel is made, for `x` in channels_last.
+        in_scale, out_scale: `[B, C]`, of a mixture `[B, C * Kh * Kw]`, and `[B, O]`, of a mixture also `[1, O]`.
         p, v: `[O, L]` and `[B, L, H * W]`; not for mixtures.
         shift: `[B, O]` or `[1, O]`.
         low, high: Limits of the result.
         stride, padding, dilation: Of the convolution with a mixture.
     """
     size = x.shape[2:]
-    if weight.ndim == 5:
+    if attention is not None and weight.ndim == 3:
+        columns = columns_of(x, tuple(attention.shape[1:3]), stride, padding, dilation)
+        weight = torch.einsum("byxoin,npq->bopiqyx", attention, weight).reshape(len(x), -1, columns.shape[1])
+        x, size = columns, columns.shape[2:]
+    elif weight.ndim == 5:
         x = columns_of(x, tuple(weight.shape[3:]), stride, padding, dilation)
         size = x.shape[2:]
         mixed = weight[0] if attention is None else torch.matmul(attention, weight.flatten(1))
@@ -204,11 +209,14 @@ def _definition_of_inference(
     return out.contiguous(memory_format=memory_format(x))
 
 
-def _fake(x, weight, *others):
-    if weight.ndim == 5:
-        out = x.new_empty(x.shape[0], weight.shape[1], *output_size(x.shape[2:], weight.shape[3:], *others[-3:]))
-        return out.contiguous(memory_format=memory_format(x))
-    return x.new_empty(x.shape[0], weight.shape[-2], *x.shape[2:])
+def _fake(x, weight, attention, *others):
+    cells = attention is not None and weight.ndim == 3
+    if not cells and weight.ndim < 5:
+        return x.new_empty(x.shape[0], weight.shape[-2], *x.shape[2:])
+    outputs = weight.shape[1] * (attention.shape[3] if cells else 1)
+    taps = attention.shape[1:3] if cells else weight.shape[3:]
+    out = x.new_empty(x.shape[0], outputs, *output_size(x.shape[2:], taps, *others[-3:]))
+    return out.contiguous(memory_format=memory_format(x))
 
 
 def _fake_gradients(grad, dz, x, v, scale, weight):
@@ -221,9 +229,11 @@ def _fake_inference(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, 
 
 
 def _flops(x, weight, attention=None, in_scale=None, out_scale=None, p=None, *args, out_shape=None, **kwargs) -> int:
-    mixtures = len(weight) == 5
     mixing = 2 * math.prod(attention) * math.prod(weight[1:]) if attention else 0
-    depth = math.prod(weight[2:]) if mixtures else weight[-1] + (p[-1] if p else 0)
+    if attention and len(weight) == 3:
+        depth = attention[1] * attention[2] * x[1]
+    else:
+        depth = math.prod(weight[2:]) if len(weight) == 5 else weight[-1] + (p[-1] if p else 0)
     return 2 * math.prod(out_shape) * depth + mixing
 
 

@@ -11,9 +11,10 @@ from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.pooled_heads.definition import average
 from timm_dynamic.ops.sample_conv import exported
+from timm_dynamic.ops.sample_conv.cells import CellConvolution, convolve_cells
 from timm_dynamic.ops.sample_conv.samples import filter_depthwise, is_filtered, mix
 from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
-from timm_dynamic.ops.shapes import gate_groups, is_dense, memory_format
+from timm_dynamic.ops.shapes import gate_groups, is_dense
 
 _pooled_heads = torch.ops.timm_dynamic.pooled_heads.default
 
@@ -114,8 +115,10 @@ def _attending(layer) -> Callable[[Tensor], Tensor]:
 
 
 def _cannot_assemble(layer, x: Tensor) -> str | None:
-    if layer.training:
+    if layer.training and not torch.is_grad_enabled():
         return "the layer is in training mode"
+    if layer.limits is not None and torch.is_grad_enabled():
+        return "it is optimized for inference"
     if layer.groups > 1:
         return "the convolution has groups"
     if not has_kernel("cpu", "channel_fusion"):
@@ -129,16 +132,18 @@ def _assembling(layer) -> Callable[[Tensor], Tensor]:
     options = (layer.stride, layer.zero_padding, layer.dilation)
 
     def run(x: Tensor) -> Tensor:
-        attention = factors_of(average(x))[:, :, :-1].contiguous().unflatten(1, blocks)
-        a_out, shift = (None if t is None else t[None].contiguous() for t in (gain, bias))
-        pixels = pad(x).contiguous(memory_format=torch.channels_last)
-        with torch._C._AutoDispatchBelowAutograd():
-            y = torch.ops.timm_dynamic.channel_fusion(
-                pixels, cells, attention, None, a_out, None, None, shift, *limits, *options
-            )
-        return y.contiguous(memory_format=memory_format(x))
+        coefficients = factors_of(average(x))[:, :, :-1].unflatten(1, blocks)
+        return convolve_cells(pad(x), coefficients, cells, gain, bias, limits, options)
 
     return run
+
+
+def _train_cells(layer, x: Tensor) -> Tensor:
+    if layer.training:
+        layer.progress.count(layer.number)
+    coefficients = layer.factors_of(average(x))[:, :, :-1].unflatten(1, (*layer.kernel_size, *layer.grid[1:]))
+    options = (layer.stride, layer.zero_padding, layer.dilation)
+    return layer.finish(CellConvolution.apply(layer.pad(x), coefficients, layer.warehouse.cells, *options))
 
 
 def _convolution(layer) -> Callable[..., Tensor]:
@@ -202,4 +207,7 @@ MIXED = (
     Implementation(run=_export_mixture, cannot=_cannot_export, **_ONNX),
 )
 OMNI = (Implementation("one call", prepare=_attending, cannot=_cannot_attend),)
-ASSEMBLED = (Implementation("mixed in the cache", prepare=_assembling, cannot=_cannot_assemble),)
+ASSEMBLED = (
+    Implementation("mixed in the cache", prepare=_assembling, cannot=_cannot_assemble),
+    Implementation("training in one piece", _train_cells, gradients=True, cannot=_cannot_assemble),
+)

@@ -110,6 +110,25 @@ def test_a_network_equals_its_formulas(name):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+@pytest.mark.parametrize("case", ["equal channels", "1x1, many outputs"])
+@pytest.mark.parametrize("family", dict(ROWS))
+def test_inputs_between_others(family, case, layout, gradients):
+    """Views of a larger tensor, whose elements do not lie one after the other."""
+    layer, x = make_layer(family, case)
+    if layer is None:
+        pytest.skip("no layer of this family")
+    layer.eval()
+    larger = torch.randn(3, 2 * x.shape[1], x.shape[2], 2 * x.shape[3])
+    larger = larger.contiguous(memory_format={"NCHW": torch.contiguous_format}.get(layout, torch.channels_last))
+    for view in (larger[:, : x.shape[1]], larger[:, ::2], larger[:, : x.shape[1], :, ::2], larger[::2, : x.shape[1]]):
+        with torch.set_grad_enabled(gradients):
+            output = layer(view)
+        expected = copy.deepcopy(layer).double().formula(view.double())
+        torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 # What runs: so that no way can drop out unseen.
 RUNS = {
     ("test_dcd_resnet", "eval"): {"one call": 8, "formula": 1},
@@ -120,6 +139,8 @@ RUNS = {
     ("test_dy_resnet", "train"): {"formula": 13},
     ("test_od_resnet", "eval"): {"one call": 8},
     ("test_od_resnet", "train"): {"formula": 8},
+    ("test_kw_resnet", "eval"): {"mixed in the cache": 11},
+    ("test_kw_resnet", "train"): {"training in one piece": 11},
     ("test_ddf_resnet", "eval"): {"products": 4},
     ("test_ddf_resnet", "train"): {"formula": 4},
 }

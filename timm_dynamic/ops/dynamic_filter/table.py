@@ -8,7 +8,7 @@ from torch import Tensor
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
-from timm_dynamic.ops.shapes import memory_format
+from timm_dynamic.ops.shapes import is_dense, memory_format
 
 
 def _parameters(layer) -> tuple[Tensor, ...]:
@@ -20,8 +20,8 @@ def _parameters(layer) -> tuple[Tensor, ...]:
 def _cannot_infer(layer, x: Tensor) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
-    if not x.is_contiguous() and memory_format(x) != torch.channels_last:
-        return "the input is not contiguous, in NCHW or NHWC"
+    if not is_dense(x):
+        return "the input is contiguous neither in NCHW nor in channels_last"
     if layer.channel_branch[4].mean is not None or layer.spatial_branch[1].std is not None:
         return "a filter norm has other parameters than the layer gives it"
     if any(t is None or t.dtype != x.dtype for t in _parameters(layer)):

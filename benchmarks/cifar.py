@@ -56,6 +56,7 @@ NETWORKS = {
 SHIPPED = {
     "dynconv_050": "dynconv_resnet8.budget50_cifar10",
     "dynconv_030_firm": "dynconv_resnet8.budget30_cifar10",
+    "resnet20_dynconv_050": "dynconv_resnet20.budget50_cifar10",
 }
 
 

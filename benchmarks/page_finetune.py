@@ -15,7 +15,7 @@ errors) stands behind it.
 """
 TABLE = """{images} images, {optimizer}:
 
-| layers | rate | seeds | top-1 | difference | parameters | MACs | minutes to train |
+| layers | rate | seeds | top-1 | difference | parameters | MACs | CPU minutes to train |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -36,10 +36,16 @@ def finetune_text(rows: list[dict], name: str, machine: str) -> str:
             text += (
                 f"| {layer} | {first['rate']:g} | {len(runs)} | {_mean(top1)} | "
                 f"{_difference(top1, static) if layer != 'static' else ''} | {first['params'] / 1e6:.2f} M | "
-                f"{first['macs'] / 1e6:.1f} M | {mean(row['minutes'] for row in runs):.1f} |\n"
+                f"{first['macs'] / 1e6:.1f} M | {_minutes(runs)} |\n"
             )
         text += "\n"
     return text[:-1]
+
+
+def _minutes(runs: list[dict]) -> str:
+    """Of a training; nothing for those that were begun before it was measured."""
+    known = [row["cpu_minutes"] for row in runs if "cpu_minutes" in row]
+    return f"{mean(known):.1f}" if known else ""
 
 
 def _mean(values: list[float]) -> str:

@@ -253,7 +253,7 @@ def test_cifar_in_the_page(script, tmp_path):
 
 def test_fine_tuning_in_the_page(script):
     def row(layer, top1, seed, judged="test"):
-        facts = {"images": 3000, "optimizer": "sgd", "rate": 0.02, "params": 3.5e6, "macs": 72e6, "minutes": 1.5}
+        facts = {"images": 3000, "optimizer": "sgd", "rate": 0.02, "params": 3.5e6, "macs": 72e6, "cpu_minutes": 1.5}
         return facts | {"layer": layer, "top1": top1, "seed": seed, "judged": judged}
 
     rows = [row("static", 99.0, 0, "held out"), row("static", 70.0, 0), row("static", 72.0, 1)]

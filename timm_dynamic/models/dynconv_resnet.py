@@ -223,6 +223,9 @@ def _cfg(**kwargs) -> dict[str, Any]:
     return dynconv_cfg("conv1", "fc", **kwargs)
 
 
+_CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "interpolation": "bilinear"}
+
+
 def _small_cfg(**kwargs) -> dict[str, Any]:
     return _cfg(
         **{
@@ -230,15 +233,14 @@ def _small_cfg(**kwargs) -> dict[str, Any]:
             "input_size": (3, 32, 32),
             "pool_size": (8, 8),
             "crop_pct": 1.0,
-            "mean": (0.4914, 0.4822, 0.4465),
-            "std": (0.2023, 0.1994, 0.2010),
+            **_CIFAR10,
             **kwargs,
         }
     )
 
 
-def _shipped(tag: str) -> dict[str, dict[str, Any]]:
-    return {tag: _cfg(**{**shipped_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8)})}
+def _shipped(tag: str, **kwargs) -> dict[str, dict[str, Any]]:
+    return {tag: _cfg(**{**shipped_cfg(tag), "input_size": (3, 32, 32), "pool_size": (8, 8), **kwargs})}
 
 
 def _authors(name: str, data: str, budgets: Sequence[int], cfg) -> dict[str, Any]:
@@ -254,7 +256,7 @@ default_cfgs = generate_default_cfgs(
         **_shipped("dynconv_resnet8.budget50_cifar10"),
         **_shipped("dynconv_resnet8.budget30_cifar10"),
         "dynconv_resnet14.untrained": _small_cfg(),
-        "dynconv_resnet20.untrained": _small_cfg(),
+        **_shipped("dynconv_resnet20.budget50_cifar10", **_CIFAR10),
         "dynconv_resnet26.untrained": _small_cfg(),
         **_authors("dynconv_resnet32", "cifar10", (70, 50, 30), _small_cfg),
         "dynconv_resnet18.untrained": _cfg(),

@@ -80,8 +80,8 @@ def config_of(tag):
     """The stem of the config that weights come from: one for all budgets."""
     if tag.startswith("dynamized."):  # the base's
         return re.sub(r"dynamized\.\w+_resnet8_", "dynconv_resnet8.", tag)
-    if tag.startswith("dynconv_resnet8."):  # ours, for several datasets
-        return re.sub(r"\.budget\d+_", ".", tag)
+    if tag.startswith(("dynconv_resnet8.", "dynconv_resnet20.")):  # ours, one for all depths
+        return re.sub(r"resnet\d+\.(budget\d+_)?", "resnet8.", tag)
     name = re.sub(r"_[24]x(?=\.)", "", tag)  # one for all numbers of kernels
     return re.sub(r"\.((budget\d+|base)_)?(in1k|cifar10)$", "", name)
 

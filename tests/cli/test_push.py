@@ -113,7 +113,7 @@ def test_what_was_pulled_can_be_pushed_again(tmp_path, capsys, checkpoint):
         ("push TINY FILE me/x --card FOLDER/none.md", "No such file or directory"),
         ("push test_resnet DYNAMIZED me/x", "it holds weights of this model made dynamic: add --dynamize dcd"),
         ("push test_resnet DYNAMIZED me/x --dynamize dy", "dynamized.pth does not load into dynamized"),
-        ("card dynconv_resnet20", "no weights of dynconv_resnet20 are known: give a CHECKPOINT"),
+        ("card dynconv_resnet14", "no weights of dynconv_resnet14 are known: give a CHECKPOINT"),
         ("card TINY FILE --repo tiny", "'tiny' cannot be a repository"),
         ("card TINY FILE --out FOLDER/none/README.md", "cannot write there"),
         ("card TINY FILE --out FOLDER/card.txt", "must end in .md"),

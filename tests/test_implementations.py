@@ -112,13 +112,13 @@ def test_a_network_equals_its_formulas(name):
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
-@pytest.mark.parametrize("case", ["equal channels", "1x1, many outputs"])
-@pytest.mark.parametrize("family", dict(ROWS))
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [(f, c) for f in dict(ROWS) for c in ("equal channels", "1x1, many outputs") if make_layer(f, c)[0] is not None],
+)
 def test_inputs_between_others(family, case, layout, gradients):
     """Views of a larger tensor, whose elements do not lie one after the other."""
     layer, x = make_layer(family, case)
-    if layer is None:
-        pytest.skip("no layer of this family")
     layer.eval()
     larger = torch.randn(3, 2 * x.shape[1], x.shape[2], 2 * x.shape[3])
     larger = larger.contiguous(memory_format={"NCHW": torch.contiguous_format}.get(layout, torch.channels_last))

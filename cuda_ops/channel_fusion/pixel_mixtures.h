@@ -91,8 +91,8 @@ INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows
   }
 }
 
-// Of kTaps blocks, side by side in a kernel's row, that row: mixtures of rows of the cells, which
-// are `pitch` apart. So far apart are also the coefficients of one block and the next.
+// Of a kernel's row the pieces at kTaps taps, C apart: each mixes the same row of all cells,
+// `pitch` apart, with coefficients of its own, `apart` from those of the tap before.
 template <int kTaps>
 INLINE void mix_cells(const float* cells, int64_t pitch, int64_t N, const float* coefficients,
                       int64_t apart, int64_t inputs, float* to, int64_t C) {
@@ -242,8 +242,8 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   const int64_t chunk =
       std::min(std::max<int64_t>(kPanels / (depth * kStrip), 1) * kVectors, vectors);
   const int64_t size = depth * n * chunk;
-  // Samples whose panels are made together: each time the kernels are read. With twice as many of
-  // cells no time is saved.
+  // Samples whose panels are made together: each time the kernels are read. With four or sixteen no
+  // time is saved (512 channels at 7x7, batch 16, 27 cells, AMD EPYC with AVX2, November 2026).
   const int64_t together = op.attention ? 2 : 1;
   const bool shared = together == 1 && !op.pairs && op.kernel_stride == 0;
   const auto panels = std::make_unique_for_overwrite<float[]>(together * size);

@@ -97,9 +97,8 @@ def _definition(
     """
     size = x.shape[2:]
     if attention is not None and weight.ndim == 3:
-        columns = columns_of(x, tuple(attention.shape[1:3]), stride, padding, dilation)
-        weight = torch.einsum("byxoin,npq->bopiqyx", attention, weight).reshape(len(x), -1, columns.shape[1])
-        x, size = columns, columns.shape[2:]
+        x = columns_of(x, tuple(attention.shape[1:3]), stride, padding, dilation)
+        weight, size = kernels_of_cells(attention, weight).flatten(2), x.shape[2:]
     elif weight.ndim == 5:
         x = columns_of(x, tuple(weight.shape[3:]), stride, padding, dilation)
         size = x.shape[2:]
@@ -115,6 +114,13 @@ def _definition(
         out = out + shift[:, :, None]
     out = out if (low, high) == NO_LIMITS else out.clamp(low, high)
     return out.view(len(x), weight.shape[-2], *size).contiguous(memory_format=memory_format(x))
+
+
+def kernels_of_cells(coefficients: Tensor, cells: Tensor) -> Tensor:
+    """`[B, O, C, Kh, Kw]`: with coefficients `[B, Kh, Kw, o, i, N]`, `o * i` blocks a tap of cells `[N, O/o, C/i]`."""
+    B, *taps, o, i, _ = coefficients.shape
+    blocks = torch.einsum("byxoin,npq->bopiqyx", coefficients, cells)
+    return blocks.reshape(B, o * cells.shape[1], i * cells.shape[2], *taps)
 
 
 def _definition_of_gradients(

@@ -24,7 +24,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """A page of docs/ names the others with `../`, one of the root those of docs/ with `docs/`."""
-    if page.file.src_uri in {path.name for path in ROOT.glob("*.md")}:
-        return re.sub(r"\]\(docs/", "](", markdown)
-    return re.sub(r"\]\(\.\./", "](", markdown) if "/" not in page.file.src_uri else markdown
+    """A page of docs/ names the others with `../`, the others name those of docs/ with `docs/`."""
+    if page.file.src_uri in {path.name for path in ROOT.glob("*.md")} or "/" in page.file.src_uri:
+        return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
+    return re.sub(r"\]\(\.\./", "](", markdown)

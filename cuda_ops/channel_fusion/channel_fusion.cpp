@@ -61,60 +61,6 @@ void run_products(Products op) {
 
 namespace {
 
-using Pair = std::vector<int64_t>;
-
-// With a mixture of kernels, [N, O, C, Kh, Kw], for every sample; or of cells, [N, cell_outputs,
-// cell_inputs], with an attention [B, Kh, Kw, outputs, inputs, N].
-Tensor mixtures(const Tensor& x, const Tensor& kernels, const std::optional<Tensor>& attention,
-                const std::optional<Tensor>& pairs, const std::optional<Tensor>& a_out,
-                const std::optional<Tensor>& shift, double low, double high, const Pair& stride,
-                const Pair& padding, const Pair& dilation) {
-  Mixtures op = {};
-  op.B = x.size(0), op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
-  op.N = kernels.size(0);
-  const bool cells = kernels.dim() == 3;
-  if (cells) {
-    STD_TORCH_CHECK(attention->dim() == 6 && attention->size(4) * kernels.size(2) == op.C,
-                    "of cells ", shape_text(kernels), " the attention must be [", op.B,
-                    ", Kh, Kw, outputs, inputs, ", op.N, "] with ", op.C,
-                    " channels in the inputs' cells, got ", shape_text(*attention));
-    op.cell_outputs = kernels.size(1), op.cell_inputs = kernels.size(2);
-    op.O = attention->size(3) * op.cell_outputs;
-    op.Kh = attention->size(1), op.Kw = attention->size(2);
-  } else {
-    op.O = kernels.size(1), op.Kh = kernels.size(3), op.Kw = kernels.size(4);
-    STD_TORCH_CHECK(kernels.size(2) == op.C && (attention || op.N == 1), "kernels must be [N, O, ",
-                    op.C, ", Kh, Kw], one or with an attention, got ", shape_text(kernels));
-  }
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "stride, padding and dilation are pairs");
-  op.stride_y = stride[0], op.stride_x = stride[1];
-  op.padding_y = padding[0], op.padding_x = padding[1];
-  op.dilation_y = dilation[0], op.dilation_x = dilation[1];
-  op.Ho = (op.H + 2 * op.padding_y - op.dilation_y * (op.Kh - 1) - 1) / op.stride_y + 1;
-  op.Wo = (op.W + 2 * op.padding_x - op.dilation_x * (op.Kw - 1) - 1) / op.stride_x + 1;
-  STD_TORCH_CHECK(op.Ho > 0 && op.Wo > 0, "x ", shape_text(x), " is too small for kernels ",
-                  shape_text(kernels));
-  op.channels_last = cells || !x.is_contiguous();
-  STD_TORCH_CHECK(!cells || is_dense_channels_last(x), "x must be channels_last");
-  const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo}, op.channels_last);
-  op.x = floats(x), op.out = mutable_floats(out);
-  op.kernels = parameter("weight", kernels, kernels.numel(), x);
-  const int64_t blocks = cells ? op.O * op.whole_depth() / (kernels.numel() / op.N) : 1;
-  op.attention = optional_parameter("attention", attention, op.B * blocks * op.N, x);
-  op.pairs = optional_parameter("in_scale", pairs, op.B * op.whole_depth(), x);
-  const auto rows_of = [&](const std::optional<Tensor>& t) {  // one for all samples, or for each
-    return t && t->dim() == 2 && t->size(0) == 1 ? 1 : op.B;
-  };
-  op.a_out = optional_parameter("out_scale", a_out, rows_of(a_out) * op.O, x);
-  op.a_out_stride = rows_of(a_out) == 1 ? 0 : op.O;
-  op.shift = optional_parameter("shift", shift, rows_of(shift) * op.O, x);
-  op.shift_stride = rows_of(shift) == 1 ? 0 : op.O;
-  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
-  run_mixtures(op);
-  return out;
-}
-
 Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& attention,
                       const std::optional<Tensor>& in_scale, const std::optional<Tensor>& out_scale,
                       const std::optional<Tensor>& p, const std::optional<Tensor>& v,
@@ -122,9 +68,11 @@ Tensor channel_fusion(const Tensor& x, const Tensor& weight, const std::optional
                       const Pair& stride, const Pair& padding, const Pair& dilation) {
   const bool mixes = weight.dim() == 5 || (weight.dim() == 3 && attention);
   check_maps("x", x, mixes);
+  STD_TORCH_CHECK(weight.dim() != 5 || weight.size(2) == x.size(1), "kernels must be [N, O, ",
+                  x.size(1), ", Kh, Kw], got ", shape_text(weight));
   if (mixes)
-    return mixtures(x, weight, attention, in_scale, out_scale, shift, low, high, stride, padding,
-                    dilation);
+    return mixed_convolution(x, weight, attention, in_scale, out_scale, shift, low, high, stride,
+                             padding, dilation);
   const bool one = weight.dim() == 2;
   const int64_t B = x.size(0), C = x.size(1), positions = x.size(2) * x.size(3);
   STD_TORCH_CHECK(

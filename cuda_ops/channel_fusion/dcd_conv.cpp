@@ -41,7 +41,7 @@ struct DcdConv {
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   const float *x, *fc, *gate, *phi_head, *scale_head, *q, *p, *weight, *bias, *shift;
   AffineNorm norm1, norm2;
-  bool channels_last;
+  bool channels_last, depthwise;
   float low, high;
   float *pooled, *z, *gated, *phi, *scale, *slopes, *offsets;
   float* shifts;   // [B, O]: what is added to the products
@@ -163,6 +163,7 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                   "weight must be [", op.O, ", ", op.C / groups, ", Kh, Kw], got ",
                   shape_text(weight));
   op.Ky = weight.size(2), op.Kx = weight.size(3);
+  op.depthwise = groups > 1 && groups == op.C && groups == op.O;
   STD_TORCH_CHECK(op.Ky % 2 == 1 && op.Kx % 2 == 1 &&
                       2 * op.padding_y == op.dilation_y * (op.Ky - 1) &&
                       2 * op.padding_x == op.dilation_x * (op.Kx - 1),
@@ -279,6 +280,7 @@ Mixtures pixel_convolution(const DcdConv& op, int64_t C, int64_t O, const float*
 void run_pixels(const DcdConv& op, const DcdConvKernels& kernels, const Convolution& convolve,
                 Way way, float* out) {
   Mixtures conv = pixel_convolution(op, op.C, op.O, op.x, op.weight, out);
+  if (op.depthwise) conv.depthwise = true, conv.C = 1;
   conv.Kh = op.Ky, conv.Kw = op.Kx;
   conv.padding_y = op.padding_y, conv.padding_x = op.padding_x;
   conv.dilation_y = op.dilation_y, conv.dilation_x = op.dilation_x;
@@ -332,7 +334,8 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
   // For one sample and far more outputs than positions a convolution would spend its time on
   // another layout of its weight.
   const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
-  const bool products = one_tap || makes_columns || (groups == 1 && op.channels_last);
+  const bool products =
+      one_tap || makes_columns || (op.channels_last && (groups == 1 || op.depthwise));
   const Way way = large_maps ? Way::kSampleWeights : products ? Way::kProducts : Way::kConvolution;
   const bool subsamples = strided && (one_tap || !large_maps) && !op.channels_last;
   const Tensor scratch = make_buffers(op, samples, way, subsamples, x);

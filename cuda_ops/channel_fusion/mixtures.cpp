@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/arguments.h"
 #include "common/parallel.h"
 
 namespace timm_dynamic {
@@ -26,12 +27,13 @@ constexpr int64_t kPanel = 16;  // outputs of a block
 struct MixtureKernels {
   void (*mixtures)(const Mixtures&, int64_t begin, int64_t end);
   void (*pixel_mixtures)(const Mixtures&, int64_t begin, int64_t end);
+  void (*depthwise_mixtures)(const Mixtures&, int64_t begin, int64_t end);
   int64_t lanes;
 };
 
 }  // namespace timm_dynamic
 
-#define KERNELS_HEADER "channel_fusion/pixel_mixtures.h"
+#define KERNELS_HEADER "channel_fusion/depthwise_mixtures.h"
 #include "common/dispatch.h"
 
 namespace timm_dynamic {
@@ -44,7 +46,7 @@ constexpr int64_t kPositions = 784, kColumns = 1 << 19;
 void run_mixtures(Mixtures op) {
   const MixtureKernels kernels = CHOOSE_KERNELS(mixture_kernels());
   const auto ceil_of = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  op.samples = std::clamp<int64_t>(kPositions / op.positions(), 1, op.B);
+  op.samples = op.depthwise ? 1 : std::clamp<int64_t>(kPositions / op.positions(), 1, op.B);
   op.rows = std::clamp<int64_t>(kPositions / op.Wo, 1, op.Ho);
   op.row_blocks = ceil_of(op.Ho, op.rows);
   const int64_t depth = kColumns / (op.samples * op.rows * op.Wo);
@@ -55,9 +57,65 @@ void run_mixtures(Mixtures op) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = units >= 4 * threads ? 1 : threads / std::gcd(units, threads);
   op.parts = std::min(parts, ceil_of(op.O, kPanel));
-  const auto run = op.channels_last ? kernels.pixel_mixtures : kernels.mixtures;
+  const auto run = op.depthwise       ? kernels.depthwise_mixtures
+                   : op.channels_last ? kernels.pixel_mixtures
+                                      : kernels.mixtures;
   const int64_t work = op.samples * op.rows * op.Wo * op.O * op.whole_depth() / op.parts;
   parallel(units * op.parts, work / 8, [&](int64_t begin, int64_t end) { run(op, begin, end); });
+}
+
+Tensor mixed_convolution(const Tensor& x, const Tensor& kernels,
+                         const std::optional<Tensor>& attention, const std::optional<Tensor>& pairs,
+                         const std::optional<Tensor>& a_out, const std::optional<Tensor>& shift,
+                         double low, double high, const Pair& stride, const Pair& padding,
+                         const Pair& dilation) {
+  Mixtures op = {};
+  op.B = x.size(0), op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
+  op.N = kernels.size(0);
+  const bool cells = kernels.dim() == 3;
+  if (cells) {
+    STD_TORCH_CHECK(attention->dim() == 6 && attention->size(4) * kernels.size(2) == op.C,
+                    "of cells ", shape_text(kernels), " the attention must be [", op.B,
+                    ", Kh, Kw, outputs, inputs, ", op.N, "] with ", op.C,
+                    " channels in the inputs' cells, got ", shape_text(*attention));
+    op.cell_outputs = kernels.size(1), op.cell_inputs = kernels.size(2);
+    op.O = attention->size(3) * op.cell_outputs;
+    op.Kh = attention->size(1), op.Kw = attention->size(2);
+  } else {
+    op.O = kernels.size(1), op.Kh = kernels.size(3), op.Kw = kernels.size(4);
+    op.depthwise = op.O == op.C && kernels.size(2) == 1 && op.C > 1;
+    STD_TORCH_CHECK((op.depthwise || kernels.size(2) == op.C) && (attention || op.N == 1),
+                    "kernels must be [N, O, ", op.C, ", Kh, Kw] or [N, ", op.C,
+                    ", 1, Kh, Kw], one or with an attention, got ", shape_text(kernels));
+    if (op.depthwise) op.C = 1;
+  }
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "stride, padding and dilation are pairs");
+  op.stride_y = stride[0], op.stride_x = stride[1];
+  op.padding_y = padding[0], op.padding_x = padding[1];
+  op.dilation_y = dilation[0], op.dilation_x = dilation[1];
+  op.Ho = (op.H + 2 * op.padding_y - op.dilation_y * (op.Kh - 1) - 1) / op.stride_y + 1;
+  op.Wo = (op.W + 2 * op.padding_x - op.dilation_x * (op.Kw - 1) - 1) / op.stride_x + 1;
+  STD_TORCH_CHECK(op.Ho > 0 && op.Wo > 0, "x ", shape_text(x), " is too small for kernels ",
+                  shape_text(kernels));
+  op.channels_last = cells || !x.is_contiguous();
+  STD_TORCH_CHECK(!cells || is_dense_channels_last(x), "x must be channels_last");
+  const Tensor out = empty(x, {op.B, op.O, op.Ho, op.Wo}, op.channels_last);
+  op.x = floats(x), op.out = mutable_floats(out);
+  op.kernels = parameter("weight", kernels, kernels.numel(), x);
+  const int64_t blocks = cells ? op.O * op.whole_depth() / (kernels.numel() / op.N) : 1;
+  op.attention = optional_parameter("attention", attention, op.B * blocks * op.N, x);
+  op.pairs = optional_parameter("in_scale", pairs, op.B * op.whole_depth(), x);
+  const auto rows_of = [&](const std::optional<Tensor>& t) {  // one for all samples, or for each
+    return t && (t->dim() == 1 || t->size(0) == 1) ? 1 : op.B;
+  };
+  op.a_out = optional_parameter("out_scale", a_out, rows_of(a_out) * op.O, x);
+  op.a_out_stride = rows_of(a_out) == 1 ? 0 : op.O;
+  op.shift = optional_parameter("shift", shift, rows_of(shift) * op.O, x);
+  op.shift_stride = rows_of(shift) == 1 ? 0 : op.O;
+  op.low = static_cast<float>(low), op.high = static_cast<float>(high);
+  run_mixtures(op);
+  return out;
 }
 
 }  // namespace timm_dynamic

@@ -2,6 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/arguments.h"
 
 namespace timm_dynamic {
 
@@ -16,6 +20,9 @@ namespace timm_dynamic {
 // With cells a kernel is made of blocks, [taps, O / cell_outputs, C / cell_inputs] of them, each a
 // mixture of all cells: `kernels` is [N, cell_outputs, cell_inputs], and `attention` [B, blocks,
 // N].
+//
+// In a depthwise convolution C is 1, each of the O channels has its own taps, and pairs is [B, Kh *
+// Kw]; there is no base, and no kernel of a sample's own.
 struct Mixtures {
   int64_t B, N, C, O, H, W, Ho, Wo, Kh, Kw;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
@@ -24,7 +31,7 @@ struct Mixtures {
   int64_t cell_outputs, cell_inputs;  // 0: no cells
   int64_t L;
   const float *p, *v, *base, *base_scale;
-  bool channels_last;
+  bool channels_last, depthwise;
   float low, high;
   float* out;
   // Of a unit of work: the samples, or the rows of one's output, and the parts of the outputs; and
@@ -36,7 +43,18 @@ struct Mixtures {
   int64_t positions() const { return Ho * Wo; }
 };
 
+using Pair = std::vector<int64_t>;
+
 // The sizes of units are set here.
 void run_mixtures(Mixtures op);
+
+// With a mixture of kernels, [N, O, C, Kh, Kw], for every sample, in a depthwise convolution [N, O,
+// 1, Kh, Kw]; or of cells, [N, cell_outputs, cell_inputs], with an attention [B, Kh, Kw, outputs,
+// inputs, N].
+Tensor mixed_convolution(const Tensor& x, const Tensor& kernels,
+                         const std::optional<Tensor>& attention, const std::optional<Tensor>& pairs,
+                         const std::optional<Tensor>& a_out, const std::optional<Tensor>& shift,
+                         double low, double high, const Pair& stride, const Pair& padding,
+                         const Pair& dilation);
 
 }  // namespace timm_dynamic

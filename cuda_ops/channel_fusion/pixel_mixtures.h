@@ -293,6 +293,4 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   }
 }
 
-inline MixtureKernels mixture_kernels() { return {mixtures, pixel_mixtures, kLanes<float>}; }
-
 }  // namespace timm_dynamic::ISA

@@ -13,10 +13,10 @@ from timm.layers import pad_same, register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, check_positive
-from timm_dynamic.layers.kernel_mixture import around_mean
 from timm_dynamic.layers.stand_in import stand_in_bias
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.sample_conv.samples import around_mean
 
 
 @register_notrace_module

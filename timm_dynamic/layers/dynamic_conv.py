@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import check_positive, draw_as_conv
 from timm_dynamic.layers.kernel_attention import KernelAttention
-from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
+from timm_dynamic.layers.kernel_mixture import KernelMixture
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.stand_in import stand_in_bias
 from timm_dynamic.ops import mixed_conv2d
+from timm_dynamic.ops.sample_conv.samples import around_mean
 from timm_dynamic.ops.sample_conv.table import MIXED
 
 # The softmax's temperature falls linearly from this to 1. Where epochs are known: from the first to the tenth.

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from timm_dynamic.layers.base import check_positive
 from timm_dynamic.layers.kernel_attention import OmniAttention
-from timm_dynamic.layers.kernel_mixture import KernelMixture, around_mean
+from timm_dynamic.layers.kernel_mixture import KernelMixture
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.sample_conv.samples import around_mean
 from timm_dynamic.ops.sample_conv.table import OMNI
 
 # The temperature falls linearly from this to 1. Where epochs are known: in the first ten.

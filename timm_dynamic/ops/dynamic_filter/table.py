@@ -8,6 +8,7 @@ from torch import Tensor
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
+from timm_dynamic.ops.pooled_heads.definition import SCORES
 from timm_dynamic.ops.shapes import is_dense, memory_format
 
 
@@ -38,7 +39,7 @@ def _inference(layer) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         B, C = x.shape[:2]
         with torch._C._AutoDispatchBelowAutograd():  # saves every operator a call of Python
-            (scores,) = operators.pooled_heads(x, *hidden, [weight], [channel_bias], ["none"], 1.0)
+            (scores,) = operators.pooled_heads(x, *hidden, [weight], [channel_bias], SCORES)
             filters = operators.filter_norm(scores[:, :, None, None], taps, 1.0)
             channel_filter = filters.mul_(std.view(-1, 1, 1)).view(B, C, taps)
             spatial_filter = operators.filter_norm(_convolve(x, spatial_weight, spatial_bias, stride), taps, scale)

@@ -19,6 +19,21 @@ def mix(attention: Tensor, kernels: Tensor) -> Tensor:
     return torch.matmul(attention.to(kernels.dtype), kernels.flatten(1)).view(-1, *kernels.shape[1:])
 
 
+def around_mean(attention: Tensor, total: Tensor) -> Tensor:
+    """Coefficients of kernels that are stored as their mean, and how far all but the first one are from it.
+
+    The deviation of the first kernel is minus the sum of the others'.
+
+    Args:
+        attention: `[B, N]`, of the kernels.
+        total: `[B, 1]`, its sum.
+
+    Returns:
+        `[B, N]`, of the mean and of the deviations.
+    """
+    return torch.cat([total, attention[:, 1:] - attention[:, :1]], 1)
+
+
 def is_pointwise(weight: Tensor, padding: Pair, groups: int) -> bool:
     """Whether a convolution with weights like this one, `[..., Kh, Kw]`, is a matrix product a sample."""
     return (*weight.shape[-2:], *padding, groups) == (1, 1, 0, 0, 1)
@@ -54,13 +69,6 @@ def convolve_groups(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dila
 def is_filtered(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:
     """Whether the kernel of `dynamic_filter` convolves, faster than a grouped convolution does; `weight` or kernels."""
     return _is_filtering(x, weight, stride, padding, dilation, groups) and _filters(x, stride)
-
-
-def filter_depthwise(x: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """The depthwise convolution with `weight`, `[B, C, K*K]` or `[1, C, K*K]`, in one call, without autograd."""
-    ones = x.new_ones(1, 1, kernel_size**2, 1, 1)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.timm_dynamic.dynamic_filter(x, ones, weight, kernel_size, "mul", 1, dilation, stride, 1)
 
 
 def _is_filtering(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> bool:

@@ -4,22 +4,31 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
-from timm_dynamic.ops.pooled_heads.definition import average
+from timm_dynamic.ops.pooled_heads.definition import INPUTS, KERNELS, OUTPUTS, TAPS, average
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import CellConvolution, convolve_cells
-from timm_dynamic.ops.sample_conv.samples import filter_depthwise, is_filtered, mix
-from timm_dynamic.ops.sample_conv.training import factors, forward, fused, is_fused
-from timm_dynamic.ops.shapes import gate_groups, is_dense
-
-_pooled_heads = torch.ops.timm_dynamic.pooled_heads.default
+from timm_dynamic.ops.shapes import is_dense
 
 
-def _cannot(layer, x: Tensor, linears) -> str | None:
+def _cannot(layer, x: Tensor, kernels: Tensor, bias: Tensor | None, linears) -> str | None:
+    for name, parameter in (("weight", kernels), ("bias", bias)):
+        if parameter is None:
+            continue
+        if type(parameter) not in (Tensor, nn.Parameter):
+            return f"the {name} is a {type(parameter).__name__}"
+        if parameter.dtype != x.dtype:
+            return f"the input is {x.dtype}, the parameters {parameter.dtype}"
+        if not parameter.is_contiguous():
+            return f"the {name} is not contiguous"
+    if layer.explicit_padding is not None:
+        return f"padding {layer.padding!r} in mode {layer.padding_mode!r}"
+    if layer.groups > 1 and not layer.groups == layer.in_channels == layer.out_channels:
+        return "the convolution has groups and is not depthwise"
     if any(linear.bias is None for linear in linears):
         return "a linear layer has no bias"
     if layer.training:
@@ -33,57 +42,32 @@ def _cannot(layer, x: Tensor, linears) -> str | None:
     return None
 
 
-def _kernel_problem(layer, x: Tensor, kernels: Tensor) -> str | None:
-    if type(kernels) not in (Tensor, torch.nn.Parameter):
-        return f"the weight is a {type(kernels).__name__}"
-    if kernels.dtype != x.dtype:
-        return f"the input is {x.dtype}, the parameters {kernels.dtype}"
-    return None if kernels.is_contiguous() else "the weight is not contiguous"
-
-
 def _cannot_gate(layer, x: Tensor) -> str | None:
     if layer.rank != 1:
         return f"the gates are of rank {layer.rank}"
     heads = layer.attn
     linears = (heads.fc_share, heads.fc_inp, heads.fc_oup, heads.fc_k)
-    return _kernel_problem(layer, x, layer.kernel) or _cannot(layer, x, linears)
-
-
-def _heads(squeeze, linears: list, activations: list[str]) -> tuple:
-    """What `pooled_heads` reads, the input and the temperature apart."""
-    return *squeeze, [linear.weight for linear in linears], [linear.bias for linear in linears], activations
+    return _cannot(layer, x, layer.kernel, layer.bias, linears)
 
 
 def _gating(layer) -> Callable[[Tensor], Tensor]:
-    net, kernel, bias = layer.attn, layer.kernel, layer.bias
-    gate = "sigmoid2" if layer.neutral_gates else "sigmoid"
-    squeeze, linears = (net.fc_share.weight, net.fc_share.bias), [net.fc_inp, net.fc_oup, net.fc_k]
-    heads, convolve = _heads(squeeze, linears, [gate] * 3), _convolution(layer)
-
-    def run(x: Tensor) -> Tensor:
-        a_in, a_out, a_tap = _pooled_heads(x, *heads, 1.0)
-        return convolve(x, None, kernel[None], a_in, a_tap, a_out, None if bias is None else bias[None])
-
-    return run
+    net = layer.attn
+    heads = {INPUTS: net.fc_inp, OUTPUTS: net.fc_oup, TAPS: net.fc_k}
+    convolve = _convolution(layer, heads, layer.kernel[None], layer.bias, layer.neutral_gates)
+    squeeze = (net.fc_share.weight, net.fc_share.bias)
+    return lambda x: convolve(x, squeeze, 1.0)
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:
     squeeze, _, expand = layer.attention.to_scores
-    return _kernel_problem(layer, x, layer.kernels_weights) or _cannot(layer, x, (squeeze, expand))
+    return _cannot(layer, x, layer.kernels_weights, layer.kernels_bias, (squeeze, expand))
 
 
 def _mixing(layer) -> Callable[[Tensor], Tensor]:
     squeeze, _, expand = layer.attention.to_scores
-    heads, convolve = _heads((squeeze.weight, squeeze.bias), [expand], ["softmax"]), _convolution(layer)
-    temperature = partial(layer.progress.value, layer.hottest, 1.0)
-    kernels, biases, coefficients = layer.kernels_weights, layer.kernels_bias, layer.coefficients
-
-    def run(x: Tensor) -> Tensor:
-        attention = coefficients(*_pooled_heads(x, *heads, temperature()))
-        bias = None if biases is None else torch.mm(attention, biases)
-        return convolve(x, attention, kernels, None, None, None, bias)
-
-    return run
+    convolve = _convolution(layer, {KERNELS: expand}, layer.kernels_weights, layer.kernels_bias, layer.around_mean)
+    squeeze, temperature = (squeeze.weight, squeeze.bias), partial(layer.progress.value, layer.hottest, 1.0)
+    return lambda x: convolve(x, squeeze, temperature())
 
 
 def _cannot_attend(layer, x: Tensor) -> str | None:
@@ -91,27 +75,14 @@ def _cannot_attend(layer, x: Tensor) -> str | None:
     if norm.training or getattr(norm, "running_var", x) is None:
         return "the attention's norm takes the statistics of the batch"
     heads = [head for head in layer.attention.heads() if head is not None]
-    return _kernel_problem(layer, x, layer.kernels) or _cannot(layer, x, heads)
+    return _cannot(layer, x, layer.kernels, layer.bias, heads)
 
 
 def _attending(layer) -> Callable[[Tensor], Tensor]:
-    net, kernels, bias, groups = layer.attention, layer.kernels, layer.bias, layer.groups
-    gate = "sigmoid2" if layer.neutral_gates else "sigmoid"
-    present = [head is not None for head in net.heads()]
-    linears = [head for head in net.heads() if head is not None]
-    heads = _heads((), linears, ["softmax" if head is net.kernel_fc else gate for head in linears])
-    temperature, coefficients = partial(layer.progress.value, layer.hottest, 1.0), layer.coefficients
-    convolve = _convolution(layer)
-
-    def run(x: Tensor) -> Tensor:
-        found = iter(_pooled_heads(x, *net.squeeze(), *heads, temperature()))
-        a_in, a_out, a_tap, pi = (next(found) if there else None for there in present)
-        pi = None if pi is None else coefficients(pi)
-        if groups > 1:
-            x, a_in, a_out = gate_groups(x, kernels, a_in, a_out)
-        return convolve(x, pi, kernels, a_in, a_tap, a_out, None if bias is None else bias[None])
-
-    return run
+    net, temperature = layer.attention, partial(layer.progress.value, layer.hottest, 1.0)
+    heads = {INPUTS: net.channel_fc, OUTPUTS: net.filter_fc, TAPS: net.spatial_fc, KERNELS: net.kernel_fc}
+    convolve = _convolution(layer, heads, layer.kernels, layer.bias, layer.neutral_gates)
+    return lambda x: convolve(x, net.squeeze(), temperature())
 
 
 def _cannot_assemble(layer, x: Tensor) -> str | None:
@@ -150,26 +121,15 @@ def _train_cells(layer, x: Tensor) -> Tensor:
     return layer.finish(CellConvolution.apply(layer.pad(x), coefficients, layer.warehouse.cells, *options))
 
 
-def _convolution(layer) -> Callable[..., Tensor]:
-    """Without the checks of the public function, which take a tenth of the time at batch 1."""
-    pad, groups, limits = layer.pad, layer.groups, layer.limits
-    options = (layer.stride, layer.zero_padding, layer.dilation)
+def _convolution(layer, heads: dict[str, nn.Linear | None], kernels: Tensor, bias: Tensor | None, neutral: bool):
+    """`pooled_heads`, but for what a call gives: the input, weight and bias of the hidden layer, the temperature."""
+    heads = {role: head for role, head in heads.items() if head is not None}
+    linears = [head.weight for head in heads.values()], [head.bias for head in heads.values()]
+    options = (layer.stride, layer.zero_padding, layer.dilation, *(layer.limits or ()))
+    roles, operator = "".join(heads), torch.ops.timm_dynamic.pooled_heads.default
 
-    def convolve(x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tensor | None) -> Tensor:
-        x = pad(x)
-        if is_fused(x, attention, kernels, groups):
-            pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-            return fused(x, attention, kernels, pairs, a_out, *options, bias, *(limits or NO_LIMITS))
-        if is_filtered(x, kernels, *options, groups):
-            pairs, a_out = factors(x, attention, kernels, a_in, a_tap, a_out)
-            weight = (kernels if attention is None else mix(attention, kernels)).flatten(2)
-            weight = weight if pairs is None else weight * pairs[:, None] * a_out[:, :, None]
-            y = filter_depthwise(x, weight, kernels.shape[3], options[0][0], options[2][0])
-        else:
-            y, _ = forward(x, attention, kernels, a_in, a_tap, a_out, *options, groups)
-        if bias is not None:
-            y.add_(bias[:, :, None, None])
-        return y if limits is None else y.clamp_(*limits)
+    def convolve(x: Tensor, squeeze: tuple[Tensor, Tensor | None], temperature: float) -> Tensor:
+        return operator(x, *squeeze, *linears, roles, neutral, temperature, kernels, bias, *options)[0]
 
     return convolve
 
@@ -199,8 +159,9 @@ def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tens
     )
 
 
-# A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1 (ped_resnet50,
-# dy_mobilenetv2: benchmarks/models.py, on a CPU); layers of 64 samples are no slower.
+# A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1, and passes over the
+# output behind it: a depthwise layer of DY with 480 channels at 14x14 takes 115 us, in several calls 193, the static one
+# 114 (two threads of an AMD EPYC with AVX2, November 2026; benchmarks/models.py for networks).
 _ONNX = {"name": "sample by sample", "devices": ("cpu", "cuda"), "exported": True}
 GATED = (
     Implementation("one call", prepare=_gating, cannot=_cannot_gate),

@@ -150,19 +150,17 @@ def is_fused(x: Tensor, attention: Tensor | None, kernels: Tensor, groups: int) 
     )
 
 
-def fused(
-    x, attention, kernels, pairs, a_out, stride, padding, dilation, shift=None, low=NO_LIMITS[0], high=NO_LIMITS[1]
-) -> Tensor:
-    """The convolution, plus `shift`, within limits; without autograd."""
+def fused(x, attention, kernels, pairs, a_out, stride, padding, dilation) -> Tensor:
+    """The convolution, without autograd."""
     options, layout = (stride, padding, dilation), memory_format(x)
     if attention is not None:
         attention = attention.contiguous()
     elif is_pointwise(kernels, padding, 1) and layout == torch.contiguous_format:
         x, kernels, options = x[:, :, :: stride[0], :: stride[1]], kernels[0].flatten(1), ()
-    gates = (pairs, a_out, None, None, None if shift is None else shift.contiguous(), low, high)
     x = x.contiguous(memory_format=layout)
     with torch._C._AutoDispatchBelowAutograd():  # whose Python takes as long as a small product
-        return torch.ops.timm_dynamic.channel_fusion(x, kernels, attention, *gates, *options)
+        others = (attention, pairs, a_out, None, None, None, *NO_LIMITS, *options)
+        return torch.ops.timm_dynamic.channel_fusion(x, kernels, *others)
 
 
 def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[slice]:

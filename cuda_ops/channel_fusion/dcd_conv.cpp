@@ -44,25 +44,20 @@ struct DcdConv {
   bool channels_last, depthwise;
   float low, high;
   float *pooled, *z, *gated, *phi, *scale, *slopes, *offsets;
-  float* shifts;   // [B, O]: what is added to the products
-  float* maps;     // [B, C, Ho, Wo]: x at the stride
-  float* columns;  // [C * taps, Ho * Wo]: what the taps of one sample read
-  float *u, *v;    // [B, L, Ho * Wo]: the branch before Phi and before P
+  float* shifts;  // [B, O]: what is added to the products
+  float* maps;    // [B, C, Ho, Wo]: x at the stride
+  float *u, *v;   // [B, L, Ho * Wo]: the branch before Phi and before P
   float *base, *folded, *sample_weights;
 
   int64_t taps() const { return Ky * Kx; }
   int64_t inputs() const { return H * W; }
   int64_t outputs() const { return Ho * Wo; }
   int64_t pooled_size() const { return C * pool_size * pool_size; }
-  bool has_limits() const { return low > -INFINITY || high < INFINITY; }
 };
 
 struct DcdConvKernels {
   using Kernel = void (*)(const DcdConv&, int64_t begin, int64_t end);
-  Kernel pool, squeeze, gate, factors, subsample, gather_columns, fuse_channels, fold_base, fold,
-      sample_weights;
-  // To `to` the clamped numbers of `from`, which may be the same.
-  void (*clamp)(const DcdConv&, const float* from, float* to, int64_t begin, int64_t end);
+  Kernel pool, squeeze, gate, factors, subsample, fuse_channels, fold_base, fold, sample_weights;
 };
 
 }  // namespace timm_dynamic
@@ -76,8 +71,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-constexpr int64_t kSamples = 32;       // that are computed together, at most
-constexpr int64_t kClamped = 1 << 14;  // numbers, the unit of clamping
+constexpr int64_t kSamples = 32;  // that are computed together, at most
 
 void run(const DcdConv& op, int64_t units, int64_t work, DcdConvKernels::Kernel kernel) {
   parallel(units, work, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
@@ -122,9 +116,8 @@ class Convolution {
                             from(groups_)};
     TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
-    const MemoryFormat layout =
-        op_.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-    const Tensor y = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]), layout);
+    const Tensor y = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]),
+                                               MemoryFormat::ChannelsLast);
     STD_TORCH_CHECK(y.scalar_type() == ScalarType::Float && y.numel() == B * op_.O * op_.outputs(),
                     "the convolution gave ", shape_text(y), " or no float32 (autocast?)");
     return y;
@@ -142,7 +135,6 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                    const Tensor& p, const std::optional<Tensor>& shift, const Tensor& weight,
                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
                    const Sizes& dilation, int64_t groups) {
-  check_maps("x", x, true);
   STD_TORCH_CHECK(heads.size() == 4 && heads[0].dim() == 2 && heads[3].dim() == 2 && q.dim() >= 2,
                   "heads must be the weights of fc, gate, fc_phi and fc_scale, and q [L, C, 1, 1]");
   for (const auto* sizes : {&stride, &padding, &dilation})
@@ -151,7 +143,6 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                       dilation[1] >= 1 && groups >= 1,
                   "pool_size, stride, dilation and groups must be positive");
   DcdConv op = {};
-  op.channels_last = !x.is_contiguous();
   op.C = x.size(1), op.H = x.size(2), op.W = x.size(3);
   op.O = heads[3].size(0), op.hidden = heads[0].size(0), op.L = q.size(0);
   op.pool_size = pool_size;
@@ -189,7 +180,6 @@ enum class Way {
 
 // Takes the memory of B samples' buffers.
 Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tensor& x) {
-  const bool makes_columns = way == Way::kProducts && op.taps() > 1 && !op.channels_last;
   const bool weighted = way == Way::kSampleWeights;
   const int64_t depth = op.C * op.taps(), latent = weighted ? 0 : B * op.L * op.outputs();
   const int64_t folded = weighted ? op.L * (op.C + 1) : 0;
@@ -203,7 +193,6 @@ Tensor make_buffers(DcdConv& op, int64_t B, Way way, bool subsamples, const Tens
       {&op.offsets, op.L},
       {&op.shifts, B * op.O},
       {&op.maps, subsamples ? B * op.C * op.outputs() : 0},
-      {&op.columns, makes_columns ? depth * op.outputs() : 0},
       {&op.u, latent},
       {&op.v, latent},
       {&op.base, folded},
@@ -224,13 +213,6 @@ void run_factors(const DcdConv& op, const DcdConvKernels& kernels) {
   run(op, op.L * op.L + op.O, op.B * op.hidden, kernels.factors);
 }
 
-void run_clamp(const DcdConv& op, const DcdConvKernels& kernels, const float* from, float* to,
-               int64_t count) {
-  parallel((count + kClamped - 1) / kClamped, kClamped / 4, [&](int64_t begin, int64_t end) {
-    kernels.clamp(op, from, to, begin * kClamped, std::min(end * kClamped, count));
-  });
-}
-
 // v, the branch before P; `maps` are what Q reads.
 void run_latent(const DcdConv& op, const DcdConvKernels& kernels, const float* maps) {
   for (int64_t l = 0; l < op.L; ++l)
@@ -248,17 +230,16 @@ void run_sample_weights(const DcdConv& op, const DcdConvKernels& kernels) {
 }
 
 // The products of the samples with their weights, or of one weight and the branch.
-void run_limited(const DcdConv& op, int64_t depth, const float* maps, const float* weight,
-                 const float* base, float* out) {
-  Products product = plain_products(op.B, depth, op.O, op.outputs(), maps, weight, out);
+void run_limited(const DcdConv& op, const float* maps, const float* weight, float* out) {
+  Products product = plain_products(op.B, op.C, op.O, op.outputs(), maps, weight, out);
   product.low = op.low, product.high = op.high;
   product.shift = op.shifts, product.shift_stride = op.O;
-  if (weight == op.sample_weights) product.weight_stride = op.O * depth;
-  if (weight == op.weight) {
+  if (weight == op.sample_weights) {
+    product.weight_stride = op.O * op.C;
+  } else {
     product.out_scale = op.scale, product.out_scale_stride = op.O;
     product.L = op.L, product.p = op.p, product.v = op.v;
   }
-  product.base = base, product.base_scale = op.scale;
   run_products(product);
 }
 
@@ -318,36 +299,33 @@ void run_pixels(const DcdConv& op, const DcdConvKernels& kernels, const Convolut
   run_mixtures(add);
 }
 
-Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Tensors& norm1,
+Tensor dcd_conv(const Tensor& given, const Tensors& heads, const Tensor& q, const Tensors& norm1,
                 const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
                 const std::optional<Tensor>& shift, const Tensor& weight,
                 const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
                 const Sizes& dilation, int64_t groups, double low, double high) {
+  check_maps("x", given, true);
+  // In NCHW only products are computed: other maps are copied there and back.
+  const bool one_tap = groups == 1 && weight.dim() == 4 && weight.size(2) * weight.size(3) == 1;
+  const bool copies = !one_tap && given.is_contiguous();
+  const Tensor x = copies ? torch::stable::contiguous(given, MemoryFormat::ChannelsLast) : given;
   DcdConv op = make_layer(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, weight, bias,
                           stride, padding, dilation, groups);
+  op.channels_last = !one_tap || !x.is_contiguous();
   op.low = static_cast<float>(low), op.high = static_cast<float>(high);
   const DcdConvKernels kernels = CHOOSE_KERNELS(dcd_conv_kernels());
   const Convolution convolve(op, groups, x);
   const int64_t B = x.size(0), samples = std::min(B, kSamples), depth = op.C * op.taps();
-  const bool one_tap = groups == 1 && op.taps() == 1, strided = op.stride_y * op.stride_x > 1;
   const bool large_maps = groups == 1 && 2 * op.O * depth <= op.outputs() * (op.C + op.O);
-  // For one sample and far more outputs than positions a convolution would spend its time on
-  // another layout of its weight.
-  const bool makes_columns = B == 1 && groups == 1 && 4 * op.outputs() <= op.O;
-  const bool products =
-      one_tap || makes_columns || (op.channels_last && (groups == 1 || op.depthwise));
+  const bool products = groups == 1 || op.depthwise;
   const Way way = large_maps ? Way::kSampleWeights : products ? Way::kProducts : Way::kConvolution;
-  const bool subsamples = strided && (one_tap || !large_maps) && !op.channels_last;
+  const bool subsamples = op.stride_y * op.stride_x > 1 && !op.channels_last;
   const Tensor scratch = make_buffers(op, samples, way, subsamples, x);
-  // Without it the result of the only convolution is the output.
-  std::optional<Tensor> out;
-  if (B > samples || (way == Way::kSampleWeights && B > 1) || one_tap || way == Way::kProducts ||
-      op.channels_last)
-    out = empty(x, {B, op.O, op.Ho, op.Wo}, op.channels_last);
+  const Tensor out = empty(x, {B, op.O, op.Ho, op.Wo}, op.channels_last);
   for (int64_t first = 0; first < B; first += samples) {
     op.B = std::min(samples, B - first);
     op.x = floats(x) + first * op.C * op.inputs();
-    float* to = out ? mutable_floats(*out) + first * op.O * op.outputs() : nullptr;
+    float* const to = mutable_floats(out) + first * op.O * op.outputs();
     run_factors(op, kernels);
     if (way != Way::kSampleWeights)
       for (int64_t i = 0; i < op.B * op.O; ++i)  // a convolution adds the bias
@@ -359,33 +337,13 @@ Tensor dcd_conv(const Tensor& x, const Tensors& heads, const Tensor& q, const Te
     }
     const float* const maps = subsamples ? op.maps : op.x;
     if (subsamples) run(op, op.B * op.C, op.outputs(), kernels.subsample);
-    if (way == Way::kSampleWeights) {
+    if (way == Way::kSampleWeights)
       run_sample_weights(op, kernels);
-      if (one_tap) {
-        run_limited(op, op.C, maps, op.sample_weights, nullptr, to);
-        continue;
-      }
-      for (int64_t b = 0; b < op.B; ++b) {
-        const Tensor y = convolve(1, op.x + b * op.C * op.inputs(),
-                                  op.sample_weights + b * op.O * depth, op.shifts + b * op.O);
-        float* const result = mutable_floats(y);
-        float* const place = out ? to + b * y.numel() : result;
-        if (out || op.has_limits()) run_clamp(op, kernels, result, place, y.numel());
-        if (!out) return y;
-      }
-      continue;
-    }
-    run_latent(op, kernels, maps);
-    if (way == Way::kProducts) {
-      if (!one_tap) run(op, depth, op.outputs(), kernels.gather_columns);
-      run_limited(op, depth, one_tap ? maps : op.columns, op.weight, nullptr, to);
-      continue;
-    }
-    const Tensor y = convolve(op.B, op.x, op.weight, op.bias);
-    run_limited(op, op.L, op.v, op.p, floats(y), out ? to : mutable_floats(y));
-    if (!out) return y;
+    else
+      run_latent(op, kernels, maps);
+    run_limited(op, maps, way == Way::kSampleWeights ? op.sample_weights : op.weight, to);
   }
-  return *out;
+  return copies ? torch::stable::contiguous(out, MemoryFormat::Contiguous) : out;
 }
 
 }  // namespace

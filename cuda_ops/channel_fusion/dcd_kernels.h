@@ -65,25 +65,6 @@ inline void subsample(const DcdConv& op, int64_t begin, int64_t end) {
   }
 }
 
-// What the taps of one sample read, zeros outside; units are (c, tap).
-inline void gather_columns(const DcdConv& op, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t tap = i % op.taps();
-    const int64_t top = tap / op.Kx * op.dilation_y - op.padding_y;
-    const int64_t left = tap % op.Kx * op.dilation_x - op.padding_x;
-    const float* const map = op.x + i / op.taps() * op.inputs();
-    float* to = op.columns + i * op.outputs();
-    for (int64_t y = 0; y < op.Ho; ++y) {
-      const int64_t row = y * op.stride_y + top;
-      for (int64_t x = 0; x < op.Wo; ++x) {
-        const int64_t column = x * op.stride_x + left;
-        const bool inside = row >= 0 && row < op.H && column >= 0 && column < op.W;
-        *to++ = inside ? map[row * op.W + column] : 0.0f;
-      }
-    }
-  }
-}
-
 // v = BN2(Phi u) + u; units are (b, l).
 inline void fuse_channels(const DcdConv& op, int64_t begin, int64_t end) {
   const int64_t L = op.L, n = op.outputs();
@@ -139,14 +120,9 @@ inline void sample_weights(const DcdConv& op, int64_t begin, int64_t end) {
   }
 }
 
-inline void clamp(const DcdConv& op, const float* from, float* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)  // in this order NaN stays NaN
-    to[i] = std::min(std::max(from[i], op.low), op.high);
-}
-
 inline DcdConvKernels dcd_conv_kernels() {
-  return {pool_inputs,   squeeze,   gate, factors,        subsample, gather_columns,
-          fuse_channels, fold_base, fold, sample_weights, clamp};
+  return {pool_inputs,   squeeze,   gate, factors,       subsample,
+          fuse_channels, fold_base, fold, sample_weights};
 }
 
 }  // namespace timm_dynamic::ISA

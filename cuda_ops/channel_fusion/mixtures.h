@@ -35,8 +35,10 @@ struct Mixtures {
   float low, high;
   float* out;
   // Of a unit of work: the samples, or the rows of one's output, and the parts of the outputs; and
-  // how many of a kernel's C * Kh * Kw elements are computed before the next ones.
+  // how many of a kernel's C * Kh * Kw elements are computed before the next ones; or whether all
+  // of them are transformed.
   int64_t samples, rows, row_blocks, parts, depth;
+  bool winograd;
 
   int64_t taps() const { return Kh * Kw; }
   int64_t whole_depth() const { return C * taps(); }

@@ -5,14 +5,15 @@
 // meets the pixels as they lie in memory: kOutputs positions at a time, each tap reads C numbers of
 // each.
 
-#include "channel_fusion/mixture_kernels.h"
+#include "channel_fusion/winograd.h"
 
 namespace timm_dynamic::ISA {
 
 // Elements of panels that are there together, positions that meet them before the next ones, and
 // elements of a kernel's rows that are mixed before they go to the panel: of a quarter or of four
 // times as many, some 5 % slower (layers of 7x7 at batch 16, AMD EPYC with AVX2, November 2026).
-constexpr int64_t kPanels = 48 << 10, kPixels = 32, kMixed = 512;
+const int64_t kPanels = (getenv("WPAN") ? atoi(getenv("WPAN")) : 48) << 10;
+constexpr int64_t kPixels = 32, kMixed = 512;
 
 // Where the pixels are that taps read, zeros outside; and where a kernel's elements, (c, tap), are
 // in a panel, (tap, c).
@@ -171,21 +172,14 @@ INLINE void copy_panel(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
                width);
 }
 
-// A panel's outputs [row, row + rows) at `count` positions. kWhole: these are kOutputs, those whole
+// What follows the products, of outputs [row, row + rows) at positions at(r); where that is
+// negative there is none. `panel` is that of p. kWhole: these are kOutputs, the outputs whole
 // vectors.
-template <int kWidth, bool kWhole>
-INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
-                        const float* panel, const float* const* pixels, int64_t position,
-                        int64_t count) {
+template <int kWidth, bool kWhole, typename F>
+INLINE void finish_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                         const float* panel, Sums<kWidth>& sums, const F& at) {
   constexpr int64_t n = kLanes<float>;
-  if (kWhole) rows = kWidth * n, count = kOutputs;
-  const float* matrix[kOutputs];
-  Sums<kWidth> sums = {};
-  for (int64_t tap = 0; tap < op.taps(); ++tap, panel += op.C * kWidth * n) {
-    for (int64_t r = 0; r < kOutputs; ++r)
-      matrix[r] = pixels[std::min(r, count - 1) * op.taps() + tap];
-    accumulate<kWidth>(sums, matrix, op.C, panel);
-  }
+  if (kWhole) rows = kWidth * n;
   if (op.a_out) {
 #pragma GCC unroll 8
     for (int v = 0; v < kWidth; ++v) {
@@ -196,8 +190,10 @@ INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows
     }
   }
   if (op.L) {
-    take_rows(matrix, op.v + (b * op.positions() + position) * op.L, count, op.L);
-    accumulate<kWidth>(sums, matrix, op.L, panel);
+    const float* latent[kOutputs];
+    for (int64_t r = 0; r < kOutputs; ++r)
+      latent[r] = op.v + (b * op.positions() + std::max<int64_t>(at(r), 0)) * op.L;
+    accumulate<kWidth>(sums, latent, op.L, panel);
   }
   const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
 #pragma GCC unroll 8  // or the sums would be in memory
@@ -209,15 +205,33 @@ INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows
         op.base ? load<float>(op.base_scale + b * op.O + first, left) : Vec<float>{};
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kOutputs; ++r) {
-      if (!kWhole && r >= count) continue;
-      const int64_t at = (b * op.positions() + position + r) * op.O + first;
+      if (!kWhole && at(r) < 0) continue;
+      const int64_t to = (b * op.positions() + at(r)) * op.O + first;
       Vec<float> y = sums[r][v] + added;
-      if (op.base) y += scale * load<float>(op.base + at, left);
+      if (op.base) y += scale * load<float>(op.base + to, left);
       y = y < low ? low : y;  // NaN stays NaN
       y = y > high ? high : y;
-      store<float>(op.out + at, y, left);
+      store<float>(op.out + to, y, left);
     }
   }
+}
+
+// A panel's outputs [row, row + rows) at `count` positions. kWhole: these are kOutputs, those whole
+// vectors.
+template <int kWidth, bool kWhole>
+INLINE void pixel_strip(const Mixtures& op, int64_t b, int64_t row, int64_t rows,
+                        const float* panel, const float* const* pixels, int64_t position,
+                        int64_t count) {
+  if (kWhole) count = kOutputs;
+  const float* matrix[kOutputs];
+  Sums<kWidth> sums = {};
+  for (int64_t tap = 0; tap < op.taps(); ++tap, panel += op.C * kWidth * kLanes<float>) {
+    for (int64_t r = 0; r < kOutputs; ++r)
+      matrix[r] = pixels[std::min(r, count - 1) * op.taps() + tap];
+    accumulate<kWidth>(sums, matrix, op.C, panel);
+  }
+  finish_strip<kWidth, kWhole>(op, b, row, rows, panel, sums,
+                               [&](int64_t r) { return r < count ? position + r : -1; });
 }
 
 // The same at any number of positions.
@@ -232,6 +246,14 @@ INLINE void pixel_strips(const Mixtures& op, int64_t b, int64_t row, int64_t row
     else
       pixel_strip<kWidth, false>(op, b, row, rows, panel, pixels, position,
                                  std::min(count, kOutputs));
+}
+
+template <int kWidth>
+INLINE void winograd_strip(const Mixtures& op, Winograd& winograd, int64_t s, int64_t b,
+                           int64_t row, int64_t rows, const float* weights, const float* panel) {
+  winograd.run<kWidth>(s, weights, [&](Sums<kWidth>& sums, const auto& at) {
+    finish_strip<kWidth, false>(op, b, row, rows, panel, sums, at);
+  });
 }
 
 // Units are (samples or rows of one, part of the outputs).
@@ -251,13 +273,22 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
                                                                : op.attention  ? 2 * kStrip * kMixed
                                                                                : 0);
   Pixels pixels(op);
+  std::optional<Winograd> winograd;
+  std::vector<float> transformed;
+  if (op.winograd)
+    winograd.emplace(op),
+        transformed.resize((chunk + kVectors - 1) / kVectors * Winograd::size(op, kStrip));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t unit = i / op.parts, part = i % op.parts;
     const int64_t b = unit / op.row_blocks * op.samples, samples = std::min(op.samples, op.B - b);
     const int64_t y = unit % op.row_blocks * op.rows, rows = std::min(op.rows, op.Ho - y);
     const int64_t positions = rows * op.Wo, last = (part + 1) * vectors / op.parts;
     pixels.clear();
-    for (int64_t s = 0; s < samples; ++s) pixels.add(b + s, y, rows);
+    for (int64_t s = 0; s < samples; ++s)
+      if (winograd)
+        winograd->read(s, b + s, y, rows);
+      else
+        pixels.add(b + s, y, rows);
     for (int64_t at = part * vectors / op.parts; at < last; at += chunk) {
       // Calls f(first output, outputs, vectors, panel) for every strip of them.
       const auto each_strip = [&](float* panel, const auto& f) {
@@ -278,8 +309,24 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
             const auto make = together == 1     ? copy_panel
                               : s + 1 < samples ? make_panels<2>
                                                 : make_panels<1>;
-            make(op, b + s, row, outputs, pixels.order(), scratch.get(), panel, size, width * n);
+            make(op, b + s, row, outputs, winograd ? nullptr : pixels.order(), scratch.get(), panel,
+                 size, width * n);
           });
+        if (winograd) {
+          float* weights = transformed.data();
+          each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
+            const bool by_tap = op.cell_outputs > 0;
+            if (s == 0 || !shared)
+              Winograd::transform_weights(op, panel, by_tap ? op.C : 1, by_tap ? 1 : op.taps(),
+                                          width * n, weights);
+            const auto run = width == 3   ? winograd_strip<3>
+                             : width == 2 ? winograd_strip<2>
+                                          : winograd_strip<1>;
+            run(op, *winograd, s, b + s, row, outputs, weights, panel + whole * width * n);
+            weights += Winograd::size(op, width * n);
+          });
+          continue;
+        }
         for (int64_t p = 0; p < positions; p += kPixels)
           each_strip(to, [&](int64_t row, int64_t outputs, int64_t width, float* panel) {
             const auto run = width == 3   ? pixel_strips<3>

@@ -25,12 +25,9 @@ INLINE void scaled_strip(const Products& op, int64_t b, int64_t row, int64_t row
   }
   const Vec<float> low = broadcast(op.low), high = broadcast(op.high);
   for (int64_t r = 0; r < rows; ++r, out += op.positions) {
-    const float* const base = op.base ? op.base + (out - op.out) : nullptr;
-    const Vec<float> base_scale = broadcast(base ? op.base_scale[b * op.O + row + r] : 0.0f);
     const Vec<float> shift = broadcast(op.shift ? op.shift[b * op.shift_stride + row + r] : 0.0f);
     for (int v = 0; v < kWidth; ++v) {
       Vec<float> y = sums[r][v] + shift;
-      if (base) y += base_scale * load<float>(base + v * kLanes<float>, count - v * kLanes<float>);
       y = y < low ? low : y;  // NaN stays NaN
       y = y > high ? high : y;
       store<float>(out + v * kLanes<float>, y, count - v * kLanes<float>);
@@ -48,7 +45,6 @@ INLINE void scaled_singles(const Products& op, int64_t b, int64_t row, int64_t r
       float y = dot(weight, column, op.C);
       if (op.out_scale) y *= op.out_scale[b * op.out_scale_stride + r];
       if (op.L) y += dot(op.p + r * op.L, column + op.C, op.L);
-      if (op.base) y += op.base_scale[b * op.O + r] * op.base[out - op.out + i];
       if (op.shift) y += op.shift[b * op.shift_stride + r];
       y = y < op.low ? op.low : y;
       out[i] = y > op.high ? op.high : y;

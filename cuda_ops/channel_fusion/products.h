@@ -8,12 +8,12 @@
 namespace timm_dynamic {
 
 // out[b,o] = clamp(out_scale[b,o] * sum_c weight[o,c] in_scale[b,c] x[b,c] + sum_l p[o,l] v[b,l]
-//                  + base_scale[b,o] * base[b,o] + shift[b,o])
-// Pointers may be null: scales of 1, no second convolution (L is 0 then), no base, no shift. `out`
-// may be `base`. Strides between samples may be 0.
+//                  + shift[b,o])
+// Pointers may be null: scales of 1, no second convolution (L is 0 then), no shift. Strides between
+// samples may be 0.
 struct Products {
   int64_t B, C, O, L, positions, block, blocks, parts;
-  const float *x, *weight, *in_scale, *out_scale, *p, *v, *base, *base_scale, *shift;
+  const float *x, *weight, *in_scale, *out_scale, *p, *v, *shift;
   int64_t weight_stride, out_scale_stride, shift_stride;
   float low, high;
   float* out;

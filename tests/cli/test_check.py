@@ -57,7 +57,8 @@ def test_what_is_wrong_is_found(of_toys):
 def test_operators_called_by_rows(monkeypatch):
     monkeypatch.setattr(kernels, "operators_with_kernel", lambda device: ["dcd_conv"])
     found = cases.plan("test_dcd_resnet", "cpu", [torch.float32], [2], 1)
-    [case] = [case for case in found if case.name == "dcd_conv"]
+    case, in_channels_last = [case for case in found if case.name == "dcd_conv"]
+    assert in_channels_last.setting.layout == "channels_last"
     assert (case.source, case.number) == ("one call", 0)
     found = check.run(case, 0.01, False)
     assert found["right"] and found["ratio"] > 0

@@ -202,6 +202,15 @@ class DropInConv2d(DynamicLayer):
         self.zero_padding = (0, 0) if explicit else (top, left)
         self.explicit_padding = [left, right, top, bottom] if explicit else None
 
+    def _apply(self, fn, recurse: bool = True):
+        # `Module.to(memory_format=torch.channels_last)` changes the layout of kernels, which are read as they are: then
+        # by the formula alone, in up to twice the time (ped_resnet18, an AMD EPYC, November 2026).
+        super()._apply(fn, recurse)
+        for parameter in self.parameters():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        return self
+
     def pad(self, x: Tensor) -> Tensor:
         if self.explicit_padding is None:
             return x

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import DropInConv2d
 from timm_dynamic.optimize.packed_conv import FORMATS, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted
 
@@ -31,9 +30,6 @@ def choose_format(fast: nn.Module, inputs: tuple, wanted: str | torch.memory_for
         if fast._memory_format != form:
             fast._memory_format = form
             fast.to(memory_format=FORMATS[form])
-            for layer in fast.modules():  # whose kernels are read as they are, contiguous
-                if isinstance(layer, DropInConv2d):
-                    layer.to(memory_format=torch.contiguous_format)
         for conv in convs:
             conv.use(form if conv in ways[way] else None)
 

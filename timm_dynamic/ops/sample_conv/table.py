@@ -159,9 +159,9 @@ def _export(layer, x: Tensor, attention, kernels, a_in, a_tap, a_out, bias: Tens
     )
 
 
-# A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1, and passes over the
-# output behind it: a depthwise layer of DY with 480 channels at 14x14 takes 115 us, in several calls 193, the static one
-# 114 (two threads of an AMD EPYC with AVX2, November 2026; benchmarks/models.py for networks).
+# A dozen small operations in front of the convolution, whose overhead is much of the time at batch 1, and passes over
+# the output behind it: a depthwise layer of DY with 480 channels at 14x14 takes 115 us, in several calls 193, the
+# static one 114 (two threads of an AMD EPYC with AVX2, November 2026; benchmarks/models.py for networks).
 _ONNX = {"name": "sample by sample", "devices": ("cpu", "cuda"), "exported": True}
 GATED = (
     Implementation("one call", prepare=_gating, cannot=_cannot_gate),

@@ -153,7 +153,15 @@ def other_data_of_weights(fast):
     fast.float()
 
 
-@pytest.mark.parametrize("change", [another_weight, weights_in_place, other_tensors_for_weights, other_data_of_weights])
+def other_data_of_the_same_weights(fast):
+    for value in fast.parameters():
+        value.data = value.data * 1.5
+
+
+_CHANGES = [another_weight, weights_in_place, other_tensors_for_weights, other_data_of_weights]
+
+
+@pytest.mark.parametrize("change", [*_CHANGES, other_data_of_the_same_weights])
 @pytest.mark.parametrize("kind", [DCDConv2d, PEDConv2d, DynamicConv2d, ODConv2d])
 @torch.no_grad()
 def test_other_weights_are_read(kind, change):

@@ -53,9 +53,9 @@ def _cannot_gate(layer, x: Tensor) -> str | None:
 def _gating(layer) -> Callable[[Tensor], Tensor]:
     net = layer.attn
     heads = {INPUTS: net.fc_inp, OUTPUTS: net.fc_oup, TAPS: net.fc_k}
-    convolve = _convolution(layer, heads, layer.kernel[None], layer.bias, layer.neutral_gates)
+    convolve, kernel = _convolution(layer, heads, layer.bias, layer.neutral_gates), layer.kernel
     squeeze = (net.fc_share.weight, net.fc_share.bias)
-    return lambda x: convolve(x, squeeze, 1.0)
+    return lambda x: convolve(x, squeeze, 1.0, kernel[None])
 
 
 def _cannot_mix(layer, x: Tensor) -> str | None:
@@ -65,9 +65,10 @@ def _cannot_mix(layer, x: Tensor) -> str | None:
 
 def _mixing(layer) -> Callable[[Tensor], Tensor]:
     squeeze, _, expand = layer.attention.to_scores
-    convolve = _convolution(layer, {KERNELS: expand}, layer.kernels_weights, layer.kernels_bias, layer.around_mean)
-    squeeze, temperature = (squeeze.weight, squeeze.bias), partial(layer.progress.value, layer.hottest, 1.0)
-    return lambda x: convolve(x, squeeze, temperature())
+    convolve = _convolution(layer, {KERNELS: expand}, layer.kernels_bias, layer.around_mean)
+    squeeze, kernels = (squeeze.weight, squeeze.bias), layer.kernels_weights
+    temperature = partial(layer.progress.value, layer.hottest, 1.0)
+    return lambda x: convolve(x, squeeze, temperature(), kernels)
 
 
 def _cannot_attend(layer, x: Tensor) -> str | None:
@@ -81,8 +82,8 @@ def _cannot_attend(layer, x: Tensor) -> str | None:
 def _attending(layer) -> Callable[[Tensor], Tensor]:
     net, temperature = layer.attention, partial(layer.progress.value, layer.hottest, 1.0)
     heads = {INPUTS: net.channel_fc, OUTPUTS: net.filter_fc, TAPS: net.spatial_fc, KERNELS: net.kernel_fc}
-    convolve = _convolution(layer, heads, layer.kernels, layer.bias, layer.neutral_gates)
-    return lambda x: convolve(x, net.squeeze(), temperature())
+    convolve, kernels = _convolution(layer, heads, layer.bias, layer.neutral_gates), layer.kernels
+    return lambda x: convolve(x, net.squeeze(), temperature(), kernels)
 
 
 def _cannot_assemble(layer, x: Tensor) -> str | None:
@@ -121,14 +122,16 @@ def _train_cells(layer, x: Tensor) -> Tensor:
     return layer.finish(CellConvolution.apply(layer.pad(x), coefficients, layer.warehouse.cells, *options))
 
 
-def _convolution(layer, heads: dict[str, nn.Linear | None], kernels: Tensor, bias: Tensor | None, neutral: bool):
-    """`pooled_heads`, but for what a call gives: the input, weight and bias of the hidden layer, the temperature."""
+def _convolution(
+    layer, heads: dict[str, nn.Linear | None], bias: Tensor | None, neutral: bool
+) -> Callable[..., Tensor]:
+    """`pooled_heads`, but for the input and what may have to be computed for a call."""
     heads = {role: head for role, head in heads.items() if head is not None}
     linears = [head.weight for head in heads.values()], [head.bias for head in heads.values()]
     options = (layer.stride, layer.zero_padding, layer.dilation, *(layer.limits or ()))
     roles, operator = "".join(heads), torch.ops.timm_dynamic.pooled_heads.default
 
-    def convolve(x: Tensor, squeeze: tuple[Tensor, Tensor | None], temperature: float) -> Tensor:
+    def convolve(x: Tensor, squeeze: tuple[Tensor, Tensor | None], temperature: float, kernels: Tensor) -> Tensor:
         return operator(x, *squeeze, *linears, roles, neutral, temperature, kernels, bias, *options)[0]
 
     return convolve

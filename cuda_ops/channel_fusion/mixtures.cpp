@@ -2,8 +2,8 @@
 //
 // No sample's weight is there as a whole: a block of it is mixed and gated in the cache and meets
 // the columns there, what the block's elements read at every output position; or in channels_last,
-// where those lie in memory, the pixels themselves. A block of the kernels is read once for some
-// samples, or once for some rows of a large map.
+// where those lie in memory, the pixels themselves, 3x3 kernels and pixels both transformed. A
+// block of the kernels is read once for some samples, or once for some rows of a large map.
 
 #include "channel_fusion/mixtures.h"
 
@@ -109,7 +109,8 @@ Tensor mixed_convolution(const Tensor& x, const Tensor& kernels,
                   shape_text(kernels));
   op.channels_last = cells || !x.is_contiguous();
   STD_TORCH_CHECK(!cells || is_dense_channels_last(x), "x must be channels_last");
-  if (!op.channels_last && has_minimal_filtering(op)) {  // which pays for two copies
+  // It pays for two copies; a single pixel is in both layouts already.
+  if (!op.channels_last && has_minimal_filtering(op) && op.H * op.W > 1) {
     const auto copy = [](const Tensor& t, MemoryFormat format) {
       return torch::stable::contiguous(t, format);
     };

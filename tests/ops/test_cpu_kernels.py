@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pairs import in_turns
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_dynamic.ops import backend_info
 from timm_dynamic.ops.registration import OPERATORS
@@ -350,7 +351,7 @@ def heads_convolve(
 @pytest.mark.parametrize("seed", range(80))
 def test_pooled_heads_convolve(seed, layout):
     choose = random.Random(seed).choice
-    B, C, H, W = shape = choose(((1, 1, 4, 3), (2, 3, 9, 7), (3, 37, 5, 16), (1, 48, 28, 30), (17, 16, 3, 5)))
+    _, C, H, W = shape = choose(((1, 1, 4, 3), (2, 3, 9, 7), (3, 37, 5, 16), (1, 48, 28, 30), (17, 16, 3, 5)))
     depthwise, N, neutral, hidden = choose((False, True)), choose((1, 3, 4)), choose((False, True)), 7
     inputs, outputs = (1, C) if depthwise else (C, choose((1, 5, 24, 130)))
     roles = choose(("", "i", "iot")) + ("k" if N > 1 else "o" * (seed % 2)) or "i"
@@ -364,6 +365,25 @@ def test_pooled_heads_convolve(seed, layout):
     x, args = torch.randn(shape), (*heads, kernels, bias, *options, *choose(((-INF, INF), (0.0, 6.0))))
     (y,) = OPS.pooled_heads(x.contiguous(memory_format=LAYOUTS[layout]), *args)
     check(y, heads_convolve(*double((x, *args))), layout if C > 1 and outputs > 1 else "NCHW")
+
+
+def test_a_single_pixel():
+    """It is contiguous in both layouts; the padding is what makes positions of it."""
+    x, kernels = torch.randn(2, 16, 1, 1), torch.randn(1, 5, 16, 3, 3)
+    y = OPS.channel_fusion(x, kernels, *(None,) * 6, -INF, INF, (1, 1), (2, 2), (1, 1))
+    check(y, F.conv2d(x.double(), kernels[0].double(), padding=2))
+
+
+def test_shapes_where_arguments_are_left_out():
+    """Fakes are not given the last ones that are the default's."""
+    with FakeTensorMode():
+        x, hidden = torch.randn(2, 16, 5, 6), (torch.randn(4, 16), None, [torch.randn(16, 4)], [torch.randn(16)])
+        (scores,) = OPS.pooled_heads(x, *hidden, "s")
+        (mixed,) = OPS.pooled_heads(x, *hidden, "i", False, 1.0, torch.randn(1, 8, 16, 1, 1))
+        (strided,) = OPS.pooled_heads(x, *hidden, "i", False, 1.0, torch.randn(1, 8, 16, 1, 1), None, (2, 2))
+        fused = OPS.channel_fusion(x, torch.randn(1, 8, 16, 1, 1), *(None,) * 6, -INF, INF)
+    assert (scores.shape, mixed.shape, strided.shape) == ((2, 16), (2, 8, 5, 6), (2, 8, 3, 3))
+    assert fused.shape == mixed.shape
 
 
 def test_pooled_heads_refuses():

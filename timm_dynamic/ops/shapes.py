@@ -1,6 +1,6 @@
 """Sizes, layouts and windows of convolutions, and gates of grouped ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,11 @@ def output_size(size: tuple[int, int], kernel_size: Pair, stride: Pair, padding:
         for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
     )
     return Ho, Wo
+
+
+def window(options: Sequence[Pair]) -> tuple[Pair, Pair, Pair]:
+    """Stride, padding and dilation, of which the last ones may be missing: an operator's defaults."""
+    return *options, *((1, 1), (0, 0), (1, 1))[len(options) :]
 
 
 def columns_of(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from timm_dynamic.ops.kernels import runs_kernel
 from timm_dynamic.ops.precision import autocast_dtype, no_autocast
 from timm_dynamic.ops.registration import register
-from timm_dynamic.ops.shapes import Pair, columns_of, memory_format, output_size
+from timm_dynamic.ops.shapes import Pair, columns_of, memory_format, output_size, window
 
 NO_LIMITS = (-math.inf, math.inf)
 Norm = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, bool]  # weight, bias, mean, variance, eps, training
@@ -221,7 +221,7 @@ def _fake(x, weight, attention, *others):
         return x.new_empty(x.shape[0], weight.shape[-2], *x.shape[2:])
     outputs = weight.shape[1] * (attention.shape[3] if cells else 1)
     taps = attention.shape[1:3] if cells else weight.shape[3:]
-    out = x.new_empty(x.shape[0], outputs, *output_size(x.shape[2:], taps, *others[-3:]))
+    out = x.new_empty(x.shape[0], outputs, *output_size(x.shape[2:], taps, *window(others[7:])))
     return out.contiguous(memory_format=memory_format(x))
 
 

@@ -17,7 +17,7 @@ from timm_dynamic.ops.precision import accumulation_dtype
 from timm_dynamic.ops.registration import register
 from timm_dynamic.ops.sample_conv.definition import mixed_conv2d
 from timm_dynamic.ops.sample_conv.samples import around_mean
-from timm_dynamic.ops.shapes import Pair, memory_format, output_size
+from timm_dynamic.ops.shapes import Pair, memory_format, output_size, window
 
 # What a head's numbers are: gates of inputs, outputs or taps, the attention over the kernels, or scores as they are.
 INPUTS, OUTPUTS, TAPS, KERNELS, SCORES = "iotks"
@@ -92,10 +92,11 @@ def _definition(
     return [y.contiguous(memory_format=memory_format(x))]
 
 
-def _fake(x, hidden_weight, hidden_bias, weights, biases, roles, neutral, temperature, kernels, bias, *options):
+def _fake(x, hidden_weight, hidden_bias, weights, biases, roles, *others):
+    kernels = others[2] if len(others) > 2 else None  # arguments at the end are missing where they are the default's
     if kernels is None:
         return [x.new_empty(x.shape[0], weight.shape[0], dtype=accumulation_dtype(x)) for weight in weights]
-    size = output_size(x.shape[2:], kernels.shape[3:], *options[:3])
+    size = output_size(x.shape[2:], kernels.shape[3:], *window(others[4:7]))
     return [x.new_empty(x.shape[0], kernels.shape[1], *size).contiguous(memory_format=memory_format(x))]
 
 

@@ -92,37 +92,30 @@ INLINE void make_panels(const Mixtures& op, int64_t b, int64_t row, int64_t rows
   }
 }
 
-// Of a kernel's row the pieces at kTaps taps, C apart: each mixes the same row of all cells,
-// `pitch` apart, with coefficients of its own, `apart` from those of the tap before.
+constexpr int kCellVectors = 3;  // of a row of all cells that are mixed together
+
+// Mixtures for kTaps taps of `values`, [N, kCellVectors], each with coefficients of its own,
+// `apart` from those of the tap before; they are C apart in `to`.
 template <int kTaps>
-INLINE void mix_cells(const float* cells, int64_t pitch, int64_t N, const float* coefficients,
-                      int64_t apart, int64_t inputs, float* to, int64_t C) {
-  constexpr int kCount = 3;
+INLINE void mix_cells(const float* values, int64_t N, const float* coefficients, int64_t apart,
+                      int64_t left, float* to, int64_t C) {
   constexpr int64_t n = kLanes<float>;
-  for (int64_t c = 0; c < inputs; c += kCount * n) {
-    Vec<float> sums[kTaps][kCount] = {};
-    for (int64_t cell = 0; cell < N; ++cell) {
-      Vec<float> values[kCount];
-      for (int v = 0; v < kCount; ++v) values[v] = load<float>(cells + cell * pitch + c + v * n);
-#pragma GCC unroll 3
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const Vec<float> coefficient = broadcast(coefficients[tap * apart + cell]);
-        for (int v = 0; v < kCount; ++v) sums[tap][v] += coefficient * values[v];
-      }
-    }
+  Vec<float> sums[kTaps][kCellVectors] = {};
+  for (int64_t cell = 0; cell < N; ++cell, values += kCellVectors * n)
 #pragma GCC unroll 3
     for (int tap = 0; tap < kTaps; ++tap)
-      for (int v = 0; v < kCount; ++v)
-        store<float>(to + tap * C + c + v * n, sums[tap][v], inputs - c - v * n);
-  }
+#pragma GCC unroll 3
+      for (int v = 0; v < kCellVectors; ++v)
+        sums[tap][v] += broadcast(coefficients[tap * apart + cell]) * load<float>(values + v * n);
+#pragma GCC unroll 3
+  for (int tap = 0; tap < kTaps; ++tap)
+#pragma GCC unroll 3
+    for (int v = 0; v < kCellVectors; ++v)
+      store<float>(to + tap * C + v * n, sums[tap][v], left - v * n);
 }
 
-// Rows of cells in scratch are so far apart: with a slack that vectors may read, and not by a power
-// of two, whose multiples share few sets of the cache.
-INLINE int64_t cell_pitch(const Mixtures& op) { return op.cell_inputs + 5 * kLanes<float>; }
-
-INLINE int64_t cell_scratch(const Mixtures& op) {
-  return kLanes<float> * (op.N * cell_pitch(op) + op.whole_depth());
+INLINE int64_t cell_scratch(const Mixtures& op, int64_t samples) {
+  return kLanes<float> * (op.N * kCellVectors + samples * op.whole_depth());
 }
 
 // The panels of kernels of cells, whose elements are (tap, c), of some samples.
@@ -130,34 +123,43 @@ INLINE void make_cell_panels(const Mixtures& op, int64_t b, int64_t samples, int
                              int64_t rows, float* scratch, float* panel, int64_t size,
                              int64_t width) {
   constexpr int64_t n = kLanes<float>;
-  const int64_t whole = op.whole_depth(), taps = op.taps(), pitch = cell_pitch(op);
+  const int64_t whole = op.whole_depth(), taps = op.taps();
   const int64_t outputs = op.O / op.cell_outputs, inputs = op.C / op.cell_inputs;
   const int64_t apart = outputs * inputs * op.N;  // of the coefficients of one tap and the next
-  float* const kernel = scratch + n * op.N * pitch;
+  float* const kernels = scratch + op.N * kCellVectors * n;
   for (int64_t i = 0; i < rows; i += n) {
     const int64_t count = std::min(n, rows - i);
-    for (int64_t cell = 0; cell < op.N; ++cell)
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t from = cell * op.cell_outputs + (row + i + r) % op.cell_outputs;
-        std::copy_n(op.kernels + from * op.cell_inputs, op.cell_inputs,
-                    scratch + (cell * n + r) * pitch);
-      }
-    for (int64_t s = 0; s < samples; ++s) {
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t input = 0; input < inputs; ++input) {
-          const int64_t block = (row + i + r) / op.cell_outputs * inputs + input;
-          const float* coefficients = op.attention + (b + s) * taps * apart + block * op.N;
-          float* to = kernel + r * whole + input * op.cell_inputs;
-          for (int64_t tap = 0, together; tap < taps; tap += together) {
-            together = taps - tap < 3 ? 1 : 3;
-            const auto mix = together == 3 ? mix_cells<3> : mix_cells<1>;
-            mix(scratch + r * pitch, n * pitch, op.N, coefficients, apart, op.cell_inputs, to,
-                op.C);
-            coefficients += together * apart, to += together * op.C;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t input = 0; input < inputs; ++input) {
+        const int64_t o = row + i + r, block = o / op.cell_outputs * inputs + input;
+        const float* const from = op.kernels + o % op.cell_outputs * op.cell_inputs;
+        for (int64_t c = 0; c < op.cell_inputs; c += kCellVectors * n) {
+          const int64_t left = op.cell_inputs - c;
+          // Cells are apart by a power of two, so that their rows would share few sets of the
+          // cache.
+          for (int64_t cell = 0; cell < op.N; ++cell) {
+            const float* const at = from + cell * op.cell_outputs * op.cell_inputs + c;
+            __builtin_prefetch(at + op.cell_inputs, 0, 2);  // the next row
+#pragma GCC unroll 3
+            for (int v = 0; v < kCellVectors; ++v)
+              store<float>(scratch + (cell * kCellVectors + v) * n,
+                           load<float>(at + v * n, left - v * n));
+          }
+          for (int64_t s = 0; s < samples; ++s) {
+            const float* coefficients = op.attention + (b + s) * taps * apart + block * op.N;
+            float* to = kernels + (s * n + r) * whole + input * op.cell_inputs + c;
+            for (int64_t tap = 0, together; tap < taps; tap += together) {
+              together = taps - tap < 3 ? 1 : 3;
+              const auto mix = together == 3 ? mix_cells<3> : mix_cells<1>;
+              mix(scratch, op.N, coefficients, apart, left, to, op.C);
+              coefficients += together * apart, to += together * op.C;
+            }
           }
         }
-      fill_panel(kernel, whole, count, 0, whole, nullptr, nullptr, panel + s * size + i, width);
-    }
+      }
+    for (int64_t s = 0; s < samples; ++s)
+      fill_panel(kernels + s * n * whole, whole, count, 0, whole, nullptr, nullptr,
+                 panel + s * size + i, width);
   }
 }
 
@@ -269,9 +271,10 @@ inline void pixel_mixtures(const Mixtures& op, int64_t begin, int64_t end) {
   const int64_t together = op.attention ? 2 : 1;
   const bool shared = together == 1 && !op.pairs && op.kernel_stride == 0;
   const auto panels = std::make_unique_for_overwrite<float[]>(together * size);
-  const auto scratch = std::make_unique_for_overwrite<float[]>(op.cell_outputs ? cell_scratch(op)
-                                                               : op.attention  ? 2 * kStrip * kMixed
-                                                                               : 0);
+  const auto scratch =
+      std::make_unique_for_overwrite<float[]>(op.cell_outputs ? cell_scratch(op, together)
+                                              : op.attention  ? 2 * kStrip * kMixed
+                                                              : 0);
   Pixels pixels(op);
   std::optional<Winograd> winograd;
   std::vector<float> transformed;

@@ -293,6 +293,12 @@ class AffineOutputs(DropInConv2d):
         self.bias = nn.Parameter(shift if self.bias is None else self.bias * scale + shift)
 
 
+def parts_of(name: str, module: nn.Module) -> tuple[tuple[type[nn.Module], str], ...]:
+    """A layer's part and its children, for `parts`: where implementations read all of them."""
+    children = ((type(part), f"{name}.{child}") for child, part in module.named_children())
+    return ((type(module), name), *children)
+
+
 def in_dtype_of(x: Tensor, part: nn.Module) -> Tensor:
     """`part(x)`, in the dtype of `x` even where the part's parameters and running statistics are of another one."""
     others, statistics = (

@@ -73,13 +73,3 @@ class OmniAttention(nn.Module):
         outputs = None if self.filter_fc is None else self.filter_fc(z)
         taps = None if self.spatial_fc is None else self.spatial_fc(z)
         return self.channel_fc(z), outputs, taps, None if self.kernel_fc is None else self.kernel_fc(z)
-
-    def squeeze(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of `fc` with the norm behind it in evaluation."""
-        norm, weight, bias = self.bn, self.fc.weight, self.fc.bias
-        if isinstance(norm, nn.Identity):
-            return weight, bias
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = (-norm.running_mean if bias is None else bias - norm.running_mean) * scale
-        return weight * scale[:, None], shift if norm.bias is None else shift + norm.bias

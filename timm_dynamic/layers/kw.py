@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of
+from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of, parts_of
 from timm_dynamic.layers.cell_attention import CellAttention
+from timm_dynamic.layers.pooled_norm import fold
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.warehouse import Warehouse, stages
 from timm_dynamic.ops import sample_conv2d
@@ -64,7 +65,6 @@ class KWConv2d(AffineOutputs):
 
     family = "kw"
     implementations = ASSEMBLED
-    parts = ((Warehouse, "warehouse"),)
     routing_limit = None  # it sums to 1, nearly
     shared = ("warehouse",)
 
@@ -113,6 +113,7 @@ class KWConv2d(AffineOutputs):
         hidden = max(int(self.in_channels * self.reduction), 16)
         dd = {"device": warehouse.cells.device, "dtype": warehouse.cells.dtype}
         self.attention = CellAttention(self.in_channels, hidden, mixtures, cells, local, basis, self.layer_norm, **dd)
+        self.parts = ((Warehouse, "warehouse"), *parts_of("attention", self.attention))
         with torch.no_grad():
             first = warehouse.cells[local]
             first.normal_(std=math.sqrt(2 / max(first[:, :, 0].numel(), 1)))
@@ -169,8 +170,12 @@ class KWConv2d(AffineOutputs):
             scores = self.attention(pooled.to(self.warehouse.cells.dtype))
         else:
             scores = in_dtype_of(pooled, self.attention)
-        coefficients = scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
+        coefficients = self.coefficients(scores)
         return coefficients if torch.jit.is_scripting() or not self.training else self.towards_first(coefficients)
+
+    def coefficients(self, scores: Tensor) -> Tensor:
+        """Where tau is 0."""
+        return scores / (scores.abs().sum(2, keepdim=True) + self.smallest)
 
     @torch.jit.unused
     def towards_first(self, coefficients: Tensor) -> Tensor:
@@ -194,3 +199,9 @@ class KWConv2d(AffineOutputs):
     def routing(self, x: Tensor) -> Tensor:
         """For `timm_dynamic.record`: how much of every cell, and of none, there is in the mixtures, `[B, N + 1]`."""
         return self.factors_of(average(x)).abs().mean(1)
+
+    @torch.jit.unused
+    def _absorb(self, scale: Tensor, shift: Tensor) -> None:
+        super()._absorb(scale, shift)
+        fold(self.attention, "fc1", "norm1")
+        self.parts = ((Warehouse, "warehouse"), *parts_of("attention", self.attention))

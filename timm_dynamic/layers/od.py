@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_dynamic.layers.base import check_positive
+from timm_dynamic.layers.base import check_positive, parts_of
 from timm_dynamic.layers.kernel_attention import OmniAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture
+from timm_dynamic.layers.pooled_norm import fold
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average
@@ -95,7 +96,7 @@ class ODConv2d(KernelMixture):
         outputs = 0 if groups == in_channels == out_channels else out_channels
         sizes = (outputs, taps if taps > 1 else 0, num_kernels if num_kernels > 1 else 0)
         self.attention = OmniAttention(in_channels, max(int(in_channels * reduction), 16), *sizes, **dd)
-        self.parts = _parts(self.attention)
+        self.parts = parts_of("attention", self.attention)
         self.progress, self.number = Progress(True, _annealed, device), 1
         self.reset_parameters()
 
@@ -163,14 +164,5 @@ class ODConv2d(KernelMixture):
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
         self.kernels.mul_(scale[:, None, None, None])
         self.bias = nn.Parameter(shift.to(self.kernels) if self.bias is None else self.bias * scale + shift)
-        net = self.attention
-        if isinstance(net.bn, nn.BatchNorm1d) and net.bn.running_var is not None and not net.bn.training:
-            weight, bias = net.squeeze()
-            net.fc.weight, net.fc.bias, net.bn = nn.Parameter(weight), nn.Parameter(bias), nn.Identity().eval()
-            self.parts = _parts(net)
-
-
-def _parts(attention: OmniAttention) -> tuple[tuple[type[nn.Module], str], ...]:
-    """For `implementations`: what they read."""
-    children = ((type(part), f"attention.{name}") for name, part in attention.named_children())
-    return ((OmniAttention, "attention"), *children)
+        fold(self.attention, "fc", "bn")
+        self.parts = parts_of("attention", self.attention)

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dynamic.ops.pooled_heads.norm import folded, has_statistics
+
 
 def normalize_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)`, of a vector for each sample; a batch of one takes the running statistics, in training, too.
@@ -15,3 +17,12 @@ def normalize_pooled(norm: nn.Module, x: Tensor) -> Tensor:
     if plain and norm.training and x.numel() == x.shape[1]:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(x)
+
+
+def fold(attention: nn.Module, linear: str, norm: str) -> None:
+    """Let a linear part of an attention absorb the norm behind it, if it can, in place and without gradients."""
+    first, second = attention.get_submodule(linear), attention.get_submodule(norm)
+    if has_statistics(second):
+        weight, bias = folded(first, second)
+        first.weight, first.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+        setattr(attention, norm, nn.Identity().eval())

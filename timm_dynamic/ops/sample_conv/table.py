@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
-from timm_dynamic.ops.pooled_heads.definition import INPUTS, KERNELS, OUTPUTS, TAPS, average
+from timm_dynamic.ops.pooled_heads.definition import INPUTS, KERNELS, OUTPUTS, SCORES, TAPS, average
+from timm_dynamic.ops.pooled_heads.norm import folded, has_statistics
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import CellConvolution, convolve_cells
 from timm_dynamic.ops.shapes import is_dense
@@ -72,8 +73,7 @@ def _mixing(layer) -> Callable[[Tensor], Tensor]:
 
 
 def _cannot_attend(layer, x: Tensor) -> str | None:
-    norm = layer.attention.bn
-    if norm.training or getattr(norm, "running_var", x) is None:
+    if not has_statistics(layer.attention.bn):
         return "the attention's norm takes the statistics of the batch"
     heads = [head for head in layer.attention.heads() if head is not None]
     return _cannot(layer, x, layer.kernels, layer.bias, heads)
@@ -83,7 +83,7 @@ def _attending(layer) -> Callable[[Tensor], Tensor]:
     net, temperature = layer.attention, partial(layer.progress.value, layer.hottest, 1.0)
     heads = {INPUTS: net.channel_fc, OUTPUTS: net.filter_fc, TAPS: net.spatial_fc, KERNELS: net.kernel_fc}
     convolve, kernels = _convolution(layer, heads, layer.bias, layer.neutral_gates), layer.kernels
-    return lambda x: convolve(x, net.squeeze(), temperature(), kernels)
+    return lambda x: convolve(x, folded(net.fc, net.bn), temperature(), kernels)
 
 
 def _cannot_assemble(layer, x: Tensor) -> str | None:
@@ -103,15 +103,28 @@ def _cell_problem(layer, x: Tensor) -> str | None:
 
 
 def _assembling(layer) -> Callable[[Tensor], Tensor]:
-    cells, gain, bias, factors_of = layer.warehouse.cells, layer.gain, layer.bias, layer.factors_of
+    cells, gain, bias, scores_of = layer.warehouse.cells, layer.gain, layer.bias, _scoring(layer.attention)
     blocks, pad, limits = (*layer.kernel_size, *layer.grid[1:]), layer.pad, layer.limits or NO_LIMITS
-    options = (layer.stride, layer.zero_padding, layer.dilation)
+    options, coefficients_of = (layer.stride, layer.zero_padding, layer.dilation), layer.coefficients
 
     def run(x: Tensor) -> Tensor:
-        coefficients = factors_of(average(x))[:, :, :-1].unflatten(1, blocks)
+        coefficients = coefficients_of(scores_of(x))[:, :, :-1].unflatten(1, blocks)
         return convolve_cells(pad(x), coefficients, cells, gain, bias, limits, options)
 
     return run
+
+
+def _scoring(net) -> Callable[[Tensor], Tensor]:
+    """A `CellAttention`'s call, but from the map, which is not pooled yet."""
+    if net.fc3 is not None or not has_statistics(net.norm1):
+        return lambda x: net(average(x))
+    operator, heads = torch.ops.timm_dynamic.pooled_heads.default, ([net.fc2.weight], [net.fc2.bias], SCORES)
+
+    def scores_of(x: Tensor) -> Tensor:
+        scores = operator(x if is_dense(x) else x.contiguous(), *folded(net.fc1, net.norm1), *heads)[0]
+        return scores.view(len(x), net.mixtures, -1)
+
+    return scores_of
 
 
 def _train_cells(layer, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _gradients(grad, x, coefficients, cells, options, needs_x: bool) -> tuple[Te
         for b, block in enumerate(blocks, first):
             kernel.copy_(block.permute(2, 4, 0, 1, 3, 5))
             maps = (t[b : b + 1].contiguous(memory_format=torch.channels_last) for t in (grad, x))
-            dx_of_one, dweight = gradients(*maps, weight, *options, 1, needs_x)
+            ((_, dx_of_one, dweight),) = gradients(*maps, weight, *options, 1, needs_x)
             block.copy_(dweight.permute(0, 1, 3, 4, 2).reshape(kernel.shape).permute(2, 3, 0, 4, 1, 5))
             if needs_x:
                 dx[b] = dx_of_one[0]

@@ -1,5 +1,7 @@
 """What a convolution with a weight for every sample is made of: the weights, the convolution, its gradients."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,20 +118,21 @@ def multiply(x: Tensor, weight: Tensor, stride: Pair) -> Tensor:
 
 def gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int, needs_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Those of `x` (or None) and of `weight`; `grad` has the memory format of `x`."""
+) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
+    """For some samples at a time, those of `x` (or None) and of `weight`; `grad` has the memory format of `x`."""
+    B, whole = len(weight), slice(0, len(weight))
     if is_pointwise(weight, padding, groups):
-        return _gradients_of_product(grad, x, weight, stride, needs_x)
+        yield whole, *_gradients_of_product(grad, x, weight, stride, needs_x)
+        return
     large = x.numel() >= 2**20 or memory_format(x) == torch.channels_last
     if large and _is_filtering(x, weight, stride, padding, dilation, groups):
         K = weight.shape[3]
         ones, filters = x.new_ones(1, 1, K * K, 1, 1), weight.flatten(2).view(*weight.shape[:2], K * K)
         options = (K, "mul", 1, dilation[0], stride[0], 1, [needs_x, False, True])
         grad_x, _, grad_filters = torch.ops.timm_dynamic.dynamic_filter_backward(grad, x, ones, filters, *options)
-        return grad_x if needs_x else None, grad_filters.view(weight.shape)
-    B = len(weight)
+        yield whole, grad_x if needs_x else None, grad_filters.view(weight.shape)
+        return
     n = B if _grouped(weight) else 1
-    grads_x, grads_weight = [], []
     for first in range(0, B, n):
         part = slice(first, first + n)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -137,9 +140,7 @@ def gradients(
             *(weight[part].flatten(0, 1), None, stride, padding, dilation, False, (0, 0), n * groups),
             (needs_x, True, False),
         )
-        grads_x.append(grad_x.view(n, *x.shape[1:]) if needs_x else None)
-        grads_weight.append(grad_weight.view(n, *weight.shape[1:]))
-    return _joined(grads_x) if needs_x else None, _joined(grads_weight)
+        yield part, grad_x.view(n, *x.shape[1:]) if needs_x else None, grad_weight.view(n, *weight.shape[1:])
 
 
 def _gradients_of_product(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, needs_x: bool):
@@ -160,10 +161,6 @@ def _gradients_of_product(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair,
 
 def _grouped(weight: Tensor) -> bool:
     return weight.shape[2] == 1 or weight.shape[1:].numel() <= _GROUPED_WEIGHTS
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:

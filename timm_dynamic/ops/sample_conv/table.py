@@ -116,7 +116,7 @@ def _assembling(layer) -> Callable[[Tensor], Tensor]:
 
 def _scoring(net) -> Callable[[Tensor], Tensor]:
     """A `CellAttention`'s call, but from the map, which is not pooled yet."""
-    if net.fc3 is not None or not has_statistics(net.norm1):
+    if net.fc3 is not None or net.fc2.bias is None or not has_statistics(net.norm1):
         return lambda x: net(average(x))
     operator, heads = torch.ops.timm_dynamic.pooled_heads.default, ([net.fc2.weight], [net.fc2.bias], SCORES)
 

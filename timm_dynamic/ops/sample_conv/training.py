@@ -6,6 +6,7 @@ With `pairs[b,(i,k)] = a_in[b,i] * a_tap[b,k]`, the gates of a sample's weight a
 the input is gated instead: see `columns`.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,15 +16,15 @@ from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.kernels import has_kernel
 from timm_dynamic.ops.precision import no_autocast
 from timm_dynamic.ops.sample_conv import columns
-from timm_dynamic.ops.sample_conv.samples import convolve, gradients, is_pointwise, mix, multiply
+from timm_dynamic.ops.sample_conv.samples import convolve, gradients, is_pointwise, multiply
 from timm_dynamic.ops.shapes import memory_format, output_size
 
 # Mixed weights that are there at a time. At least four samples are mixed together, as every mixing reads all kernels
 # (measured on a CPU, November 2026).
 _CHUNK = {"cpu": 2**22, "cuda": 2**27}
-# Of these, so many are mixed and gated before the next ones, in the cache: 0.6 of the time of doing each with all
-# (od_resnet18_4x at batch 16, one thread of an AMD EPYC, November 2026).
-_CACHED = {"cpu": 2**18, "cuda": 2**27}
+# Of these, so many are mixed and gated before the next ones, in the cache: 0.6 of the time of doing each with all. With
+# a quarter as many, a backward pass takes 1.15 times as long (od_resnet18_4x at batch 16, AMD EPYC, November 2026).
+_CACHED = {"cpu": 2**19, "cuda": 2**27}
 
 
 def forward(x, attention, kernels, a_in, a_tap, a_out, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
@@ -75,23 +76,19 @@ def backward(
             dtype = kernels.dtype if pairs is None else pairs.dtype
             dkernels = grad_kernels.zero_() if kernels.dtype == dtype else torch.zeros_like(grad_kernels, dtype=dtype)
             grad = grad.contiguous(memory_format=memory_format(x))
+            room, to = None, (grad_attention, dkernels, dpairs, da_out)
             for part, weight in _weights(x, attention, kernels, pairs, a_out):
-                dx, dweight = gradients(grad[part], x[part], weight.to(x.dtype), *options, needs[0])
-                if needs[0] and len(dx) == len(x):
-                    grad_x = dx.contiguous(memory_format=memory_format(x))
-                elif needs[0]:
-                    grad_x = grad_x if grad_x.numel() else torch.empty_like(x, memory_format=memory_format(x))
-                    grad_x[part] = dx
-                dweight = dweight.to(weight.dtype).flatten(2)
-                if pairs is not None:
-                    dpairs[part], da_out[part] = _ungate(dweight, part, attention, kernels, pairs, a_out)
-                dweight = dweight.flatten(1)
-                if needs[1]:
-                    grad_attention[part] = torch.matmul(dweight, kernels.flatten(1).t().to(dtype))
-                if needs[2] and attention is None:
-                    dkernels += dweight.view(-1, *kernels.shape[1:]).sum(0, keepdim=True)
-                elif needs[2]:
-                    dkernels.view(len(kernels), -1).addmm_(attention[part].t().to(dtype), dweight)
+                if room is None:  # for all parts: the system clears memory that is taken anew
+                    room = weight.new_empty(2, min(max(_cached(x), weight[:, 0].numel()), weight.numel()))
+                dweights = []
+                for some, dx, dweight in gradients(grad[part], x[part], weight.to(x.dtype), *options, needs[0]):
+                    dweights.append(dweight)
+                    if needs[0] and len(dx) == len(x):
+                        grad_x = dx.contiguous(memory_format=memory_format(x))
+                    elif needs[0]:
+                        grad_x = grad_x if grad_x.numel() else torch.empty_like(x, memory_format=memory_format(x))
+                        grad_x[part][some] = dx
+                _take(dweights, part, attention, kernels, pairs, a_out, room, to)
             if dkernels is not grad_kernels:
                 grad_kernels.copy_(dkernels)
         if dpairs is not None:
@@ -174,41 +171,73 @@ def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[sli
 
 def _weights(x, attention, kernels, pairs, a_out) -> Iterator[tuple[slice, Tensor]]:
     """Of some samples at a time, their weights, `[n, O, I, Kh, Kw]`, in memory that the next ones use again."""
-    room = None
+    (O, *whole), matrix, room = kernels.shape[1:], kernels.flatten(1), None
+    dtype = kernels.dtype if pairs is None else pairs.dtype
     for part in _parts(x, attention, kernels):
-        attentions = None if attention is None else attention[part]
-        if pairs is None:
-            yield part, mix(attentions, kernels)
-            continue
-        n = len(pairs[part])
-        room = pairs.new_empty(n, len(kernels[0]), pairs.shape[1]) if room is None else room[:n]
-        for outputs, mixed in _mixed(attentions, kernels, pairs.dtype, room):
-            torch.mul(mixed, pairs[part, None], out=room[:, outputs])
-            room[:, outputs].mul_(a_out[part, outputs, None])
+        n = len(x[part])
+        room = kernels.new_empty(n, O, math.prod(whole), dtype=dtype) if room is None else room[:n]
+        for outputs, block in _blocks(room):
+            _mix(attention, part, matrix[:, block], room.flatten(1)[:, block])
+            if pairs is not None:
+                room[:, outputs].mul_(pairs[part, None]).mul_(a_out[part, outputs, None])
         yield part, room.view(n, *kernels.shape[1:])
 
 
-def _ungate(dweight, part: slice, attention, kernels, pairs, a_out) -> tuple[Tensor, Tensor]:
-    """The gradients of `pairs` and `a_out` from those of gated weights, which become those of the weights before."""
-    attention, pairs, a_out = (None if t is None else t[part] for t in (attention, pairs, a_out))
-    grad_pairs, grad_a_out = torch.zeros_like(pairs), torch.empty_like(a_out)
-    for outputs, mixed in _mixed(attention, kernels, pairs.dtype, dweight):
-        products = dweight[:, outputs] * mixed
-        grad_a_out[:, outputs] = torch.bmm(products, pairs[:, :, None])[..., 0]
-        grad_pairs += torch.bmm(a_out[:, None, outputs], products)[:, 0]
-        dweight[:, outputs].mul_(pairs[:, None]).mul_(a_out[:, outputs, None])
-    return grad_pairs, grad_a_out
+def _take(dweights, part: slice, attention, kernels, pairs, a_out, room, to) -> None:
+    """Add what follows of the gradients of some samples' gated weights to those that have elements, or are not None.
+
+    Some outputs of all these samples are there at a time, in the cache.
+
+    Args:
+        dweights: For some of these samples each.
+        part, attention, kernels, pairs, a_out: The samples of the batch, and how their weights are made.
+        room: Memory for twice so many outputs.
+        to: The gradients of attention, kernels, pairs and outputs' gates.
+    """
+    grad_attention, grad_kernels, grad_pairs, grad_a_out = to
+    n, (O, *whole), matrix = sum(map(len, dweights)), kernels.shape[1:], kernels.flatten(1)
+    if pairs is not None:
+        grad_pairs[part] = 0
+    if grad_attention.numel():
+        grad_attention[part] = 0
+    for outputs, block in _blocks(room.new_empty(()).expand(n, O, math.prod(whole))):
+        shape = (n, outputs.stop - outputs.start, math.prod(whole))
+        dweight, products = (one[: math.prod(shape)].view(shape) for one in room)
+        torch.cat([d[:, outputs].flatten(2) for d in dweights], out=dweight)
+        if pairs is not None:
+            _mix(attention, part, matrix[:, block], products.flatten(1))
+            products.mul_(dweight)
+            grad_pairs[part] += torch.bmm(a_out[part, None, outputs], products)[:, 0]
+            grad_a_out[part, outputs] = products.mul_(pairs[part, None]).sum(2)  # `bmm` takes five times as long
+            dweight.mul_(pairs[part, None]).mul_(a_out[part, outputs, None])
+        dweight = dweight.flatten(1)
+        if grad_attention.numel():
+            grad_attention[part] += torch.mm(dweight, matrix[:, block].t().to(dweight.dtype))
+        if grad_kernels.numel() and attention is None:
+            grad_kernels.flatten(1)[:, block] += dweight.sum(0, keepdim=True)
+        elif grad_kernels.numel():
+            grad_kernels.flatten(1)[:, block].addmm_(attention[part].t().to(dweight.dtype), dweight)
 
 
-def _mixed(attention, kernels, dtype: torch.dtype, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """For some outputs at a time, the mixtures of kernels, `[n, outputs, I * Kh * Kw]`; 1 for n without attention."""
+def _blocks(like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of weights `[n, O, I * Kh * Kw]`, some outputs at a time, and their elements of the last dimensions together."""
     n, O, size = like.shape
-    step = max(1, _CACHED.get(like.device.type, _CACHED["cuda"]) // (n * size))
+    step = max(1, _cached(like) // (n * size))
     for first in range(0, O, step):
-        outputs = slice(first, first + step)
-        some = kernels[:, outputs].flatten(1).to(dtype)
-        mixed = some if attention is None else torch.mm(attention.to(dtype), some)
-        yield outputs, mixed.unflatten(1, (-1, size))
+        last = min(first + step, O)
+        yield slice(first, last), slice(first * size, last * size)
+
+
+def _cached(x: Tensor) -> int:
+    return _CACHED.get(x.device.type, _CACHED["cuda"])
+
+
+def _mix(attention: Tensor | None, part: slice, matrix: Tensor, out: Tensor) -> None:
+    """Some elements of the samples' mixtures of kernels, `[N, elements]`, to `[n, elements]`."""
+    if attention is None:
+        out.copy_(matrix.expand_as(out))
+    else:
+        torch.mm(attention[part].to(out.dtype), matrix.to(out.dtype), out=out)
 
 
 def _split_pairs(dpairs, da_out, a_in, a_tap, grad_a_in, grad_a_tap, grad_a_out, needs) -> None:

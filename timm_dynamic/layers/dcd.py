@@ -1,8 +1,7 @@
 """Dynamic channel fusion by matrix decomposition, as a convolution and as a classifier.
 
 Li et al., "Revisiting Dynamic Convolution via Matrix Decomposition", ICLR 2021 (arXiv 2103.08756). A sample's weight
-is a static one with its output channels rescaled, and a residual of rank L that fuses L latent channels. Parameters are
-named as in the authors' ResNets.
+is a static one with its output channels rescaled, and a residual of rank L. Names are those of the authors' ResNets.
 """
 
 import torch
@@ -11,6 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from timm_dynamic.layers.base import DropInConv2d, DynamicLayer, check_positive, copy_weight
+from timm_dynamic.layers.pooled_norm import fold, fold_products
 from timm_dynamic.layers.stand_in import stand_in_bias, stand_in_weight
 from timm_dynamic.ops.channel_fusion.definition import hsig
 from timm_dynamic.ops.channel_fusion.table import TABLE
@@ -156,11 +156,11 @@ class DCDConv2d(_ChannelFusion, DropInConv2d):
 
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
-        for conv in (self.conv, self.p):
-            conv.weight.mul_(scale[:, None, None, None])
+        self.conv.weight.mul_(scale[:, None, None, None]), self.p.weight.mul_(scale[:, None, None, None])
         if self.conv.bias is not None:
             self.conv.bias.mul_(scale)
         self.p.bias = nn.Parameter(shift if self.p.bias is None else self.p.bias * scale + shift)
+        fold(self, "q", "bn1"), fold_products(self, "fc_phi", "bn2", "p")
 
 
 @register_notrace_module

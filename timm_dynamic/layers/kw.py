@@ -203,5 +203,4 @@ class KWConv2d(AffineOutputs):
     @torch.jit.unused
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
         super()._absorb(scale, shift)
-        fold(self.attention, "fc1", "norm1")
-        self.parts = ((Warehouse, "warehouse"), *parts_of("attention", self.attention))
+        fold(self, "attention.fc1", "attention.norm1")

@@ -164,5 +164,4 @@ class ODConv2d(KernelMixture):
     def _absorb(self, scale: Tensor, shift: Tensor) -> None:
         self.kernels.mul_(scale[:, None, None, None])
         self.bias = nn.Parameter(shift.to(self.kernels) if self.bias is None else self.bias * scale + shift)
-        fold(self.attention, "fc", "bn")
-        self.parts = parts_of("attention", self.attention)
+        fold(self, "attention.fc", "attention.bn")

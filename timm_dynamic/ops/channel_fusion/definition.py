@@ -153,6 +153,7 @@ def fused_convolution(
     weight: Tensor,
     bias: Tensor | None,
     options: tuple,
+    q_bias: Tensor | None = None,
 ) -> Tensor:
     """The whole of a DCD convolution as a function of its parameters, for what needs it as one: see the module.
 
@@ -160,13 +161,14 @@ def fused_convolution(
         x: `[B, C, H, W]`.
         heads: Weights of the linear layers in front: `[s, C * pool_size**2]`, `[s, s]`, `[L * L, s]`, `[O, s]`.
         q, p: `[L, C, 1, 1]` and `[O, L, 1, 1]`.
-        norm1, norm2: BN1 and BN2.
+        norm1, norm2: BN1 and BN2; without tensors: none.
         pool_size: Side of the pooled map.
         weight, bias: Of the convolution.
         options: Its stride, padding, dilation and groups.
+        q_bias: `[L]`, of q, where BN1 has been absorbed.
     """
     phi, scale = factors(F.adaptive_avg_pool2d(x, pool_size).flatten(1), heads)
-    z = F.conv2d(x, q, None, options[0])
+    z = F.conv2d(x, q, q_bias, options[0])
     u = _norm(z.flatten(2), norm1)
     v = _norm(torch.bmm(phi, u), norm2) + u
     return F.conv2d(x, weight, bias, *options) * scale[:, :, None, None] + F.conv2d(v.view_as(z), p)
@@ -182,7 +184,10 @@ def factors(pooled: Tensor, heads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _norm(z: Tensor, norm: Norm) -> Tensor:
-    weight, bias, mean, variance, eps, training = norm
+    *tensors, eps, training = norm
+    if not tensors:
+        return z
+    weight, bias, mean, variance = tensors
     return F.batch_norm(z, mean, variance, weight, bias, training, 0.0, eps)
 
 
@@ -205,12 +210,14 @@ def _definition_of_inference(
     groups,
     low,
     high,
+    q_bias=None,
 ) -> Tensor:
     """Of `dcd_conv`: `fused_convolution` in eval mode, plus `shift`, `[O]`, within limits."""
     options = (stride, padding, dilation, groups)
     norms = (*norm1, eps1, False), (*norm2, eps2, False)
     p = p.flatten(1)[:, :, None, None]
-    out = fused_convolution(x, heads, q.flatten(1)[:, :, None, None], *norms, pool_size, p, weight, bias, options)
+    q = q.flatten(1)[:, :, None, None]
+    out = fused_convolution(x, heads, q, *norms, pool_size, p, weight, bias, options, q_bias)
     out = (out if shift is None else out + shift[:, None, None]).clamp(low, high)
     return out.contiguous(memory_format=memory_format(x))
 
@@ -262,7 +269,7 @@ register(
     "dcd_conv",
     "(Tensor x, Tensor[] heads, Tensor q, Tensor[] norm1, Tensor[] norm2, float eps1, float eps2, int pool_size, "
     "Tensor p, Tensor? shift, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-    "float low, float high) -> Tensor",
+    "float low, float high, Tensor? q_bias=None) -> Tensor",
     _definition_of_inference,
     _fake_inference,
     differentiable=False,

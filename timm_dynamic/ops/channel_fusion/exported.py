@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_dynamic.ops.pooled_heads.norm import affine
 from timm_dynamic.ops.scan import scan
 
 # A convolution of ONNX runs in the runtime's own layout if its input channels fill blocks of 16, on some CPUs of 8.
@@ -78,7 +79,9 @@ def _limit(layer, y: Tensor) -> Tensor:
 
 def _maps(layer) -> tuple[Tensor, Tensor]:
     """A and a as affine maps of z, `[L, L, s + 1]` and `[L, s + 1]`: their values at 0 stand behind the slopes."""
-    (slope1, shift1), (slope2, shift2) = _affine(layer.bn1), _affine(layer.bn2)
+    (slope1, shift1), (slope2, shift2) = (_affine(norm, layer) for norm in (layer.bn1, layer.bn2))
+    if layer.q.bias is not None:
+        shift1 = shift1 + slope1 * layer.q.bias
     phi = layer.fc_phi.weight.unflatten(0, (layer.latent_dim, -1))
     one = torch.eye(layer.latent_dim, dtype=phi.dtype, device=phi.device)
     mixing = torch.cat([slope2[:, None, None] * phi, one[:, :, None]], 2)
@@ -104,7 +107,6 @@ def _factors(layer, x: Tensor, offset: Tensor, matrix: Tensor) -> tuple[Tensor, 
     return F.hardsigmoid(scale), offset, matrix.unflatten(1, (-1, layer.latent_dim))
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Slope and offset of a batch norm in eval mode."""
-    slope = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return slope, norm.bias - norm.running_mean * slope
+def _affine(norm: nn.Module, layer) -> tuple[Tensor, Tensor]:
+    one, L = layer.q.weight.new_ones(()), layer.latent_dim
+    return (one.expand(L), 0 * one.expand(L)) if isinstance(norm, nn.Identity) else affine(norm)

@@ -20,6 +20,8 @@ def _parameters(layer) -> tuple[list[Tensor], nn.Module, nn.Module]:
 
 
 def _norm_problem(norm: nn.Module, name: str) -> str | None:
+    if isinstance(norm, nn.Identity):  # absorbed
+        return None
     if norm.weight is None or norm.bias is None:
         return f"{name} has no weight and bias"
     if norm.running_mean is None:
@@ -40,7 +42,7 @@ def _part_problem(layer) -> str | None:
     if not (_is_pointwise(q, layer.stride) and _is_pointwise(p, (1, 1))):
         return "q and p are other than pointwise"
     linears = (layer.fc[0], layer.fc[1].fc[0], layer.fc_phi, layer.fc_scale)
-    if q.bias is not None or any(linear.bias is not None for linear in linears):
+    if any(linear.bias is not None for linear in linears):
         return "a part has a bias that the layer did not give it"
     return None
 
@@ -67,17 +69,21 @@ def _cannot_run_in_one_call(layer, x: Tensor) -> str | None:
 
 def _one_call(layer) -> Callable[[Tensor], Tensor]:
     heads, bn1, bn2 = _parameters(layer)
-    norms = ([bn.weight, bn.bias, bn.running_mean, bn.running_var] for bn in (bn1, bn2))
+    norms = [
+        [] if isinstance(bn, nn.Identity) else [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        for bn in (bn1, bn2)
+    ]
+    epsilons = (getattr(bn, "eps", 0.0) for bn in (bn1, bn2))
     (conv, p), limits = (layer.conv, layer.p), layer.limits or NO_LIMITS
     options = (layer.stride, layer.zero_padding, layer.dilation, layer.groups)
-    given = (heads, layer.q.weight, *norms, bn1.eps, bn2.eps, layer.pool_size, p.weight, p.bias)
-    given = (*given, conv.weight, conv.bias, *options, *limits)
+    given = (heads, layer.q.weight, *norms, *epsilons, layer.pool_size, p.weight, p.bias)
+    given = (*given, conv.weight, conv.bias, *options, *limits, layer.q.bias)
     operator = torch.ops.timm_dynamic.dcd_conv.default
     return lambda x: operator(x, *given)
 
 
 def _cannot_train(layer, x: Tensor) -> str | None:
-    if layer.p.bias is not None or layer.limits is not None:
+    if layer.p.bias is not None or layer.q.bias is not None or layer.limits is not None:
         return "it is optimized for inference"
     if layer.bn1.momentum is None or layer.bn2.momentum is None:
         return "a norm averages its statistics over all batches (momentum=None)"

@@ -1,20 +1,29 @@
-"""The batch norm of a hidden layer as part of the linear layer before it."""
+"""Batch norms in evaluation, as part of what comes before them."""
 
 import torch
 from torch import Tensor, nn
 
 
-def folded(linear: nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of `linear` with the batch norm behind it in evaluation, or with none, an `nn.Identity`."""
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Slope and offset of a batch norm in evaluation."""
+    slope = torch.rsqrt(norm.running_var + norm.eps)
+    slope = slope if norm.weight is None else slope * norm.weight
+    offset = -norm.running_mean * slope
+    return slope, offset if norm.bias is None else offset + norm.bias
+
+
+def folded(linear: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of `linear`, or a convolution, with the norm behind it, or with none, an `nn.Identity`."""
+    weight, bias = linear.weight, linear.bias
     if isinstance(norm, nn.Identity):
-        return linear.weight, linear.bias
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = (-norm.running_mean if linear.bias is None else linear.bias - norm.running_mean) * scale
-    return linear.weight * scale[:, None], shift if norm.bias is None else shift + norm.bias
+        return weight, bias
+    slope, offset = affine(norm)
+    weight = weight * slope.view(-1, *(1,) * (weight.ndim - 1))
+    return weight, offset if bias is None else torch.addcmul(offset, bias, slope)
 
 
 def has_statistics(norm: nn.Module) -> bool:
     """Whether `folded` takes it, as it is now."""
-    statistics = isinstance(norm, nn.BatchNorm1d) and norm.running_var is not None and not norm.training
+    batch_norm = isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    statistics = batch_norm and norm.running_var is not None and not norm.training
     return statistics or isinstance(norm, nn.Identity)

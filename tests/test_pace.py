@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+import timm_dynamic
 from timm_dynamic.families import FAMILIES, layers
 
 OPTIMIZERS = {
@@ -143,3 +145,19 @@ def test_neutral_gates_are_one(family):
     else:
         assert (layer.coefficients(layer.routing(x))[:, 0] == 1).all()
         assert torch.equal(layer.kernels_weights[0], conv.weight) and torch.equal(layer.kernels_bias[0], conv.bias)
+
+
+@pytest.mark.parametrize("family", [name for name in layers() if FAMILIES[name].keeps is not None])
+def test_a_step_on_one_sample(family):
+    """It moves what a network gives in evaluation no further than about that of a static one does."""
+    torch.manual_seed(0)
+    static = timm.create_model("resnet18", zero_init_last=False)
+    with torch.no_grad():
+        for _ in range(3):
+            static(torch.randn(8, 3, 64, 64))
+    x, largest = torch.randn(3, 3, 64, 64), []
+    for model in (copy.deepcopy(static), timm_dynamic.dynamize(copy.deepcopy(static), family)):
+        model.train()(x[:1]).log_softmax(1)[0, 0].neg().backward()
+        torch.optim.SGD(model.parameters(), 0.01).step()
+        largest.append(model.eval()(x).abs().max().item())
+    assert largest[1] < 5 * largest[0]

@@ -203,6 +203,7 @@ def test_where(where, expected):
         ("dy", [], {}, "where chooses none of the 18 convolutions of test_resnet"),
         ("dy", lambda *_: False, {}, "where chooses none"),
         ("dy", None, {"num_kernels": 0}, "conv1.3, conv1.6, .* and 8 others: num_kernels must be at least 1"),
+        ("ODConv", None, {}, "got 'ODConv'; did you mean od"),
         ("dyn", None, {}, "layer must be one of 'cond', .* or .*, got 'dyn'; did you mean dy"),
         (nn.Conv2d, None, {}, "got <class 'torch.nn.modules.conv.Conv2d'>"),
     ],

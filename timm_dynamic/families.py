@@ -133,3 +133,9 @@ def _architecture(model: str) -> str:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     example = f"{name!r} for this one" if name else "'dcd_resnet50'"
     raise ValueError(f"give the name of a model, as in timm.create_model, {example}; got a {type(model).__name__}")
+
+
+def name_of(spelt: str) -> str:
+    """The name of the family that somebody may mean: `od` for `ODConv` or `odconv2d`; others in lower case."""
+    title = spelt.lower().removesuffix("2d")
+    return next((name for name, family in FAMILIES.items() if family.title.lower() == title), spelt.lower())

@@ -109,7 +109,7 @@ def layer_class(layer: str | type[DropInConv2d]) -> type[DropInConv2d]:
     cls = layers.get(layer) if isinstance(layer, str) else layer
     if isinstance(cls, type) and issubclass(cls, DropInConv2d):
         return cls
-    hint = did_you_mean(layer.lower(), layers) if isinstance(layer, str) else ""
+    hint = did_you_mean(families.name_of(layer), layers) if isinstance(layer, str) else ""
     raise ValueError(
         f"layer must be one of {', '.join(map(repr, layers))} or a dynamic layer's class, got {layer!r}"
         + (f"; {hint}" if hint else "")

@@ -179,6 +179,11 @@ def test_authors_names(name, nested, tmp_path):
     assert all(torch.equal(value, wanted[key]) for key, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["kw1d2x_mobilenetv2_050", "kw1x_mobilenetv2_050"])
+def test_an_empty_batch(name):
+    assert timm.create_model(name, num_classes=7).eval()(torch.randn(0, 3, 64, 64)).shape == (0, 7)
+
+
 def test_other_channels_and_classes_than_the_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TIMM_DYNAMIC_WEIGHTS", str(tmp_path))
     name = "kw1d2x_mobilenetv2_050"

@@ -148,6 +148,7 @@ class FDConv2d(AffineOutputs):
         for linear in self.gate_layers():
             for parameter in linear.parameters():
                 parameter.zero_()
+        nn.init.constant_(self.KSM_Global.bn.weight, 0.3)  # else the gates' first steps outpace the kernel's
 
     def formula(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

@@ -85,7 +85,7 @@ class PointwiseLinear(nn.Module):
         self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.reshape(x.shape[0], -1, x.shape[-1], 1).transpose(1, 2))
+        y = self.conv(x[:, None].flatten(1, -2).mT[..., None])
         return y.transpose(1, 2).reshape(x.shape[:-1] + (y.shape[1],))
 
 

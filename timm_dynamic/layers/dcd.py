@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from timm_dynamic.layers.absorbed_norms import fold, fold_products
 from timm_dynamic.layers.base import DropInConv2d, DynamicLayer, check_positive, copy_weight
-from timm_dynamic.layers.pooled_norm import fold, fold_products
 from timm_dynamic.layers.stand_in import stand_in_bias, stand_in_weight
 from timm_dynamic.ops.channel_fusion.definition import hsig
 from timm_dynamic.ops.channel_fusion.table import TABLE

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from timm_dynamic.layers.absorbed_norms import fold
 from timm_dynamic.layers.base import AffineOutputs, check_positive, in_dtype_of, parts_of
 from timm_dynamic.layers.cell_attention import CellAttention
-from timm_dynamic.layers.pooled_norm import fold
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.layers.warehouse import Warehouse, stages
 from timm_dynamic.ops import sample_conv2d

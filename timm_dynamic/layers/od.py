@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from timm_dynamic.layers.absorbed_norms import fold
 from timm_dynamic.layers.base import check_positive, parts_of
 from timm_dynamic.layers.kernel_attention import OmniAttention
 from timm_dynamic.layers.kernel_mixture import KernelMixture
-from timm_dynamic.layers.pooled_norm import fold
 from timm_dynamic.layers.progress import Progress
 from timm_dynamic.ops import mixed_conv2d
 from timm_dynamic.ops.pooled_heads.definition import average

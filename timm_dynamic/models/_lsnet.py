@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm_dynamic.layers import LSConv
 from timm_dynamic.layers.lsnet import ConvNorm
 from timm_dynamic.layers.pooled_norm import normalize_pooled
+from timm_dynamic.ops.norms import affine
 
 
 class RepVGGDW(nn.Module):
@@ -182,7 +183,7 @@ class NormLinear(nn.Module):
         if (type(self.bn), type(self.l)) != (nn.BatchNorm1d, nn.Linear):
             return None
         dtype, (bn, linear) = self.l.weight.dtype, copy.deepcopy(nn.ModuleList([self.bn, self.l])).double()
-        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-        linear.bias += linear.weight @ (bn.bias - bn.running_mean * scale)
+        scale, offset = affine(bn)
+        linear.bias += linear.weight @ offset
         linear.weight *= scale
         return linear.to(dtype)

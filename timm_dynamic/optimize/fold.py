@@ -1,14 +1,16 @@
 """Convolutions and dynamic layers take over the norm, and the activation, that run behind them."""
 
+import copy
 from collections.abc import Iterable
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_dynamic.dispatch import has_hooks
 from timm_dynamic.layers.base import has_plain_forward
+from timm_dynamic.ops.norms import affine
 from timm_dynamic.optimize.packed_conv import FUSED, PackedConv2d
 from timm_dynamic.optimize.report import Report, counted
 from timm_dynamic.optimize.trace import Trace
@@ -168,7 +170,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _absorb(producer: nn.Module, norm: nn.Module) -> nn.Module:
     """What gives the output of both."""
-    scale, shift = _affine(norm)
+    scale, shift = affine(copy.deepcopy(norm).double())
     if _is_dynamic(producer):
         like = next((one for one in producer.parameters() if one.is_floating_point()), scale)
         return producer.absorb(scale.to(like.dtype), shift.to(like.dtype)).eval().requires_grad_(False)
@@ -179,11 +181,3 @@ def _absorb(producer: nn.Module, norm: nn.Module) -> nn.Module:
         raise ValueError(f"the folded weights are not finite in {weight.dtype}")
     producer.weight, producer.bias = (nn.Parameter(one, requires_grad=False) for one in (weight, bias))
     return producer
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Slope and offset of a batch norm in eval mode, `[C]`, in float64."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_dynamic.ops.pooled_heads.norm import affine
+from timm_dynamic.ops.norms import affine
 from timm_dynamic.ops.scan import scan
 
 # A convolution of ONNX runs in the runtime's own layout if its input channels fill blocks of 16, on some CPUs of 8.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from timm_dynamic.ops.channel_fusion.definition import NO_LIMITS
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import has_kernel
+from timm_dynamic.ops.norms import folded, has_statistics
 from timm_dynamic.ops.pooled_heads.definition import INPUTS, KERNELS, OUTPUTS, SCORES, TAPS, average
-from timm_dynamic.ops.pooled_heads.norm import folded, has_statistics
 from timm_dynamic.ops.sample_conv import exported
 from timm_dynamic.ops.sample_conv.cells import CellConvolution, convolve_cells
 from timm_dynamic.ops.shapes import is_dense

@@ -6,7 +6,6 @@ With `pairs[b,(i,k)] = a_in[b,i] * a_tap[b,k]`, the gates of a sample's weight a
 the input is gated instead: see `columns`.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -79,7 +78,7 @@ def backward(
             room, to = None, (grad_attention, dkernels, dpairs, da_out)
             for part, weight in _weights(x, attention, kernels, pairs, a_out):
                 if room is None:  # for all parts: the system clears memory that is taken anew
-                    room = weight.new_empty(2, min(max(_cached(x), weight[:, 0].numel()), weight.numel()))
+                    room = weight.new_empty(2, min(max(_cached(x.device), weight[:, 0].numel()), weight.numel()))
                 dweights = []
                 for some, dx, dweight in gradients(grad[part], x[part], weight.to(x.dtype), *options, needs[0]):
                     dweights.append(dweight)
@@ -171,12 +170,12 @@ def _parts(x: Tensor, attention: Tensor | None, kernels: Tensor) -> Iterator[sli
 
 def _weights(x, attention, kernels, pairs, a_out) -> Iterator[tuple[slice, Tensor]]:
     """Of some samples at a time, their weights, `[n, O, I, Kh, Kw]`, in memory that the next ones use again."""
-    (O, *whole), matrix, room = kernels.shape[1:], kernels.flatten(1), None
+    O, size, matrix, room = kernels.shape[1], kernels.shape[2:].numel(), kernels.flatten(1), None
     dtype = kernels.dtype if pairs is None else pairs.dtype
     for part in _parts(x, attention, kernels):
         n = len(x[part])
-        room = kernels.new_empty(n, O, math.prod(whole), dtype=dtype) if room is None else room[:n]
-        for outputs, block in _blocks(room):
+        room = kernels.new_empty(n, O, size, dtype=dtype) if room is None else room[:n]
+        for outputs, block in _blocks(*room.shape, x.device):
             _mix(attention, part, matrix[:, block], room.flatten(1)[:, block])
             if pairs is not None:
                 room[:, outputs].mul_(pairs[part, None]).mul_(a_out[part, outputs, None])
@@ -195,14 +194,14 @@ def _take(dweights, part: slice, attention, kernels, pairs, a_out, room, to) -> 
         to: The gradients of attention, kernels, pairs and outputs' gates.
     """
     grad_attention, grad_kernels, grad_pairs, grad_a_out = to
-    n, (O, *whole), matrix = sum(map(len, dweights)), kernels.shape[1:], kernels.flatten(1)
+    n, O, size = sum(map(len, dweights)), kernels.shape[1], kernels.shape[2:].numel()
+    matrix = kernels.flatten(1)
     if pairs is not None:
         grad_pairs[part] = 0
     if grad_attention.numel():
         grad_attention[part] = 0
-    for outputs, block in _blocks(room.new_empty(()).expand(n, O, math.prod(whole))):
-        shape = (n, outputs.stop - outputs.start, math.prod(whole))
-        dweight, products = (one[: math.prod(shape)].view(shape) for one in room)
+    for outputs, block in _blocks(n, O, size, room.device):
+        dweight, products = (one[: n * (block.stop - block.start)].view(n, -1, size) for one in room)
         torch.cat([d[:, outputs].flatten(2) for d in dweights], out=dweight)
         if pairs is not None:
             _mix(attention, part, matrix[:, block], products.flatten(1))
@@ -219,17 +218,16 @@ def _take(dweights, part: slice, attention, kernels, pairs, a_out, room, to) -> 
             grad_kernels.flatten(1)[:, block].addmm_(attention[part].t().to(dweight.dtype), dweight)
 
 
-def _blocks(like: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Of weights `[n, O, I * Kh * Kw]`, some outputs at a time, and their elements of the last dimensions together."""
-    n, O, size = like.shape
-    step = max(1, _cached(like) // (n * size))
+def _blocks(n: int, O: int, size: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Of weights `[n, O, size]`, some outputs at a time, and their elements of the last dimensions together."""
+    step = max(1, _cached(device) // (n * size))
     for first in range(0, O, step):
         last = min(first + step, O)
         yield slice(first, last), slice(first * size, last * size)
 
 
-def _cached(x: Tensor) -> int:
-    return _CACHED.get(x.device.type, _CACHED["cuda"])
+def _cached(device: torch.device) -> int:
+    return _CACHED.get(device.type, _CACHED["cuda"])
 
 
 def _mix(attention: Tensor | None, part: slice, matrix: Tensor, out: Tensor) -> None:

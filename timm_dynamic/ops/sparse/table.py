@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from timm_dynamic.ops.implementation import Implementation
 from timm_dynamic.ops.kernels import choice
+from timm_dynamic.ops.norms import affine
 from timm_dynamic.ops.precision import autocast_dtype
 from timm_dynamic.ops.sparse.definition import NO_LIMITS, runs_kernel
 from timm_dynamic.ops.sparse.executor import Geometry, Plan, execute, fold, make_tables, pointwise
@@ -56,14 +57,6 @@ def branch_problem(layer) -> str | None:
             return problem
     final = layer.final_activation()
     return None if type(final) in LIMITS else f"the activation of the sum is a {type(final).__name__}"
-
-
-def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Slope and offset of a batch norm in eval mode, `[C]`."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
 
 
 def make_plan(layer, dtype: torch.dtype) -> Plan:
